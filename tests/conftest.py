@@ -1,0 +1,23 @@
+"""What several test files share."""
+
+import os
+from pathlib import Path
+
+import pytest
+from checkpoints import smollm2_folder, smollm2_missing
+from filelock import FileLock
+
+# torch's threads wait by spinning: where cores are shared (pytest-xdist), more than one makes it slower.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+
+@pytest.fixture(scope="session")
+def smollm2(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """SmolLM2-135M-Instruct as a Hugging Face folder in fp32, made once per run, also under pytest-xdist."""
+    if missing := smollm2_missing():
+        pytest.skip(missing)
+    root = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        root = root.parent  # the workers' common folder
+    with FileLock(root / "smollm2.lock"):
+        return smollm2_folder(root / "smollm2")

@@ -1,0 +1,73 @@
+"""Is this answer right? Checkers take a response and the reference answer; a wrong form is a wrong answer.
+
+No checker falls back to the last number of a text: a response that was cut off must not be right by chance.
+"""
+
+import re
+from collections.abc import Sequence
+from concurrent.futures import TimeoutError as CheckTimeout
+from typing import Any
+
+import pebble
+
+CHECK_SECONDS = 10.0
+
+
+def marked_answers(responses: Sequence[str], references: Sequence[str]) -> list[bool]:
+    """Whether each response ends in `#` and exactly the reference."""
+    return [response.endswith("#" + reference) for response, reference in zip(responses, references, strict=True)]
+
+
+def boxed(text: str) -> str | None:
+    r"""The content of the last closed `\boxed{...}` of a text; None where there is none."""
+    start = text.rfind("\\boxed{")
+    if start < 0:
+        return None
+    depth = 0
+    for end in range(start + len("\\boxed"), len(text)):
+        depth += {"{": 1, "}": -1}.get(text[end], 0)
+        if depth == 0:
+            return text[start + len("\\boxed{") : end].strip()
+    return None
+
+
+def boxed_answers(responses: Sequence[str], references: Sequence[str]) -> list[bool]:
+    r"""Whether the boxed answer of each response equals the reference as mathematics (math-verify).
+
+    Answers that differ as text are compared in processes of their own that are killed after `CHECK_SECONDS`: an
+    expression such as 9^{9^{9^9}} counts as wrong instead of stopping the evaluation.
+    """
+    found = [boxed(response) for response in responses]
+    results = [
+        answer is not None and _plain(answer) == _plain(ref) for answer, ref in zip(found, references, strict=True)
+    ]
+    open_ids = [i for i, answer in enumerate(found) if answer is not None and not results[i]]
+    if not open_ids:
+        return results
+    with pebble.ProcessPool(max_workers=2, context=_spawn()) as pool:
+        waiting = [pool.schedule(_equal, args=(found[i], references[i]), timeout=CHECK_SECONDS) for i in open_ids]
+        for i, future in zip(open_ids, waiting, strict=True):
+            try:
+                results[i] = future.result()
+            except (CheckTimeout, pebble.ProcessExpired):
+                results[i] = False
+    return results
+
+
+def _spawn() -> Any:
+    import multiprocessing
+
+    return multiprocessing.get_context("spawn")  # a fork of a process that runs JAX's threads may hang
+
+
+def _plain(text: str) -> str:
+    return re.sub(r"\s+|(?<=\d),(?=\d{3}\b)|\$", "", text)
+
+
+def _equal(answer: str, reference: str) -> bool:
+    import math_verify
+
+    # No time limits of its own: they need signals and the main thread; the process is killed instead.
+    limits: Any = {"parsing_timeout": None}
+    parsed = [math_verify.parse(f"\\boxed{{{text}}}", **limits) for text in (reference, answer)]
+    return math_verify.verify(parsed[0], parsed[1], timeout_seconds=None)

@@ -1,0 +1,81 @@
+"""What is saved, and how does it come back? The only file that imports orbax.
+
+A checkpoint holds two items, `model` and `training` (optimizer state and step), each a flat mapping from the path of a
+parameter to its array. The position in the data is the step itself (`packing.Batches`).
+"""
+
+from pathlib import Path
+from typing import Any, TypeVar
+
+import jax
+import orbax.checkpoint as ocp
+import pydantic
+
+from thinkpo_jax.config import Section, UserError
+from thinkpo_jax.step import TrainState
+
+TreeT = TypeVar("TreeT")
+
+
+class CheckpointConfig(Section):
+    """How often a stage is saved (in updates; always at its end) and how many checkpoints are kept."""
+
+    every: int = pydantic.Field(default=100, ge=1)
+    keep: int = pydantic.Field(default=1, ge=1)
+
+
+class Checkpoints:
+    """The checkpoints of one stage, in `folder`."""
+
+    def __init__(self, folder: Path, *, keep: int = 1) -> None:
+        options = ocp.CheckpointManagerOptions(max_to_keep=keep, cleanup_tmp_directories=True)
+        self._manager = ocp.CheckpointManager(folder.absolute(), options=options)
+        self.folder = folder
+
+    def __enter__(self) -> "Checkpoints":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._manager.close()
+
+    def latest(self) -> int | None:
+        """The last step that was saved whole; None where there is none."""
+        return self._manager.latest_step()
+
+    def save(self, state: TrainState) -> None:
+        """Saves the state under its step, in the background; a step that is already saved is left alone."""
+        step = int(state.step)
+        if step not in self._manager.all_steps():
+            training = (state.optimizer, state.step)
+            self._manager.save(
+                step,
+                args=ocp.args.Composite(
+                    model=ocp.args.StandardSave(_flat(state.model)), training=ocp.args.StandardSave(_flat(training))
+                ),
+            )
+
+    def restore(self, like: TrainState, step: int | None = None) -> TrainState:
+        """The state of `step` (default: the latest), laid out like `like`."""
+        model = self._restore("model", like.model, step)
+        optimizer, count = self._restore("training", (like.optimizer, like.step), step)
+        return TrainState(model, optimizer, count)
+
+    def restore_model(self, like: TreeT, step: int | None = None) -> TreeT:
+        """The parameters of `step` alone, laid out like `like`, which may be abstract (shapes with shardings)."""
+        return self._restore("model", like, step)
+
+    def _restore(self, item: str, like: TreeT, step: int | None) -> TreeT:
+        steps = sorted(self._manager.all_steps())
+        chosen = self.latest() if step is None else step
+        if chosen not in steps:
+            raise UserError(
+                f"{self.folder}: there is no checkpoint {chosen if step is not None else ''}; there are: {steps}."
+            )
+        targets = jax.tree.map(ocp.utils.to_shape_dtype_struct, _flat(like))
+        restored = self._manager.restore(chosen, args=ocp.args.Composite(**{item: ocp.args.StandardRestore(targets)}))
+        return jax.tree.unflatten(jax.tree.structure(like), list(restored[item].values()))
+
+
+def _flat(tree: Any) -> dict[str, Any]:
+    paths, _ = jax.tree_util.tree_flatten_with_path(tree)
+    return {jax.tree_util.keystr(path, simple=True, separator="/").removesuffix("/value"): leaf for path, leaf in paths}

@@ -1,0 +1,204 @@
+"""How good is a model, and is it really better than another one?
+
+Example: python -m thinkpo_jax.evaluate --config configs/quickstart.yaml
+"""
+
+import argparse
+import dataclasses
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from thinkpo_jax.benchmarks import TABLE, BenchmarkConfig, questions
+from thinkpo_jax.config import UserError
+from thinkpo_jax.convert import ModelConfig
+from thinkpo_jax.log import Progress, say
+from thinkpo_jax.model import Transformer
+from thinkpo_jax.report import ReportContents, StageSummary, terminal_summary, write_report
+from thinkpo_jax.run import (
+    BASE,
+    EvaluationConfig,
+    Run,
+    command,
+    config_arguments,
+    load_config,
+    open_run,
+    read_record,
+    versions,
+    write_whole,
+)  # fmt: skip
+from thinkpo_jax.sample import generate
+from thinkpo_jax.scoring import Item, Sample, pool
+
+Results = dict[str, dict[str, list[Item]]]
+
+
+def evaluate_run(run: Run) -> None:
+    """Evaluates the models of a run that are there, writes the report and prints its tables.
+
+    Answers are kept in `evaluation/MODEL/BENCHMARK.json`; what was evaluated with the same settings is not run again.
+    """
+    results: Results = {}
+    if run.config.evaluation is not None:
+        for name in run.models():
+            if name == BASE or run.finished(name):
+                results[name] = _evaluate_model(run, run.config.evaluation, name)
+    contents = ReportContents(
+        title=run.config.title,
+        stages=tuple(_stage_summaries(run)),
+        results=results,
+        comparisons=tuple(pair for pair in _comparisons(run) if set(pair) <= results.keys()),
+        settings=_settings(run),
+    )
+    write_report(run.folder, contents)
+    print(terminal_summary(contents))
+    say(f"report: {run.folder / 'report.md'}, plots: {run.folder / 'plots'}")
+
+
+def _comparisons(run: Run) -> tuple[tuple[str, str], ...]:
+    """The comparisons that the configuration names; without any, each stage against the model that it started from."""
+    named = run.config.evaluation.compare if run.config.evaluation else ()
+    return named or tuple((run.start_of(stage), stage.name) for stage in run.config.stages)
+
+
+def _evaluate_model(run: Run, config: EvaluationConfig, name: str) -> dict[str, list[Item]]:
+    found: dict[str, list[Item]] = {}
+    model: Transformer | None = None
+    for benchmark in config.benchmarks:
+        path = run.folder / "evaluation" / name / f"{benchmark.name}.json"
+        settings = {
+            "benchmark": benchmark.model_dump(mode="json"),
+            "sampling": config.sampling.model_dump(mode="json", exclude={"batch_size"}),
+            "seed": run.config.seed,
+            "dtype": run.config.compute.dtype,
+            "model": json.loads(json.dumps(run.settings(name))),
+        }
+        record = read_record(path)
+        if record is None or record["settings"] != settings:
+            if model is None:
+                model = run.load(name)
+            items = ask(run, model, config, benchmark, name=name)
+            record = {"settings": settings, "items": [dataclasses.asdict(item) for item in items]}
+            write_whole(path, json.dumps(record))
+        found[benchmark.name] = [_item(item) for item in record["items"]]
+    return found
+
+
+def _item(raw: Mapping[str, Any]) -> Item:
+    return Item(raw["question_id"], tuple(Sample(**sample) for sample in raw["samples"]))
+
+
+def ask(run: Run, model: Transformer, config: EvaluationConfig, benchmark: BenchmarkConfig, *, name: str) -> list[Item]:
+    """The model's sampled answers to a benchmark, checked. The token that ends a response is not counted."""
+    asked = questions(benchmark, seed=run.config.seed)
+    count = config.sampling.samples
+    prompts = [run.chat.prompt_ids(question.messages) for question in asked for _ in range(count)]
+    progress = Progress(f"{name} on {benchmark.name}", len(prompts), unit="answer")
+    generations = generate(
+        model,
+        prompts,
+        config.sampling,
+        stop_ids=run.chat.stop_ids,
+        vocabulary=len(run.chat.tokenizer),
+        seed=run.config.seed,
+        mesh=run.mesh,
+        progress=progress.update,
+    )
+    progress.close()
+    responses = [run.chat.text(generation.ids) for generation in generations]
+    correct = TABLE[benchmark.name].check(responses, [question.reference for question in asked for _ in range(count)])
+    samples = [
+        Sample(response, len(generation.ids), right, not generation.finished)
+        for response, generation, right in zip(responses, generations, correct, strict=True)
+    ]
+    return [Item(q.id, tuple(samples[i * count : (i + 1) * count])) for i, q in enumerate(asked)]
+
+
+def _stage_summaries(run: Run) -> list[StageSummary]:
+    found: list[StageSummary] = []
+    for stage in run.config.stages:
+        record = read_record(run.folder / stage.name / "stage.json")
+        if record is not None and record["summary"] is not None:
+            summary = record["summary"]
+            start, notes = run.start_of(stage), tuple(summary["notes"])
+            found.append(StageSummary(stage.name, stage.objective, start, summary["steps"], summary["seconds"], notes))
+    return found
+
+
+def _settings(run: Run) -> dict[str, str]:
+    settings = {"start model": run.config.model.path, "seed": str(run.config.seed)}
+    if run.config.evaluation is not None:
+        sampling = run.config.evaluation.sampling
+        settings["sampling"] = (
+            f"temperature {sampling.temperature}, top-p {sampling.top_p}, at most {sampling.max_new_tokens} "
+            f"new tokens, {sampling.samples} sample(s) per question"
+        )
+    return settings | {"compute dtype": run.config.compute.dtype, "mesh": str(dict(run.mesh.shape)), **versions()}
+
+
+def pool_runs(folders: Sequence[Path]) -> str:
+    """The comparisons of several runs (seeds) of one configuration, their questions pooled, as a table in words."""
+    lines: list[str] = []
+    first = _report(folders[0])
+    for row in first["comparisons"]:
+        pairs = [tuple(_read_items(folder, row[end], row["benchmark"]) for end in ("from", "to")) for folder in folders]
+        found = pool([(before, after) for before, after in pairs])
+        low, high = (100 * bound for bound in found.ci95)
+        lines.append(
+            f"{row['benchmark']}: {row['from']} -> {row['to']}, {len(folders)} runs, {found.num_questions} "
+            f"paired questions: accuracy {100 * found.accuracy_difference:+.1f} points (95 % interval {low:+.1f} to {high:+.1f}, "
+            f"p = {found.p_value:.2g}), response tokens {found.response_tokens_difference:+.1f}"
+        )
+    return "\n".join(lines)
+
+
+def _report(folder: Path) -> dict[str, Any]:
+    record = read_record(folder / "report.json")
+    if record is None:
+        raise UserError(f"{folder}: no report.json. Give the folders of finished runs.")
+    return record
+
+
+def _read_items(folder: Path, model: str, benchmark: str) -> list[Item]:
+    record = read_record(folder / "evaluation" / model / f"{benchmark}.json")
+    if record is None:
+        raise UserError(f"{folder}: model {model!r} was not evaluated on {benchmark}. Pool runs of one configuration.")
+    return [_item(item) for item in record["items"]]
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Parses the command line and evaluates."""
+    parser = argparse.ArgumentParser(
+        prog="python -m thinkpo_jax.evaluate",
+        description="Evaluate the finished models of a run, or any other model on the benchmarks of a configuration.",
+        epilog="example: python -m thinkpo_jax.evaluate --config configs/quickstart.yaml --model DIR --out runs/other",
+    )
+    config_arguments(parser)
+    parser.add_argument(
+        "--model", metavar="FOLDER", help="evaluate this Hugging Face folder or Hub id instead of the run"
+    )
+    parser.add_argument("--out", metavar="DIR", help="where the report of --model goes")
+    parsed = parser.parse_args(arguments)
+    config = load_config(parsed.config, parsed.assignments)
+    if config.evaluation is None:
+        raise UserError(f"{parsed.config}: the section `evaluation` is missing; it says what to ask.")
+    if (parsed.model is None) != (parsed.out is None):
+        raise UserError("--model and --out go together: the model to evaluate, and the folder for its report.")
+    if parsed.model is not None:
+        evaluation = config.evaluation.model_copy(update={"compare": ()})
+        model = ModelConfig(path=parsed.model)
+        config = config.model_copy(
+            update={"model": model, "stages": (), "evaluation": evaluation, "run_dir": parsed.out}
+        )
+    run = open_run(config)
+    run.write_config()
+    with jax.set_mesh(run.mesh):
+        evaluate_run(run)
+
+
+if __name__ == "__main__":
+    sys.exit(command(main))

@@ -1,0 +1,66 @@
+"""How do others load what we trained? A checkpoint of a run as a Hugging Face folder.
+
+Example: python -m thinkpo_jax.export --run runs/quickstart --stage thinkpo --out thinkpo-model
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal
+
+import jax
+
+from thinkpo_jax.checkpoint import Checkpoints
+from thinkpo_jax.config import UserError
+from thinkpo_jax.convert import abstract_model, read_architecture, save_model
+from thinkpo_jax.log import say
+from thinkpo_jax.run import Run, command, load_config, model_card, open_run
+from thinkpo_jax.sharding import MeshConfig, shardings
+
+
+def export(run: Run, stage: str, *, step: int | None, out: Path, dtype: Literal["float32", "bfloat16"]) -> None:
+    """Writes the checkpoint `step` (default: the latest) of a stage to `out`. Raises `UserError`."""
+    if out.exists():
+        raise UserError(f"{out} exists already. Choose another folder with --out.")
+    folder = run.folder / stage / "checkpoints"
+    if not folder.is_dir():
+        raise UserError(f"{run.folder}: stage {stage!r} has no checkpoints; stages of the run: {run.models()[1:]}.")
+    abstract = abstract_model(read_architecture(run.start_folder), run.config.compute)
+    layout = shardings(abstract, run.mesh)
+    like = jax.tree.map(
+        lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), abstract, layout
+    )
+    with Checkpoints(folder) as checkpoints:
+        model = checkpoints.restore_model(like, step)
+        chosen = checkpoints.latest() if step is None else step
+    save_model(model, out, like=run.start_folder, dtype=dtype, card=model_card(run, stage))
+    say(f"{out}: stage {stage}, update {chosen}, {dtype}")
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Parses the command line and exports."""
+    parser = argparse.ArgumentParser(
+        prog="python -m thinkpo_jax.export",
+        description="Write a checkpoint of a run as a Hugging Face folder (config, tokenizer, safetensors).",
+        epilog="example: python -m thinkpo_jax.export --run runs/quickstart --stage thinkpo --out thinkpo-model",
+    )
+    parser.add_argument("--run", type=Path, required=True, metavar="RUN_DIR", help="the folder of a run")
+    parser.add_argument("--stage", metavar="NAME", help="which stage (default: the last one with a checkpoint)")
+    parser.add_argument("--step", type=int, metavar="N", help="which checkpoint (default: the latest)")
+    parser.add_argument(
+        "--out", type=Path, required=True, metavar="DIR", help="where the model goes; must not exist yet"
+    )
+    parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="default: bfloat16")
+    parsed = parser.parse_args(arguments)
+    config = load_config(parsed.run / "config.yaml")
+    # The mesh of the training need not be the one of this machine, and the folder may have been moved.
+    run = open_run(config.model_copy(update={"mesh": MeshConfig(), "run_dir": str(parsed.run)}))
+    stages = [name for name in run.models()[1:] if (run.folder / name / "checkpoints").is_dir()]
+    if not stages:
+        raise UserError(f"{parsed.run}: no stage has a checkpoint yet.")
+    export(run, parsed.stage or stages[-1], step=parsed.step, out=parsed.out, dtype=parsed.dtype)
+
+
+if __name__ == "__main__":
+    sys.exit(command(main))

@@ -1,0 +1,186 @@
+"""What is the network? Qwen2 / Qwen2.5 and Llama decoders: one file, the families differ by data.
+
+Letters: B batch, T length, D embed, N query heads, K key/value heads, H head width, F mlp, V vocabulary, L layers,
+S slots of a key/value cache. Parameters are kept in float32 and cast to the compute dtype where they are used. The
+layers are stacked along a leading axis L and scanned.
+"""
+
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from thinkpo_jax.attention import Places, attend
+from thinkpo_jax.config import Section
+from thinkpo_jax.sharding import constrain
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """The shape of a decoder, as Hugging Face's config.json states it (`convert.read_architecture`)."""
+
+    vocab_size: int
+    embed: int
+    layers: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    mlp: int
+    rope_theta: float
+    norm_eps: float
+    max_positions: int
+    qkv_bias: bool
+    tied_head: bool
+    init_std: float = 0.02
+
+
+class ComputeConfig(Section):
+    """How the network is computed; none of it changes what the network is."""
+
+    dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    remat: Literal["none", "full"] = "none"
+
+
+class Cache(NamedTuple):
+    """Keys and values of the tokens seen so far, in S slots, and where they stand. `cursor` is the next free slot."""
+
+    k_LBSKH: jax.Array
+    v_LBSKH: jax.Array
+    places: Places
+    cursor: jax.Array
+
+
+class Blocks(nnx.Module):
+    """All L layers, each parameter with a leading axis L. Called on the slice of one layer, inside a scan."""
+
+    def __init__(self, arch: Architecture, key: jax.Array) -> None:
+        L, D, N, K, H, F = arch.layers, arch.embed, arch.heads, arch.kv_heads, arch.head_dim, arch.mlp
+        keys = iter(jax.random.split(key, 7))
+
+        def weight(*shape_and_axes: tuple[int, str]) -> nnx.Param:
+            shape = (L, *(size for size, _ in shape_and_axes))
+            value = jax.random.normal(next(keys), shape) * arch.init_std
+            return nnx.Param(value, axes=("layers", *(axis for _, axis in shape_and_axes)))
+
+        def bias(heads: int, axis: str) -> nnx.Param | None:
+            return nnx.Param(jnp.zeros((L, heads, H)), axes=("layers", axis, "head_dim")) if arch.qkv_bias else None
+
+        self.arch = arch
+        self.attention_norm = nnx.Param(jnp.ones((L, D)), axes=("layers", "norm"))
+        self.q = weight((D, "embed"), (N, "heads"), (H, "head_dim"))
+        self.k = weight((D, "embed"), (K, "kv_heads"), (H, "head_dim"))
+        self.v = weight((D, "embed"), (K, "kv_heads"), (H, "head_dim"))
+        self.q_bias = nnx.data(bias(N, "heads"))
+        self.k_bias = nnx.data(bias(K, "kv_heads"))
+        self.v_bias = nnx.data(bias(K, "kv_heads"))
+        self.o = weight((N, "heads"), (H, "head_dim"), (D, "embed"))
+        self.mlp_norm = nnx.Param(jnp.ones((L, D)), axes=("layers", "norm"))
+        self.gate = weight((D, "embed"), (F, "mlp"))
+        self.up = weight((D, "embed"), (F, "mlp"))
+        self.down = weight((F, "mlp"), (D, "embed"))
+
+    def __call__(  # noqa: D102 -- the class says it
+        self, x_BTD: jax.Array, places: Places, cached: tuple[jax.Array, jax.Array] | None, cache: Cache | None
+    ) -> tuple[jax.Array, tuple[jax.Array, jax.Array] | None]:
+        attended, cached = self._attention(
+            rms_norm(x_BTD, self.attention_norm, self.arch.norm_eps), places, cached, cache
+        )
+        x_BTD = constrain(x_BTD + attended, ("batch", "length", "activation_embed"))
+        h_BTD = rms_norm(x_BTD, self.mlp_norm, self.arch.norm_eps)
+        dtype = x_BTD.dtype
+        gate_BTF, up_BTF = h_BTD @ self.gate[...].astype(dtype), h_BTD @ self.up[...].astype(dtype)
+        x_BTD = x_BTD + (jax.nn.silu(gate_BTF) * up_BTF) @ self.down[...].astype(dtype)
+        return constrain(x_BTD, ("batch", "length", "activation_embed")), cached
+
+    def _attention(
+        self, x_BTD: jax.Array, places: Places, cached: tuple[jax.Array, jax.Array] | None, cache: Cache | None
+    ) -> tuple[jax.Array, tuple[jax.Array, jax.Array] | None]:
+        dtype = x_BTD.dtype
+
+        def project(weight: nnx.Param, bias: nnx.Param | None) -> jax.Array:
+            out = jnp.einsum("BTD,DNH->BTNH", x_BTD, weight[...].astype(dtype))
+            out = out if bias is None else out + bias[...].astype(dtype)[None, None]
+            return constrain(out, ("batch", "length", "activation_heads", "head_dim"))
+
+        q_BTNH = rotate(project(self.q, self.q_bias), places.positions, self.arch.rope_theta)
+        k_BTKH = rotate(project(self.k, self.k_bias), places.positions, self.arch.rope_theta)
+        v_BTKH = project(self.v, self.v_bias)
+        keys = places
+        if cache is not None and cached is not None:
+            start = (0, cache.cursor, 0, 0)
+            k_BTKH = jax.lax.dynamic_update_slice(cached[0], k_BTKH, start)
+            v_BTKH = jax.lax.dynamic_update_slice(cached[1], v_BTKH, start)
+            keys, cached = cache.places, (k_BTKH, v_BTKH)
+        out_BTNH = attend(q_BTNH, k_BTKH, v_BTKH, places, keys)
+        return jnp.einsum("BTNH,NHD->BTD", out_BTNH, self.o[...].astype(dtype)), cached
+
+
+class Transformer(nnx.Module):
+    """A decoder up to its last norm; `head()` gives the matrix that turns hidden states into logits."""
+
+    def __init__(self, arch: Architecture, compute: ComputeConfig, key: jax.Array) -> None:
+        key_embedding, key_head, key_blocks = jax.random.split(key, 3)
+        V, D = arch.vocab_size, arch.embed
+        self.arch = arch
+        self.compute = compute
+        self.embedding = nnx.Param(jax.random.normal(key_embedding, (V, D)) * arch.init_std, axes=("vocab", "embed"))
+        self.blocks = Blocks(arch, key_blocks)
+        self.final_norm = nnx.Param(jnp.ones((D,)), axes=("norm",))
+        head = None if arch.tied_head else jax.random.normal(key_head, (D, V)) * arch.init_std
+        self.untied_head = nnx.data(None if head is None else nnx.Param(head, axes=("embed", "vocab")))
+
+    def __call__(
+        self, tokens_BT: jax.Array, places: Places, cache: Cache | None = None
+    ) -> tuple[jax.Array, Cache | None]:
+        """Hidden states [B, T, D] in the compute dtype, and the cache with these tokens in it (if one was given)."""
+        dtype = jnp.dtype(self.compute.dtype)
+        # Gathered before the look-up: XLA would otherwise rematerialise the whole table for each use.
+        table_VD = constrain(self.embedding[...].astype(dtype), (None, None))
+        x_BTD = constrain(table_VD[tokens_BT], ("batch", "length", "activation_embed"))
+        if cache is not None:
+            slots = Places(*(jax.lax.dynamic_update_slice(old, new, (0, cache.cursor))
+                             for old, new in zip(cache.places, places, strict=True)))  # fmt: skip
+            cache = cache._replace(places=slots)
+
+        def layer(x_BTD: jax.Array, xs: tuple) -> tuple:
+            block, cached = xs
+            return block(x_BTD, places, cached, cache)
+
+        if self.compute.remat == "full":
+            layer = jax.checkpoint(layer)
+        cached = None if cache is None else (cache.k_LBSKH, cache.v_LBSKH)
+        x_BTD, cached = jax.lax.scan(layer, x_BTD, (self.blocks, cached))
+        if cache is not None and cached is not None:
+            cache = cache._replace(k_LBSKH=cached[0], v_LBSKH=cached[1], cursor=cache.cursor + tokens_BT.shape[1])
+        return rms_norm(x_BTD, self.final_norm, self.arch.norm_eps), cache
+
+    def head(self) -> jax.Array:
+        """[D, V] in the compute dtype: logits = hidden @ head. The embedding's transpose where the head is tied."""
+        head_DV = self.embedding[...].T if self.untied_head is None else self.untied_head[...]
+        return head_DV.astype(self.compute.dtype)
+
+    def empty_cache(self, batch: int, slots: int) -> Cache:
+        """A cache of `slots` tokens for each of `batch` rows, nothing in it."""
+        shape = (self.arch.layers, batch, slots, self.arch.kv_heads, self.arch.head_dim)
+        zeros = jnp.zeros(shape, self.compute.dtype)
+        nowhere = jnp.zeros((batch, slots), jnp.int32)
+        return Cache(zeros, zeros, Places(nowhere, nowhere), jnp.zeros((), jnp.int32))
+
+
+def rms_norm(x: jax.Array, weight: nnx.Param, eps: float) -> jax.Array:
+    """x / rms(x) * weight over the last axis, computed in float32, returned in the dtype of x."""
+    x32 = x.astype(jnp.float32)
+    normed = x32 * jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + eps)
+    return (normed * jnp.expand_dims(weight[...], tuple(range(x.ndim - 1)))).astype(x.dtype)
+
+
+def rotate(x_BTNH: jax.Array, positions_BT: jax.Array, theta: float) -> jax.Array:
+    """Rotary position embedding (arXiv 2104.09864) on the two halves of the head width, as Hugging Face lays it out."""
+    half = x_BTNH.shape[-1] // 2
+    frequencies = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
+    angles = positions_BT[:, :, None, None].astype(jnp.float32) * jnp.reshape(frequencies, (1, 1, 1, half))
+    cos, sin = jnp.cos(angles), jnp.sin(angles)
+    first, second = jnp.split(x_BTNH.astype(jnp.float32), 2, axis=-1)
+    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x_BTNH.dtype)

@@ -1,0 +1,60 @@
+"""How do gradients become updates? AdamW with warm-up, clipping and float32 state."""
+
+import math
+from typing import Any, Literal
+
+import jax
+import optax
+import pydantic
+from flax import nnx
+
+from thinkpo_jax.config import Section
+
+
+class OptimizerConfig(Section):
+    """AdamW (arXiv 1711.05101) and its learning rate over the stage's updates."""
+
+    learning_rate: float = pydantic.Field(gt=0)
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    warmup_ratio: float = pydantic.Field(default=0.1, ge=0, lt=1)
+    weight_decay: float = pydantic.Field(default=0.0, ge=0)
+    max_grad_norm: float = pydantic.Field(default=1.0, gt=0)
+    b1: float = pydantic.Field(default=0.9, ge=0, lt=1)
+    b2: float = pydantic.Field(default=0.999, ge=0, lt=1)
+    eps: float = pydantic.Field(default=1e-8, gt=0)
+
+
+def learning_rate(config: OptimizerConfig, steps: int) -> optax.Schedule:
+    """Learning rate by update: linear warm-up over `warmup_ratio` of the steps, then down to 0 (or constant)."""
+    warmup = math.ceil(config.warmup_ratio * steps)
+    rest = max(steps - warmup, 1)
+    after = {
+        "cosine": optax.cosine_decay_schedule(config.learning_rate, rest),
+        "linear": optax.linear_schedule(config.learning_rate, 0.0, rest),
+        "constant": optax.constant_schedule(config.learning_rate),
+    }[config.schedule]
+    return optax.join_schedules([optax.linear_schedule(0.0, config.learning_rate, warmup), after], [warmup])
+
+
+def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:
+    """Clipping by global norm, then AdamW; weight decay spares norms and biases."""
+    return optax.chain(
+        optax.clip_by_global_norm(config.max_grad_norm),
+        optax.adamw(
+            learning_rate(config, steps),
+            b1=config.b1,
+            b2=config.b2,
+            eps=config.eps,
+            weight_decay=config.weight_decay,
+            mask=_is_matrix,
+        ),
+    )
+
+
+def _is_matrix(params: Any) -> Any:
+    """True for weights that are decayed: those with an embed axis (no norm, no bias has one)."""
+
+    def one(leaf: Any) -> Any:
+        return jax.tree.map(lambda _: "embed" in leaf.get_metadata()["axes"], leaf)
+
+    return jax.tree.map(one, params, is_leaf=lambda leaf: isinstance(leaf, nnx.Variable))

@@ -1,0 +1,159 @@
+"""What is in a batch, and in which row? Whole examples are packed into rows of a fixed length.
+
+The order is a pure function of the seed and the epoch: a run that stopped goes on at any update without replaying what
+came before, and neither the number of devices nor of micro-batches changes which examples an update sees.
+"""
+
+import bisect
+import itertools
+import math
+from collections.abc import Sequence
+from typing import Generic, NamedTuple, TypeVar
+
+import jax
+import numpy as np
+import pydantic
+
+from thinkpo_jax.config import Section, UserError
+from thinkpo_jax.data import Example
+
+ArrayT = TypeVar("ArrayT")
+
+
+class BatchConfig(Section):
+    """What one update reads.
+
+    `size` is the number of examples (SFT answers, ThinkPO pairs) per update: exactly so where rows are not packed, on
+    average where they are. `rows_per_device` bounds how many rows a device computes at a time (null: all of them); the
+    rest follow as further micro-batches of the same update.
+    """
+
+    size: int = pydantic.Field(ge=1)
+    row_length: int = pydantic.Field(ge=2)
+    pack: bool = True
+    rows_per_device: int | None = pydantic.Field(default=None, ge=1)
+
+
+class Batch(NamedTuple, Generic[ArrayT]):
+    """Rows of one update. Leading axes [micro-batch M, row R]; T is the row length, P examples per row.
+
+    Segment ids count from 1 along a row, 0 is padding; a pair's chosen and rejected are neighbours. `targets` are the
+    tokens moved one to the left, and `answer_mask` is 1 where the target belongs to an answer.
+    """
+
+    tokens: ArrayT  # [M, R, T] int32
+    targets: ArrayT  # [M, R, T] int32
+    answer_mask: ArrayT  # [M, R, T] float32
+    positions: ArrayT  # [M, R, T] int32, within the segment
+    segments: ArrayT  # [M, R, T] int32
+    examples: ArrayT  # [M, R, P] int32: which example; -1: none
+    reference: ArrayT  # [M, R, P, S] float32: the reference's log-prob of each answer of the example
+
+
+def pack(lengths: np.ndarray, row_length: int, order: np.ndarray) -> list[list[int]]:
+    """Rows of example indices: best fit, longest first; among equal lengths the given order decides.
+
+    Every index of `order` stands in exactly one row, and no row is longer than `row_length`.
+    """
+    rows: list[list[int]] = []
+    room: list[tuple[int, int]] = []  # (free tokens, row), ascending
+    for index in sorted(order.tolist(), key=lambda i: -lengths[i]):
+        length = int(lengths[index])
+        place = bisect.bisect_left(room, (length, -1))
+        free, row = room.pop(place) if place < len(room) else (row_length, len(rows))
+        if row == len(rows):
+            rows.append([])
+        rows[row].append(index)
+        bisect.insort(room, (free - length, row))
+    return rows
+
+
+HostBatch = Batch[np.ndarray]
+DeviceBatch = Batch[jax.Array]
+
+
+class Batches:
+    """The updates of a stage, by index. `reference` [n, S], where given, is read into the batches."""
+
+    def __init__(
+        self,
+        examples: Sequence[Example],
+        config: BatchConfig,
+        *,
+        seed: int,
+        shards: int,
+        steps: int | None,
+        epochs: float,
+    ) -> None:
+        """`steps` updates, or those of `epochs` epochs where `steps` is None. Rows are padded to `shards` parts."""
+        self.examples = examples
+        self.config = config
+        self.lengths = np.array([sum(len(segment.tokens) for segment in example) for example in examples])
+        if self.lengths.max() > config.row_length:
+            raise UserError(f"an example has {self.lengths.max()} tokens, more than row_length {config.row_length}.")
+        self.steps_per_epoch = max(1, round(len(examples) / config.size))
+        self.steps = steps if steps is not None else max(1, round(self.steps_per_epoch * epochs))
+        count = max(1, math.ceil(self.steps / self.steps_per_epoch))
+        self.epochs = [self._epoch(np.random.default_rng((seed, epoch))) for epoch in range(count)]
+        self.answers = len(examples[0])
+        self.examples_per_row = max(len(row) for epoch in self.epochs for update in epoch for row in update)
+        rows = max(len(update) for epoch in self.epochs for update in epoch)
+        at_once = min(rows, (config.rows_per_device or rows) * shards)
+        self.rows = math.ceil(at_once / shards) * shards
+        self.micro_batches = math.ceil(rows / self.rows)
+        self.reference = np.zeros((len(examples), self.answers), np.float32)
+
+    def _epoch(self, rng: np.random.Generator) -> list[list[list[int]]]:
+        """The rows of each update of one epoch; the rows are spread evenly over the updates."""
+        order = rng.permutation(len(self.examples))
+        rows = pack(self.lengths, self.config.row_length, order) if self.config.pack else [[i] for i in order.tolist()]
+        if self.config.pack:
+            rows = [rows[i] for i in rng.permutation(len(rows))]
+        bounds = np.linspace(0, len(rows), min(self.steps_per_epoch, len(rows)) + 1).round().astype(int)
+        return [rows[start:end] for start, end in itertools.pairwise(bounds)]
+
+    def __len__(self) -> int:
+        return self.steps
+
+    def __getitem__(self, step: int) -> HostBatch:
+        if not 0 <= step < self.steps:
+            raise IndexError(step)
+        epoch, index = divmod(step, self.steps_per_epoch)
+        return self._fill(self.epochs[epoch][index])
+
+    def first_epoch(self) -> "Batches":
+        """The same batches, but exactly one epoch of them: every example once."""
+        once = object.__new__(Batches)
+        once.__dict__.update(self.__dict__ | {"steps": len(self.epochs[0])})
+        return once
+
+    def efficiency(self) -> float:
+        """Share of the first epoch's token slots that hold a token."""
+        updates = len(self.epochs[0])
+        return float(self.lengths.sum() / (updates * self.micro_batches * self.rows * self.config.row_length))
+
+    def _fill(self, update: list[list[int]]) -> HostBatch:
+        rows, length = self.micro_batches * self.rows, self.config.row_length
+        batch = Batch(
+            tokens=np.zeros((rows, length), np.int32),
+            targets=np.zeros((rows, length), np.int32),
+            answer_mask=np.zeros((rows, length), np.float32),
+            positions=np.zeros((rows, length), np.int32),
+            segments=np.zeros((rows, length), np.int32),
+            examples=np.full((rows, self.examples_per_row), -1, np.int32),
+            reference=np.zeros((rows, self.examples_per_row, self.answers), np.float32),
+        )
+        for row, indices in enumerate(update):
+            batch.examples[row, : len(indices)] = indices
+            batch.reference[row, : len(indices)] = self.reference[indices]
+            segments = [segment for index in indices for segment in self.examples[index]]
+            start = 0
+            for number, segment in enumerate(segments, 1):
+                end = start + len(segment.tokens)
+                batch.tokens[row, start:end] = segment.tokens
+                batch.targets[row, start : end - 1] = segment.tokens[1:]
+                batch.answer_mask[row, start + segment.answer_start - 1 : end - 1] = 1.0
+                batch.positions[row, start:end] = np.arange(end - start)
+                batch.segments[row, start:end] = number
+                start = end
+        return Batch(*(array.reshape(self.micro_batches, self.rows, *array.shape[1:]) for array in batch))

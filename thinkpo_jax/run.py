@@ -1,0 +1,312 @@
+"""What do the commands share? The composed configuration, the run folder, and how commands start and end."""
+
+import argparse
+import contextlib
+import importlib.metadata
+import json
+import re
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import jax
+import pydantic
+import yaml
+from jax.sharding import Mesh
+
+from thinkpo_jax import __version__
+from thinkpo_jax.benchmarks import BenchmarkConfig
+from thinkpo_jax.chat import Chat
+from thinkpo_jax.checkpoint import CheckpointConfig
+from thinkpo_jax.config import RunError, Section, UserError, nearest, override, parse, read_yaml
+from thinkpo_jax.convert import (
+    ModelConfig,
+    check_weights,
+    find_model,
+    load_model,
+    random_model,
+    read_architecture,
+    stop_ids,
+)  # fmt: skip
+from thinkpo_jax.data import PairData, SftData
+from thinkpo_jax.model import ComputeConfig, Transformer
+from thinkpo_jax.optimizer import OptimizerConfig
+from thinkpo_jax.packing import BatchConfig
+from thinkpo_jax.sample import SamplingConfig
+from thinkpo_jax.sharding import MeshConfig, make_mesh
+
+BASE = "base"  # the name of the start model among the models of a run
+RESERVED = (BASE, "evaluation", "plots")
+
+
+class _Stage(Section):
+    """What every stage has. It starts from `start` (a stage, or `base`), by default from the stage before it."""
+
+    name: str = pydantic.Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")
+    start: str | None = None
+    steps: int | None = pydantic.Field(default=None, ge=1)
+    epochs: float | None = pydantic.Field(default=None, gt=0)
+    batch: BatchConfig
+    optimizer: OptimizerConfig
+    checkpoint: CheckpointConfig = CheckpointConfig()
+
+    @pydantic.model_validator(mode="after")
+    def _one_length(self) -> "_Stage":
+        if (self.steps is None) == (self.epochs is None):
+            raise ValueError("give either `steps` or `epochs`, one of the two")
+        return self
+
+
+class SftStage(_Stage):
+    """Supervised fine-tuning on answers."""
+
+    objective: Literal["sft"]
+    data: SftData
+
+
+class ThinkpoStage(_Stage):
+    """ThinkPO on (long, short) pairs against the model that the stage starts from."""
+
+    objective: Literal["thinkpo"]
+    data: PairData
+    beta: float = pydantic.Field(default=0.01, gt=0)
+
+
+Stage = SftStage | ThinkpoStage
+
+
+class EvaluationConfig(Section):
+    """What every model of the run (the start model and each stage) is asked, and which of them are compared."""
+
+    benchmarks: tuple[BenchmarkConfig, ...] = pydantic.Field(min_length=1)
+    sampling: SamplingConfig = SamplingConfig()
+    compare: tuple[tuple[str, str], ...] = ()
+
+
+class RunConfig(Section):
+    """One run: a start model, a mesh, an ordered list of stages, and the evaluation at its end."""
+
+    run_dir: str
+    title: str = "ThinkPO run"
+    seed: int = pydantic.Field(default=0, ge=0)
+    model: ModelConfig
+    compute: ComputeConfig = ComputeConfig()
+    mesh: MeshConfig = MeshConfig()
+    stages: tuple[Annotated[Stage, pydantic.Field(discriminator="objective")], ...] = ()
+    evaluation: EvaluationConfig | None = None
+
+    @pydantic.model_validator(mode="after")
+    def _names(self) -> "RunConfig":
+        known = [BASE]
+        for stage in self.stages:
+            if stage.name in known or stage.name in RESERVED:
+                raise ValueError(f"stage name {stage.name!r} is taken; names differ, and are none of {RESERVED}")
+            if stage.start is not None and stage.start not in known:
+                raise ValueError(f"stage {stage.name}: start {stage.start!r} is none of the models before it: {known}")
+            known.append(stage.name)
+        for name in {name for pair in (self.evaluation.compare if self.evaluation else ()) for name in pair}:
+            if name not in known:
+                raise ValueError(f"evaluation.compare: no model {name!r}{nearest(name, known)}; there are: {known}")
+        return self
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run whose configuration and start model have been checked; nothing is written yet."""
+
+    config: RunConfig
+    folder: Path
+    start_folder: Path
+    chat: Chat
+    mesh: Mesh
+
+    def start_of(self, stage: Stage) -> str:
+        """The name of the model that a stage starts from."""
+        names = self.models()
+        return stage.start or names[names.index(stage.name) - 1]
+
+    def models(self) -> list[str]:
+        """The names of the models of the run, in order: `base`, then the stages."""
+        return [BASE, *(stage.name for stage in self.config.stages)]
+
+    def model_folder(self, name: str) -> Path:
+        """The Hugging Face folder of a model of the run; a stage's exists once the stage is finished."""
+        return self.start_folder if name == BASE else self.folder / name / "model"
+
+    def load(self, name: str) -> Transformer:
+        """A model of the run, on its mesh."""
+        compute = self.config.compute
+        if name == BASE and self.config.model.weights == "random":
+            return random_model(self.start_folder, compute, self.mesh, seed=self.config.seed)
+        return load_model(self.model_folder(name), compute, self.mesh)
+
+    def settings(self, name: str) -> dict[str, Any]:
+        """Everything that determines the weights of a model of the run: a change means another model."""
+        if name == BASE:
+            return {"model": self.config.model.model_dump(mode="json")}
+        stage = next(stage for stage in self.config.stages if stage.name == name)
+        own = stage.model_dump(mode="json", exclude={"checkpoint", "start"})
+        numerics = {"seed": self.config.seed, "dtype": self.config.compute.dtype}
+        return {"stage": own, "numerics": numerics, "start": self.settings(self.start_of(stage))}
+
+    def finished(self, name: str) -> bool:
+        """Whether a stage is done. Raises `UserError` where the folder holds a stage with other settings."""
+        record = read_record(self.folder / name / "stage.json")
+        if record is None:
+            return False
+        changed = _differences(record["settings"], json.loads(json.dumps(self.settings(name))))
+        if changed:
+            raise UserError(
+                f"{self.folder / name} holds stage {name!r} with other settings: {'; '.join(changed)}. Choose another "
+                "run_dir (--set run_dir=...), or remove that folder to train the stage again."
+            )
+        return record["summary"] is not None and self.model_folder(name).is_dir()
+
+    def write_config(self) -> None:
+        """Makes the run folder and writes the resolved configuration, with versions as comments, as config.yaml."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        head = "".join(f"# {name}: {version}\n" for name, version in versions().items())
+        text = yaml.safe_dump(self.config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+        write_whole(self.folder / "config.yaml", head + text)
+
+
+def _differences(old: Any, new: Any, path: str = "") -> list[str]:
+    if isinstance(old, dict) and isinstance(new, dict):
+        return [line for key in {**old, **new} for line in _differences(old.get(key), new.get(key), f"{path}.{key}")]
+    return [] if old == new else [f"{path.lstrip('.')} was {old!r}, is {new!r}"]
+
+
+def read_record(path: Path) -> dict[str, Any] | None:
+    """A JSON object that the run wrote; None where there is none yet."""
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Writes a text file so that it is either whole or not there."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(text, encoding="utf-8")
+    partial.replace(path)
+
+
+def versions() -> dict[str, str]:
+    """The versions of what computed a run: this package and its commit, Python, jax and its companions, the devices."""
+    names = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "transformers", "numpy")
+    found = {name: importlib.metadata.version(name) for name in names}
+    kinds = sorted({device.device_kind for device in jax.devices()})
+    devices = f"{len(jax.devices())} x {', '.join(kinds)}"
+    return {
+        "thinkpo_jax": f"{__version__}, commit {_commit()}",
+        "python": sys.version.split()[0],
+        **found,
+        "devices": devices,
+    }
+
+
+def _commit() -> str:
+    here = Path(__file__).parent
+    try:
+        told = subprocess.run(
+            ["git", "describe", "--always", "--dirty", "--abbrev=12"],
+            cwd=here,
+            capture_output=True,
+            text=True,
+            timeout=10,
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return "unknown"
+    return told.stdout.strip() if told.returncode == 0 else "unknown"
+
+
+def model_card(run: Run, name: str) -> str:
+    """The README.md of a model of the run: from what, with what data and settings it was trained."""
+    stage = next(stage for stage in run.config.stages if stage.name == name)
+    head = {
+        "library_name": "transformers",
+        "base_model": run.config.model.path,
+        "tags": ["thinkpo_jax", stage.objective],
+    }
+    settings = yaml.safe_dump(run.settings(name), sort_keys=False, allow_unicode=True)
+    made_with = "\n".join(f"- {what}: {version}" for what, version in versions().items())
+    return (
+        f"---\n{yaml.safe_dump(head, sort_keys=False)}---\n\n# {run.config.title}: {name}\n\n"
+        f"Trained with thinkpo_jax from `{run.config.model.path}`, stage `{name}` ({stage.objective}), which started "
+        f"from `{run.start_of(stage)}`.\n\n## Settings\n\n```yaml\n{settings}```\n\n## Made with\n\n{made_with}\n"
+    )
+
+
+def load_config(path: Path, assignments: Sequence[str] = ()) -> RunConfig:
+    """The configuration of a YAML file with `--set` assignments applied. Raises `UserError`."""
+    return parse(RunConfig, override(read_yaml(path), assignments), source=str(path))
+
+
+def open_run(config: RunConfig) -> Run:
+    """Checks what can be checked without training: the mesh, the start model, its tokenizer. Raises `UserError`."""
+    mesh = make_mesh(config.mesh)
+    folder = find_model(config.model.path)
+    arch = read_architecture(folder)
+    if config.model.weights == "pretrained":
+        check_weights(folder)
+    chat = Chat.load(folder, stop_ids=stop_ids(folder))
+    if len(chat.tokenizer) > arch.vocab_size:
+        raise UserError(
+            f"{folder}: the tokenizer has {len(chat.tokenizer)} tokens, the embedding only {arch.vocab_size} rows."
+        )
+    for stage in config.stages:
+        if stage.batch.row_length > arch.max_positions:
+            name = f"stages.{stage.name}.batch.row_length"
+            _warn(f"{name} is {stage.batch.row_length}, the model was made for up to {arch.max_positions} tokens.")
+    return Run(config, Path(config.run_dir).expanduser(), folder, chat, mesh)
+
+
+def _warn(text: str) -> None:
+    print(f"warning: {text}", file=sys.stderr)
+
+
+def config_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds --config and --set to a command."""
+    parser.add_argument("--config", type=Path, required=True, metavar="FILE", help="the YAML file of the run")
+    parser.add_argument(
+        "--set", action="extend", nargs="+", default=[], metavar="KEY=VALUE", dest="assignments",
+        help="override a key of the file: --set seed=1 stages.sft.steps=20 mesh.fsdp=8",
+    )  # fmt: skip
+
+
+def command(main: Callable[[Sequence[str]], None], arguments: Sequence[str] | None = None) -> int:
+    """Runs a command and gives its exit status: 0 done, 1 a failed run, 2 an error of the user's, 130 stopped by Ctrl-C."""
+    try:
+        main(sys.argv[1:] if arguments is None else arguments)
+    except (UserError, RunError) as error:
+        print(re.sub(r"(?m)^", "error: ", str(error)), file=sys.stderr)
+        return 2 if isinstance(error, UserError) else 1
+    except KeyboardInterrupt:
+        print("\nStopped. Run the same command again to go on from the last checkpoint.", file=sys.stderr)
+        return 130
+    return 0
+
+
+@contextlib.contextmanager
+def stop_requests() -> Iterator[Callable[[], bool]]:
+    """Within it the first Ctrl-C (or SIGTERM) only asks: the function it gives says whether one came.
+
+    So an update is never cut in two. A second Ctrl-C stops at once.
+    """
+    asked: list[int] = []
+
+    def handle(number: int, _: Any) -> None:
+        if asked:
+            raise KeyboardInterrupt
+        asked.append(number)
+        print("\nStopping after this update; Ctrl-C again stops at once.", file=sys.stderr)
+
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    before = {number: signal.signal(number, handle) for number in numbers}
+    try:
+        yield lambda: bool(asked)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

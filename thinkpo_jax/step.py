@@ -1,0 +1,76 @@
+"""What is one update? One jitted function for every objective."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh
+
+from thinkpo_jax.model import Transformer
+from thinkpo_jax.objectives import Objective, Sums
+from thinkpo_jax.packing import DeviceBatch
+from thinkpo_jax.sharding import shardings
+
+
+class TrainState(NamedTuple):
+    """What an update reads and replaces: float32 master weights, the optimizer's moments, updates done so far."""
+
+    model: Transformer
+    optimizer: optax.OptState
+    step: jax.Array
+
+
+Metrics = dict[str, jax.Array]
+Step = Callable[[TrainState, DeviceBatch], tuple[TrainState, Metrics]]
+
+
+def initial_state(model: Transformer, optimizer: optax.GradientTransformation, mesh: Mesh) -> TrainState:
+    """The state before the first update; the moments lie on the mesh like their parameters."""
+
+    def build(model: Transformer) -> TrainState:
+        return TrainState(model, optimizer.init(model), jnp.zeros((), jnp.int32))  # pyright: ignore[reportArgumentType] -- a Module is a pytree
+
+    layout = shardings(jax.eval_shape(build, model), mesh)
+    return jax.jit(build, out_shardings=layout)(model)
+
+
+def make_step(objective: Objective, optimizer: optax.GradientTransformation, mesh: Mesh, state: TrainState) -> Step:
+    """One update on a batch [M, R, ...]: gradients of M micro-batches are summed, then divided once by the weight.
+
+    An update whose loss or gradient is not finite leaves the state as it was; its metrics say so (`finite` is 0).
+    Metrics are means over the weight, with `loss`, `grad_norm` (before clipping), `weight` and `finite`.
+    """
+
+    def step(state: TrainState, batch: DeviceBatch) -> tuple[TrainState, Metrics]:
+        gradients, sums = _accumulate(objective, state.model, batch)
+        weight = jnp.maximum(sums.weight, 1.0)
+        gradients = jax.tree.map(lambda gradient: gradient / weight, gradients)
+        norm = optax.global_norm(gradients)
+        updates, moments = optimizer.update(gradients, state.optimizer, state.model)  # pyright: ignore[reportArgumentType] -- a Module is a pytree
+        updated = TrainState(optax.apply_updates(state.model, updates), moments, state.step + 1)  # pyright: ignore[reportArgumentType] -- a Module is a pytree
+        finite = jnp.isfinite(sums.loss) & jnp.isfinite(norm)
+        state = jax.tree.map(lambda new, old: jnp.where(finite, new, old), updated, state)
+        metrics = {name: value / weight for name, value in sums.metrics.items()}
+        metrics |= {"loss": sums.loss / weight, "grad_norm": norm, "weight": sums.weight, "finite": finite}
+        return state, metrics
+
+    return jax.jit(step, donate_argnums=0, out_shardings=(shardings(state, mesh), None))
+
+
+def _accumulate(objective: Objective, model: Transformer, batch: DeviceBatch) -> tuple[Any, Sums]:
+    """Summed gradients and sums over the micro-batches of a batch."""
+
+    def loss(model: Transformer, rows: DeviceBatch) -> tuple[jax.Array, Sums]:
+        sums = objective(model, rows)
+        return sums.loss, sums
+
+    gradient = jax.grad(loss, has_aux=True)
+
+    def body(total: Any, rows: DeviceBatch) -> tuple[Any, None]:
+        return jax.tree.map(jnp.add, total, gradient(model, rows)), None
+
+    first = jax.tree.map(lambda array: array[0], batch)
+    zeros = jax.tree.map(lambda like: jnp.zeros(like.shape, like.dtype), jax.eval_shape(gradient, model, first))
+    return jax.lax.scan(body, zeros, batch)[0]

@@ -1,0 +1,188 @@
+"""What is a run? Read `run_all` and `train_stage` top to bottom.
+
+Example: python -m thinkpo_jax.train --config configs/quickstart.yaml --set seed=1
+"""
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from thinkpo_jax.checkpoint import Checkpoints
+from thinkpo_jax.config import RunError, UserError
+from thinkpo_jax.convert import save_model
+from thinkpo_jax.data import Examples, tokenize
+from thinkpo_jax.evaluate import evaluate_run
+from thinkpo_jax.log import MetricsFile, Progress, read_metrics, say
+from thinkpo_jax.model import Transformer
+from thinkpo_jax.objectives import sft, thinkpo
+from thinkpo_jax.optimizer import learning_rate, make_optimizer
+from thinkpo_jax.packing import Batches
+from thinkpo_jax.reference import check_start, reference_logprobs
+from thinkpo_jax.run import (
+    Run,
+    RunConfig,
+    Stage,
+    ThinkpoStage,
+    command,
+    config_arguments,
+    load_config,
+    model_card,
+    open_run,
+    stop_requests,
+    write_whole,
+)  # fmt: skip
+from thinkpo_jax.sharding import data_shards, put_batch
+from thinkpo_jax.step import TrainState, initial_state, make_step
+
+
+def run_all(config: RunConfig) -> Run:
+    """Trains the stages that are not finished, in order, then evaluates every model and writes the report."""
+    run = open_run(config)
+    stages = [stage for stage in config.stages if not run.finished(stage.name)]
+    examples = {stage.name: read_examples(run, stage) for stage in stages}  # all of it, before anything is written
+    run.write_config()
+    with jax.set_mesh(run.mesh):
+        for stage in stages:
+            train_stage(run, stage, examples.pop(stage.name))
+        evaluate_run(run)
+    return run
+
+
+def read_examples(run: Run, stage: Stage) -> Examples:
+    """The tokenised examples of a stage; says what was left out. Raises `UserError`."""
+    try:
+        found = tokenize(stage.data, run.chat, row_length=stage.batch.row_length, seed=run.config.seed)
+    except UserError as error:
+        raise UserError(f"stage {stage.name}: {error}") from None
+    left_out = "".join(f"; {count} left out: {reason}" for reason, count in found.dropped.items())
+    say(f"{stage.name}: {len(found.examples)} of {found.rows} examples{left_out}")
+    return found
+
+
+def train_stage(run: Run, stage: Stage, examples: Examples) -> None:
+    """Trains one stage from its last checkpoint, or from its start model, and exports its end."""
+    folder, start = run.folder / stage.name, run.start_of(stage)
+    shards = data_shards(run.mesh)
+    batches = Batches(
+        examples.examples,
+        stage.batch,
+        seed=run.config.seed,
+        shards=shards,
+        steps=stage.steps,
+        epochs=stage.epochs or 1.0,
+    )
+    say(f"{stage.name}: {describe(batches)}, from {start}")
+    write_whole(folder / "stage.json", json.dumps({"settings": run.settings(stage.name), "summary": None}))
+    model = run.load(start)
+    objective = sft
+    if isinstance(stage, ThinkpoStage):
+        objective = thinkpo(stage.beta)
+        batches.reference = stage_reference(run, stage, batches, model)
+        check_start(objective, model, batches[0], run.mesh)
+    optimizer = make_optimizer(stage.optimizer, len(batches))
+    state = initial_state(model, optimizer, run.mesh)
+    del model
+    with Checkpoints(folder / "checkpoints", keep=stage.checkpoint.keep) as checkpoints, stop_requests() as stopping:
+        if checkpoints.latest() is not None:
+            state = checkpoints.restore(state)
+            say(f"{stage.name}: going on from update {int(state.step)}")
+        step = make_step(objective, optimizer, run.mesh, state)
+        metrics_file = MetricsFile(folder / "metrics.jsonl", step=int(state.step))
+        progress = Progress(stage.name, len(batches), done=int(state.step), unit="update")
+        rate = learning_rate(stage.optimizer, len(batches))
+        for index in range(int(state.step), len(batches)):
+            began = time.monotonic()
+            batch = batches[index]
+            state, metrics = step(state, put_batch(batch, run.mesh))
+            line = metrics_line(jax.device_get(metrics), index, batches)
+            line |= {"learning_rate": np.asarray(rate(index)).item(), **speed(batch.segments, time.monotonic() - began)}
+            if not line.pop("finite"):
+                raise RunError(
+                    f"stage {stage.name}, update {index + 1}: loss {line['loss']}, gradient norm {line['grad_norm']}; "
+                    f"the update was not applied. Examples in it: {sorted(batch.examples[batch.examples >= 0].tolist())}."
+                )
+            metrics_file.write(line)
+            progress.update(index + 1, shown(line))
+            if (index + 1) % stage.checkpoint.every == 0 or index + 1 == len(batches) or stopping():
+                checkpoints.save(state)
+            if stopping() and index + 1 < len(batches):
+                raise KeyboardInterrupt
+        metrics_file.close()
+        progress.close()
+    finish_stage(run, stage, state, batches, examples)
+
+
+def describe(batches: Batches) -> str:
+    """How the examples of a stage are laid out, in words."""
+    per_update = len(batches.examples) / batches.steps_per_epoch
+    return (
+        f"{len(batches)} updates of {per_update:.4g} examples on average; {batches.micro_batches} micro-batch(es) of "
+        f"{batches.rows} rows x {batches.config.row_length} tokens, {batches.efficiency():.0%} of them useful"
+    )
+
+
+def stage_reference(run: Run, stage: Stage, batches: Batches, model: Transformer) -> np.ndarray:
+    """The start model's log-probs of a stage's answers; kept in its folder, so that a resumed stage has the same."""
+    path = run.folder / stage.name / "reference.npy"
+    if path.exists():
+        return np.load(path, allow_pickle=False)
+    progress = Progress(f"{stage.name} reference", len(batches.first_epoch()), unit="batch")
+    found = reference_logprobs(model, batches, run.mesh, progress=progress.update)
+    progress.close()
+    partial = path.with_suffix(".partial.npy")
+    np.save(partial, found)
+    partial.rename(path)
+    return found
+
+
+def metrics_line(metrics: dict[str, Any], index: int, batches: Batches) -> dict[str, float]:
+    """The metrics of update `index` (from 0) as plain numbers."""
+    line = {name: float(value) for name, value in metrics.items()}
+    return {"step": index + 1, "epoch": (index + 1) / batches.steps_per_epoch, **line}
+
+
+def speed(segments: np.ndarray, seconds: float) -> dict[str, float]:
+    """Useful tokens (padding left out) of an update, and per second."""
+    tokens = int((segments > 0).sum())
+    return {"tokens": tokens, "seconds": round(seconds, 4), "tokens_per_second": round(tokens / seconds, 1)}
+
+
+def shown(line: dict[str, float]) -> dict[str, str]:
+    """What the progress bar shows of an update."""
+    values = {"loss": f"{line['loss']:.4f}"}
+    if "rewards/margins" in line:
+        values["margin"] = f"{line['rewards/margins']:.3f}"
+    return values | {"tok/s": f"{line['tokens_per_second']:,.0f}"}
+
+
+def finish_stage(run: Run, stage: Stage, state: TrainState, batches: Batches, examples: Examples) -> None:
+    """Exports the stage's end and marks the stage as finished."""
+    folder = run.folder / stage.name
+    lines = read_metrics(folder / "metrics.jsonl")
+    save_model(state.model, folder / "model", like=run.start_folder, dtype="float32", card=model_card(run, stage.name))
+    notes = [f"{len(examples.examples)} examples", describe(batches)]
+    notes += [f"{count} examples left out: {reason}" for reason, count in examples.dropped.items()]
+    summary = {"steps": len(batches), "seconds": sum(line["seconds"] for line in lines), "notes": notes}
+    write_whole(folder / "stage.json", json.dumps({"settings": run.settings(stage.name), "summary": summary}))
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Parses the command line and runs."""
+    parser = argparse.ArgumentParser(
+        prog="python -m thinkpo_jax.train",
+        description="Train and evaluate the stages of a run. What is finished is not run again.",
+        epilog="example: python -m thinkpo_jax.train --config configs/quickstart.yaml --set seed=1 run_dir=runs/seed1",
+    )
+    config_arguments(parser)
+    parsed = parser.parse_args(arguments)
+    run_all(load_config(parsed.config, parsed.assignments))
+
+
+if __name__ == "__main__":
+    sys.exit(command(main))
