@@ -7,6 +7,10 @@ import pytest
 from checkpoints import smollm2_folder, smollm2_missing
 from filelock import FileLock
 
+# Before jax is imported: eight devices on the CPU, so that meshes are real.
+os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+os.environ["HF_HUB_OFFLINE"] = "1"
 # torch's threads wait by spinning: where cores are shared (pytest-xdist), more than one makes it slower.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 

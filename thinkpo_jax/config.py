@@ -8,7 +8,7 @@ import difflib
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import pydantic
 import yaml
@@ -133,8 +133,8 @@ def _location(raw: Any, location: tuple[str | int, ...]) -> list[str | int]:
     node: Any = raw
     kept: list[str | int] = []
     for step in location:
-        if step in node if isinstance(node, Mapping) else isinstance(node, list) and isinstance(step, int):
-            node = node[step]
+        if (isinstance(node, Mapping) and step in node) or (isinstance(node, list) and isinstance(step, int)):
+            node = node[cast(Any, step)]
             kept.append(step)
         elif step == location[-1]:
             kept.append(step)

@@ -150,8 +150,8 @@ def pool_runs(folders: Sequence[Path]) -> str:
         low, high = (100 * bound for bound in found.ci95)
         lines.append(
             f"{row['benchmark']}: {row['from']} -> {row['to']}, {len(folders)} runs, {found.num_questions} "
-            f"paired questions: accuracy {100 * found.accuracy_difference:+.1f} points (95 % interval {low:+.1f} to {high:+.1f}, "
-            f"p = {found.p_value:.2g}), response tokens {found.response_tokens_difference:+.1f}"
+            f"paired questions: accuracy {100 * found.accuracy_difference:+.1f} points (95 % interval {low:+.1f} "
+            f"to {high:+.1f}, p = {found.p_value:.2g}), response tokens {found.response_tokens_difference:+.1f}"
         )
     return "\n".join(lines)
 

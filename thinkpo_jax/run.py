@@ -277,7 +277,7 @@ def config_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def command(main: Callable[[Sequence[str]], None], arguments: Sequence[str] | None = None) -> int:
-    """Runs a command and gives its exit status: 0 done, 1 a failed run, 2 an error of the user's, 130 stopped by Ctrl-C."""
+    """Runs a command and gives its exit status: 0 done, 1 a failed run, 2 a user's error, 130 Ctrl-C."""
     try:
         main(sys.argv[1:] if arguments is None else arguments)
     except (UserError, RunError) as error:

@@ -105,7 +105,7 @@ def train_stage(run: Run, stage: Stage, examples: Examples) -> None:
             if not line.pop("finite"):
                 raise RunError(
                     f"stage {stage.name}, update {index + 1}: loss {line['loss']}, gradient norm {line['grad_norm']}; "
-                    f"the update was not applied. Examples in it: {sorted(batch.examples[batch.examples >= 0].tolist())}."
+                    f"the update was not applied. Its examples: {sorted(batch.examples[batch.examples >= 0].tolist())}."
                 )
             metrics_file.write(line)
             progress.update(index + 1, shown(line))
