@@ -57,7 +57,7 @@ def test_the_clustered_interval_covers_the_truth_in_95_of_100_benchmarks():
     rng = np.random.default_rng(0)
     covered = []
     for _ in range(150):
-        rate_Q = np.where(rng.random(40) < 0.9, 0.97, 0.1)  # most questions easy, a few hard: where bootstraps fail
+        rate_Q = np.where(rng.random(40) < 0.9, 0.97, 0.1)  # most questions easy, a few hard
         low, high = summarise(items(rng.random((40, 4)) < rate_Q[:, None])).ci95
         covered.append(low <= 0.9 * 0.97 + 0.1 * 0.1 <= high)
     assert 0.91 <= np.mean(covered) <= 0.99

@@ -1,8 +1,11 @@
 """What is the paper in miniature? Questions a two-layer model can answer, with long and short answers.
 
-A question asks for a sum of single digits modulo 10. The long answer works it out, one running sum after the other;
-the short answer names the result at once. `python -m thinkpo_jax.miniature --out DIR` writes the folder (config.json,
-tokenizer, chat template) from which `configs/miniature_base.yaml` trains the base model that ships with the package.
+A question is six digits and a mark; its answer is the sum of the digits modulo 10. The long answer works the sum out
+step by step, the short one names a result at once. How strong the base model's habit of answering at once is depends on
+the mark: weak after `?`, strong after `!`, very strong after `.`.
+
+`python -m thinkpo_jax.miniature --out DIR` writes the folder (config.json, tokenizer, chat template) from which
+`configs/miniature_base.yaml` trains the base model that ships with the package.
 """
 
 import argparse
@@ -17,14 +20,20 @@ import pydantic
 from thinkpo_jax.config import Section
 
 DIGITS = 6
+MARKS = "?!."
+RIGHT_SHORT_ANSWERS = 0.8  # the paper's share: 8,080 right and 2,000 wrong rejected answers
 
 
 class MiniatureData(Section):
-    """Generated questions. Held-out questions and training questions never overlap, whatever the seed."""
+    """Generated questions. Held-out questions and training questions never overlap, whatever the seed.
 
-    questions: int = pydantic.Field(ge=1)
+    `marks` are taken in turn. `short_share` holds for each of `?`, `!`, `.` how many of the `mixed` answers are short.
+    """
+
+    questions: int = pydantic.Field(ge=1, le=100_000)
+    marks: str = pydantic.Field(default=MARKS, pattern=r"^[?!.]+$")
     held_out: bool = False
-    short_share: float = pydantic.Field(default=0.5, ge=0, le=1)
+    short_share: tuple[float, float, float] = (0.6, 0.97, 0.995)
 
     def rows(self, seed: int) -> Iterator[dict[str, str]]:
         """Rows with the fields question, long, short, mixed (long or short), answer; a pure function of the seed."""
@@ -32,13 +41,17 @@ class MiniatureData(Section):
         seen: set[str] = set()
         while len(seen) < self.questions:
             digits = rng.integers(0, 10, DIGITS)
-            question = "+".join(map(str, digits)) + "?"
-            if question in seen or (zlib.crc32(question.encode()) % 2 == 1) != self.held_out:
+            text = "".join(map(str, digits))
+            if text in seen or (zlib.crc32(text.encode()) % 2 == 1) != self.held_out:
                 continue
-            seen.add(question)
-            long, short = _long_answer(digits), f"#{digits.sum() % 10}"
-            mixed = short if rng.random() < self.short_share else long
-            yield {"question": question, "long": long, "short": short, "mixed": mixed, "answer": short[1:]}
+            mark = self.marks[len(seen) % len(self.marks)]
+            seen.add(text)
+            answer = int(digits.sum() % 10)
+            off = 0 if rng.random() < RIGHT_SHORT_ANSWERS else int(rng.integers(1, 10))
+            long, short = _long_answer(digits), f"#{answer}"
+            mixed = short if rng.random() < self.short_share[MARKS.index(mark)] else long
+            rejected = f"#{(answer + off) % 10}"
+            yield {"question": text + mark, "long": long, "short": rejected, "mixed": mixed, "answer": str(answer)}
 
 
 def _long_answer(digits: np.ndarray) -> str:
@@ -57,12 +70,12 @@ ARCHITECTURE = {
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
     "intermediate_size": 256,
-    "max_position_embeddings": 256,
+    "max_position_embeddings": 128,
     "rope_theta": 10000.0,
     "rms_norm_eps": 1e-6,
     "hidden_act": "silu",
     "tie_word_embeddings": True,
-    "initializer_range": 0.02,
+    "initializer_range": 0.05,
 }
 SPECIAL = ("<pad>", "<|user|>", "<|assistant|>", "<|end|>")
 CHAT_TEMPLATE = (
@@ -77,7 +90,7 @@ def write_shape(folder: Path) -> None:
     from tokenizers import AddedToken, Regex, Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
-    characters = "0123456789+=;#?"
+    characters = "0123456789+=;#" + MARKS
     vocabulary = {token: i for i, token in enumerate((*SPECIAL, *characters))}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<pad>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")

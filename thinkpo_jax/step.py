@@ -47,7 +47,7 @@ def make_step(objective: Objective, optimizer: optax.GradientTransformation, mes
         gradients, sums = _accumulate(objective, state.model, batch)
         weight = jnp.maximum(sums.weight, 1.0)
         gradients = jax.tree.map(lambda gradient: gradient / weight, gradients)
-        norm = optax.global_norm(gradients)
+        norm = optax.tree.norm(gradients)
         updates, moments = optimizer.update(gradients, state.optimizer, state.model)  # pyright: ignore[reportArgumentType] -- a Module is a pytree
         updated = TrainState(optax.apply_updates(state.model, updates), moments, state.step + 1)  # pyright: ignore[reportArgumentType] -- a Module is a pytree
         finite = jnp.isfinite(sums.loss) & jnp.isfinite(norm)

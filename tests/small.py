@@ -1,0 +1,72 @@
+"""A model, examples and meshes small enough to compare whole training trajectories."""
+
+from collections.abc import Sequence
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from thinkpo_jax.data import Example, Segment
+from thinkpo_jax.model import Architecture, ComputeConfig, Transformer
+from thinkpo_jax.packing import BatchConfig, Batches
+from thinkpo_jax.sharding import MeshConfig, make_mesh
+
+ARCH = Architecture(
+    vocab_size=64,
+    embed=32,
+    layers=2,
+    heads=4,
+    kv_heads=2,
+    head_dim=8,
+    mlp=48,
+    rope_theta=10_000.0,
+    norm_eps=1e-6,
+    max_positions=128,
+    qkv_bias=True,
+    tied_head=False,
+    init_std=0.2,
+)
+FLOAT32 = ComputeConfig(dtype="float32")
+
+
+def mesh(**sizes: int) -> Mesh:
+    """A mesh of exactly the given sizes over the first devices; one device without any."""
+    sizes = {"data": 1, "fsdp": 1, "tensor": 1} | sizes
+    return make_mesh(MeshConfig(**sizes), jax.devices()[: int(np.prod(list(sizes.values())))])
+
+
+def model(compute: ComputeConfig = FLOAT32, seed: int = 0) -> Transformer:
+    """Random weights, biases and norms included, so that every parameter matters."""
+    fresh = Transformer(ARCH, compute, jax.random.key(seed))
+    leaves, structure = jax.tree.flatten(fresh)
+    keys = jax.random.split(jax.random.key(seed + 1), len(leaves))
+    noisy = [leaf + 0.1 * jax.random.normal(key, leaf.shape) for leaf, key in zip(leaves, keys, strict=True)]
+    return jax.tree.unflatten(structure, noisy)
+
+
+def segment(rng: np.random.Generator, prompt: int, answer: int) -> Segment:
+    """Random tokens: a prompt and its answer."""
+    return Segment(rng.integers(0, ARCH.vocab_size, prompt + answer).astype(np.int32), prompt)
+
+
+def pairs(count: int, seed: int = 0) -> list[Example]:
+    """(long, short) pairs of various lengths."""
+    rng = np.random.default_rng(seed)
+    found: list[Example] = []
+    for _ in range(count):
+        prompt = int(rng.integers(2, 6))
+        long, short = segment(rng, prompt, int(rng.integers(6, 20))), segment(rng, prompt, int(rng.integers(1, 5)))
+        short.tokens[:prompt] = long.tokens[:prompt]
+        found.append((long, short))
+    return found
+
+
+def singles(count: int, seed: int = 0) -> list[Example]:
+    """SFT examples of various lengths."""
+    return [(long,) for long, _ in pairs(count, seed)]
+
+
+def batches(examples: Sequence[Example], *, shards: int = 1, steps: int = 4, size: int = 6, **batch: object) -> Batches:
+    """`steps` updates of about `size` examples, rows of 48 tokens unless said otherwise."""
+    config = BatchConfig.model_validate({"size": size, "row_length": 48} | batch)
+    return Batches(examples, config, seed=0, shards=shards, steps=steps, epochs=1.0)

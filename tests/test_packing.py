@@ -1,0 +1,79 @@
+"""Nothing is lost, doubled or cut by packing, and the order depends on the seed and the epoch alone."""
+
+import hypothesis
+import hypothesis.strategies as st
+import numpy as np
+import pytest
+import small
+
+from thinkpo_jax.config import UserError
+from thinkpo_jax.packing import pack
+
+
+@hypothesis.settings(max_examples=500, deadline=None)
+@hypothesis.given(lengths=st.lists(st.integers(1, 64), min_size=1, max_size=80), seed=st.integers(0, 2**16))
+def test_every_example_lies_in_one_row_and_no_row_is_too_long(lengths: list[int], seed: int) -> None:
+    sizes = np.array(lengths)
+    rows = pack(sizes, 64, np.random.default_rng(seed).permutation(len(sizes)))
+    assert sorted(index for row in rows for index in row) == list(range(len(sizes)))
+    assert all(sizes[row].sum() <= 64 for row in rows)
+    # Best fit leaves no two rows that could be one.
+    free = sorted(64 - sizes[row].sum() for row in rows)
+    assert len(rows) < 2 or free[-1] + free[-2] < 64 or min(len(row) for row in rows) > 0
+
+
+def test_rows_are_nearly_full_at_the_lengths_of_the_paper() -> None:
+    rng = np.random.default_rng(0)
+    chosen = np.minimum(np.exp(rng.normal(np.log(4200), 0.55, 8192)), 8192 - 120)
+    rejected = np.minimum(np.exp(rng.normal(np.log(520), 0.5, 8192)), 1024)
+    lengths = (chosen + rejected + 240).astype(int)
+    rows = pack(lengths, 9472, rng.permutation(8192))
+    assert lengths.sum() / (len(rows) * 9472) >= 0.96
+
+
+@pytest.mark.parametrize("pack_rows", [True, False])
+def test_an_epoch_reads_every_example_once(pack_rows: bool) -> None:
+    examples = small.pairs(53)
+    batches = small.batches(examples, steps=27, size=6, pack=pack_rows)
+    assert batches.steps_per_epoch == 9
+    for epoch in range(3):
+        seen = np.concatenate([batches[9 * epoch + i].examples.ravel() for i in range(9)])
+        assert sorted(seen[seen >= 0].tolist()) == list(range(53))
+
+
+def test_a_batch_holds_the_examples_as_they_are() -> None:
+    examples = small.pairs(20)
+    batches = small.batches(examples, steps=3, size=7, rows_per_device=2)
+    for step in range(3):
+        batch = batches[step]
+        flat = [array.reshape(-1, *array.shape[2:]) for array in batch]
+        for tokens, targets, mask, positions, segments, indices, _ in zip(*flat, strict=True):
+            held = [segment for index in indices[indices >= 0] for segment in examples[index]]
+            assert segments.max() == len(held)
+            for number, segment in enumerate(held, 1):
+                where = segments == number
+                np.testing.assert_array_equal(tokens[where], segment.tokens)
+                np.testing.assert_array_equal(positions[where], np.arange(len(segment.tokens)))
+                # What is trained is the answer, all of it, and nothing else.
+                np.testing.assert_array_equal(targets[where][mask[where] > 0], segment.tokens[segment.answer_start :])
+            assert mask[segments == 0].sum() == 0
+
+
+def test_neither_devices_nor_micro_batches_change_what_an_update_reads() -> None:
+    examples = small.pairs(40)
+    one = small.batches(examples)
+    for other in (small.batches(examples, shards=8), small.batches(examples, rows_per_device=1)):
+        for step in range(4):
+            expected, found = (sorted(b[step].examples[b[step].examples >= 0].tolist()) for b in (one, other))
+            assert expected == found
+
+
+def test_the_order_differs_between_epochs() -> None:
+    batches = small.batches(small.pairs(12), steps=4, size=6, pack=False)
+    first, second = ([batches[i].examples.ravel().tolist() for i in steps] for steps in ((0, 1), (2, 3)))
+    assert first != second
+
+
+def test_an_example_longer_than_the_row_is_refused() -> None:
+    with pytest.raises(UserError, match="row_length 8"):
+        small.batches(small.pairs(3), row_length=8)

@@ -1,0 +1,202 @@
+"""One update is the same update on one device, on a mesh, in micro-batches, with remat, packed or not."""
+
+import math
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import small
+from flax import nnx
+from jax.sharding import Mesh
+
+from thinkpo_jax.config import RunError, UserError
+from thinkpo_jax.convert import named
+from thinkpo_jax.data import Example
+from thinkpo_jax.model import ComputeConfig, Transformer
+from thinkpo_jax.objectives import Objective, sft, thinkpo
+from thinkpo_jax.optimizer import OptimizerConfig, make_optimizer
+from thinkpo_jax.packing import Batches
+from thinkpo_jax.reference import check_start, reference_logprobs
+from thinkpo_jax.sharding import data_shards, put_batch, shardings
+from thinkpo_jax.step import TrainState, initial_state, make_step
+
+STEPS = 4
+ADAM = OptimizerConfig(learning_rate=3e-3, warmup_ratio=0.25, weight_decay=0.1)
+EXAMPLES = {"sft": small.singles(24), "thinkpo": small.pairs(24)}
+OBJECTIVES: dict[str, Objective] = {"sft": sft, "thinkpo": thinkpo(0.5)}
+
+
+def _start(mesh: Mesh, compute: ComputeConfig = small.FLOAT32) -> Transformer:
+    model = small.model(compute)
+    return jax.device_put(model, shardings(model, mesh))
+
+
+def _train(
+    kind: str, mesh: Mesh, *, compute: ComputeConfig = small.FLOAT32, **batch: object
+) -> tuple[list[dict[str, float]], TrainState]:
+    """Metrics of each update, and the state after the last."""
+    with jax.set_mesh(mesh):
+        batches = small.batches(EXAMPLES[kind], shards=data_shards(mesh), steps=STEPS, size=12, **batch)
+        model = _start(mesh, compute)
+        if kind == "thinkpo":
+            batches.reference = reference_logprobs(model, batches, mesh)
+        optimizer = make_optimizer(ADAM, STEPS)
+        state = initial_state(model, optimizer, mesh)
+        step = make_step(OBJECTIVES[kind], optimizer, mesh, state)
+        history = []
+        for index in range(STEPS):
+            state, metrics = step(state, put_batch(batches[index], mesh))
+            history.append({name: float(value) for name, value in metrics.items()})
+        return history, state
+
+
+@pytest.fixture(scope="module", params=["sft", "thinkpo"])
+def straight(request: pytest.FixtureRequest) -> tuple[str, list[dict[str, float]], TrainState]:
+    return request.param, *_train(request.param, small.mesh())
+
+
+MESH_8 = {"data": 2, "fsdp": 2, "tensor": 2}
+VARIANTS = {
+    "mesh": (MESH_8, "none", {}),
+    "fsdp": ({"fsdp": 8}, "none", {}),
+    "micro-batches": ({}, "none", {"rows_per_device": 1}),
+    "remat": ({}, "full", {}),
+    "all": (MESH_8, "full", {"rows_per_device": 1}),
+}
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_the_trajectory_does_not_depend_on_layout(straight: tuple, variant: str) -> None:
+    kind, expected, expected_state = straight
+    sizes, remat, batch = VARIANTS[variant]
+    compute = ComputeConfig.model_validate({"dtype": "float32", "remat": remat})
+    found, state = _train(kind, small.mesh(**sizes), compute=compute, **batch)
+    for before, after in zip(expected, found, strict=True):
+        assert before.keys() == after.keys()
+        for name, value in before.items():
+            assert after[name] == pytest.approx(value, rel=2e-5, abs=2e-5), name
+    differences = [
+        np.abs(np.asarray(a) - np.asarray(b)).ravel()
+        for a, b in zip(jax.tree.leaves(expected_state.model), jax.tree.leaves(state.model), strict=True)
+    ]
+    every = np.concatenate(differences)
+    assert every.max() < 1e-4
+    assert every.mean() < 1e-6
+
+
+def test_training_learns(straight: tuple) -> None:
+    kind, _, state = straight
+    batches = small.batches(EXAMPLES[kind], steps=1, size=24)
+    batches.reference = reference_logprobs(small.model(), batches, small.mesh())
+    rows = jax.tree.map(lambda array: jnp.array(array[0]), batches[0])
+    before, after = (OBJECTIVES[kind](model, rows) for model in (small.model(), state.model))
+    assert after.loss < before.loss
+
+
+def test_the_first_thinkpo_loss_is_ln_2() -> None:
+    history, _ = _train("thinkpo", small.mesh())
+    assert history[0]["loss"] == pytest.approx(math.log(2), abs=1e-6)
+    assert history[0]["rewards/margins"] == pytest.approx(0, abs=1e-6)
+
+
+def test_a_start_that_is_not_the_reference_is_refused() -> None:
+    mesh = small.mesh()
+    with jax.set_mesh(mesh):
+        batches = small.batches(EXAMPLES["thinkpo"])
+        batches.reference = reference_logprobs(small.model(seed=1), batches, mesh)
+        with pytest.raises(RunError, match=r"not ln 2 = 0\.693147"):
+            check_start(OBJECTIVES["thinkpo"], small.model(), batches[0], mesh)
+        batches.reference = reference_logprobs(small.model(), batches, mesh)
+        assert check_start(OBJECTIVES["thinkpo"], small.model(), batches[0], mesh) == pytest.approx(math.log(2), abs=1e-6)
+
+
+def _loss_and_gradient(kind: str, batches: Batches) -> tuple[float, dict[str, float], list[np.ndarray]]:
+    """Loss, metrics and gradient of one update over all examples."""
+    model, objective = small.model(), OBJECTIVES[kind]
+
+    def loss(model: Transformer) -> tuple[jax.Array, tuple]:
+        rows = jax.tree.map(lambda array: jnp.array(array[0]), batches[0])
+        sums = objective(model, rows)
+        return sums.loss / sums.weight, (sums.metrics, sums.weight)
+
+    (value, (metrics, weight)), gradient = jax.value_and_grad(loss, has_aux=True)(model)
+    means = {name: float(total / weight) for name, total in metrics.items()}
+    return float(value), means | {"weight": float(weight)}, [np.asarray(leaf) for leaf in jax.tree.leaves(gradient)]
+
+
+@pytest.mark.parametrize("kind", ["sft", "thinkpo"])
+@pytest.mark.parametrize("row_length", [48, 80])
+def test_packed_rows_equal_one_example_per_row(kind: str, row_length: int) -> None:
+    def whole(examples: Sequence[Example], **batch: object) -> Batches:
+        found = small.batches(examples, steps=1, size=len(examples), row_length=row_length, **batch)
+        # A reference of its own for each example, so that a mix-up of pairs shows.
+        found.reference = np.random.default_rng(1).normal(-30, 5, found.reference.shape).astype(np.float32)
+        return found
+
+    packed, unpacked = whole(EXAMPLES[kind]), whole(EXAMPLES[kind], pack=False)
+    assert packed.rows < unpacked.rows
+    expected, found = _loss_and_gradient(kind, unpacked), _loss_and_gradient(kind, packed)
+    assert found[0] == pytest.approx(expected[0], rel=1e-5)
+    assert found[1] == pytest.approx(expected[1], rel=1e-5)
+    for a, b in zip(expected[2], found[2], strict=True):
+        np.testing.assert_allclose(b, a, atol=1e-5 * max(1.0, float(np.abs(a).max())))
+
+
+@pytest.mark.parametrize("objective", ["sft", "thinkpo"])
+def test_nothing_is_replicated_that_should_be_sharded(objective: str) -> None:
+    mesh = small.mesh(**MESH_8)
+    _, state = _train(objective, mesh)
+    adam = [part for part in jax.tree.leaves(state.optimizer, is_leaf=lambda x: isinstance(x, Transformer))]
+    moments = [part for part in adam if isinstance(part, Transformer)]
+    assert len(moments) == 2
+    for tree in (state.model, *moments):
+        variables = jax.tree.leaves(tree, is_leaf=lambda x: isinstance(x, nnx.Variable))
+        for (name, array), variable in zip(named(tree).items(), variables, strict=True):
+            axes = variable.get_metadata()["axes"]
+            parts = (2 if "embed" in axes else 1) * (2 if {"vocab", "heads", "kv_heads", "mlp"} & set(axes) else 1)
+            shard = array.addressable_shards[0].data
+            assert array.size // shard.size == parts, (name, array.sharding)
+            if "norm" not in axes:
+                assert parts > 1, name
+
+
+def test_batches_are_split_over_the_data_axes() -> None:
+    mesh = small.mesh(**MESH_8)
+    batch = put_batch(small.batches(EXAMPLES["sft"], shards=4)[0], mesh)
+    for array in batch:
+        assert array.addressable_shards[0].data.shape[1] == array.shape[1] // 4
+
+
+def test_a_size_that_the_mesh_does_not_divide_names_the_parameter() -> None:
+    mesh = small.mesh(tensor=8)
+    with pytest.raises(UserError, match=r"parameter blocks\.k.* has 2 along its axis 'kv_heads'.*of size 8"):
+        shardings(small.model(), mesh)
+
+
+def test_an_update_that_is_not_finite_is_not_applied() -> None:
+    mesh = small.mesh()
+    batches = small.batches(EXAMPLES["thinkpo"], steps=1)
+    batches.reference = np.full_like(batches.reference, np.nan)
+    optimizer = make_optimizer(ADAM, 1)
+    model = small.model()
+    with jax.set_mesh(mesh):
+        state = initial_state(small.model(), optimizer, mesh)
+        state, metrics = make_step(OBJECTIVES["thinkpo"], optimizer, mesh, state)(state, put_batch(batches[0], mesh))
+    assert not metrics["finite"]
+    assert int(state.step) == 0
+    for before, after in zip(jax.tree.leaves(model), jax.tree.leaves(state.model), strict=True):
+        np.testing.assert_array_equal(before, after)
+
+
+def test_weight_decay_spares_norms_and_biases() -> None:
+    config = OptimizerConfig(learning_rate=1.0, schedule="constant", warmup_ratio=0.0, weight_decay=0.5)
+    model = small.model()
+    optimizer = make_optimizer(config, 1)
+    zeros = jax.tree.map(jnp.zeros_like, model)
+    updates, _ = optimizer.update(zeros, optimizer.init(model), model)  # pyright: ignore[reportArgumentType] -- a pytree
+    moved = {name: bool(jnp.any(value != 0)) for name, value in named(updates).items()}
+    spared = {name for name, value in moved.items() if not value}
+    assert spared == {name for name in moved if "norm" in name or "bias" in name}
+    assert len(spared) == 6
