@@ -8,7 +8,7 @@ import difflib
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import Any, TypeVar, cast, get_args
 
 import pydantic
 import yaml
@@ -34,18 +34,22 @@ SectionT = TypeVar("SectionT", bound=Section)
 class _Loader(yaml.SafeLoader):
     """YAML's safe loader, except that a key given twice is an error and `1e-5` is a number."""
 
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen: set[Any] = set()
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        node = super().compose_mapping_node(anchor)
+        seen: set[tuple[str, str]] = set()
         for key_node, _ in node.value:
-            key = self.construct_object(key_node, deep=True)
+            key = (key_node.tag, str(key_node.value))
             if key in seen:
-                raise yaml.MarkedYAMLError(problem=f"the key {key!r} is given twice", problem_mark=key_node.start_mark)
+                problem = f"the key {key_node.value!r} is given twice"
+                raise yaml.MarkedYAMLError(problem=problem, problem_mark=key_node.start_mark)
             seen.add(key)
-        return super().construct_mapping(node, deep)
+        return node
 
 
 _Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"^[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?([0-9]+(\.[0-9]*)?|\.[0-9]+)[eE][-+]?[0-9]+$"),
+    list("-+.0123456789"),
 )
 
 
@@ -64,10 +68,15 @@ def _mapping(text: str, source: str) -> dict[str, Any]:
     try:
         loaded = yaml.load(text, Loader=_Loader)
     except yaml.YAMLError as error:
-        raise UserError(f"{source}: not valid YAML: {error}") from None
+        raise UserError(f"{source}: not valid YAML: {_without_source(error)}") from None
     if not isinstance(loaded, dict):
-        raise UserError(f"{source}: expected `key: value` lines at the top, found {type(loaded).__name__}.")
+        found = "an empty file" if loaded is None else f"a {type(loaded).__name__}"
+        raise UserError(f"{source}: expected `key: value` lines at the top, found {found}.")
     return loaded
+
+
+def _without_source(error: yaml.YAMLError) -> str:
+    return str(error).replace('"<unicode string>", ', "")  # the name that PyYAML gives to any text
 
 
 def override(raw: dict[str, Any], assignments: Sequence[str]) -> dict[str, Any]:
@@ -82,7 +91,7 @@ def override(raw: dict[str, Any], assignments: Sequence[str]) -> dict[str, Any]:
         try:
             value = yaml.load(text, Loader=_Loader)
         except yaml.YAMLError as error:
-            raise UserError(f"--set {assignment}: the value is not valid YAML: {error}") from None
+            raise UserError(f"--set {assignment}: the value is not valid YAML: {_without_source(error)}") from None
         raw = _assign(raw, dotted.split("."), value, assignment)
     return raw
 
@@ -93,7 +102,7 @@ def _assign(node: Any, keys: list[str], value: Any, assignment: str) -> Any:
     key, rest = keys[0], keys[1:]
     if isinstance(node, list):
         names = [item["name"] if isinstance(item, dict) and "name" in item else str(i) for i, item in enumerate(node)]
-        index = names.index(key) if key in names else int(key) if key.isdigit() else -1
+        index = names.index(key) if key in names else int(key) if key.isdecimal() else -1
         if not 0 <= index < len(node):
             raise UserError(f"--set {assignment}: no element {key!r}{nearest(key, names)}; there are: {names}.")
         return [_assign(item, rest, value, assignment) if i == index else item for i, item in enumerate(node)]
@@ -107,60 +116,80 @@ def _assign(node: Any, keys: list[str], value: Any, assignment: str) -> Any:
 def parse(section: type[SectionT], raw: Mapping[str, Any], *, source: str) -> SectionT:
     """`raw` as a typed `section`. Raises one `UserError` that lists every problem with its dotted path."""
     try:
-        return section.model_validate(raw)
+        return section.model_validate(_tuples(raw), strict=True)  # strict: `steps: yes` is not one step
     except pydantic.ValidationError as error:
-        problems = [_problem(section, raw, detail) for detail in error.errors()]
+        problems = [_problem(section, raw, detail) for detail in error.errors() if not _follows(detail)]
         raise UserError("\n".join(f"{source}: {problem}" for problem in problems)) from None
 
 
+def _tuples(node: Any) -> Any:
+    """Lists as tuples, which is what sections hold."""
+    if isinstance(node, Mapping):
+        return {key: _tuples(value) for key, value in node.items()}
+    return tuple(map(_tuples, node)) if isinstance(node, list) else node
+
+
+def _follows(detail: Any) -> bool:
+    """Whether a list counts as too short only because of its wrong elements, which are reported themselves."""
+    return detail["type"] == "too_short" and len(detail["input"]) > detail["ctx"]["actual_length"]
+
+
+EXPECTED = {"tuple_type": "expected a list", "model_type": "expected keys", "model_attributes_type": "expected keys"}
+
+
 def _problem(section: type[Section], raw: Mapping[str, Any], detail: Any) -> str:
-    location = _location(raw, detail["loc"])
-    path = ".".join(str(part) for part in location) or "the file"
-    if detail["type"] == "extra_forbidden":
+    kind, found, context = detail["type"], detail["input"], detail.get("ctx", {})
+    location = _location(raw, detail["loc"], missing=kind == "missing")
+    if kind.startswith("union_tag"):
+        location.append(context["discriminator"].strip("'"))
+    path = ".".join(str(part) for part in location)
+    if kind == "extra_forbidden":
         known = sorted(_known_keys(section, detail["loc"][:-1]))
         hint = nearest(str(location[-1]), known) or f". Keys here: {', '.join(known)}"
         return f"unknown key {path}{hint}."
-    if detail["type"] == "missing":
+    if kind in ("missing", "union_tag_not_found"):
         return f"{path} is required and not given."
-    message = detail["msg"].removeprefix("Value error, ")
-    found = detail["input"]
+    if kind == "union_tag_invalid":
+        return f"{path}: expected one of {context['expected_tags']} (found {context['tag']!r})."
+    message = EXPECTED.get(kind, detail["msg"].removeprefix("Value error, "))
     shown = f" (found {found!r})" if isinstance(found, str | int | float | bool | None) else ""
-    return f"{path}: {message}{shown}."
+    return f"{path}: {message}{shown}." if path else f"{message}{shown}."
 
 
-def _location(raw: Any, location: tuple[str | int, ...]) -> list[str | int]:
-    """pydantic's location without the tags of unions, which are no keys of the file."""
+def _location(raw: Any, location: tuple[str | int, ...], *, missing: bool) -> list[str | int]:
+    """pydantic's location without the tags of unions, which are no keys of the file; a missing key is its last."""
     node: Any = raw
     kept: list[str | int] = []
-    for step in location:
+    for step in location[:-1] if missing else location:
         if (isinstance(node, Mapping) and step in node) or (isinstance(node, list) and isinstance(step, int)):
             node = node[cast(Any, step)]
             kept.append(step)
-        elif step == location[-1]:
-            kept.append(step)
-    return kept
+    return [*kept, location[-1]] if missing else kept
 
 
 def _known_keys(section: type[Section], location: tuple[Any, ...]) -> set[str]:
     """The keys allowed at a location: walks the annotations of the sections, through unions and sequences."""
-    candidates: list[Any] = [section]
+    candidates: list[type[Section]] = [section]
     for step in location:
-        following: list[Any] = []
+        if isinstance(step, int):
+            continue
+        following: list[type[Section]] = []
         for candidate in candidates:
-            if isinstance(step, str) and step in candidate.model_fields:
+            if step in candidate.model_fields:
                 following += _sections_in(candidate.model_fields[step].annotation)
-        candidates = following or candidates
+            elif any(step in get_args(field.annotation) for field in candidate.model_fields.values()):
+                following.append(candidate)  # the step is the tag of this member of a union
+        candidates = following
     return {key for candidate in candidates for key in candidate.model_fields}
 
 
 def _sections_in(annotation: Any) -> list[type[Section]]:
     if isinstance(annotation, type) and issubclass(annotation, Section):
         return [annotation]
-    arguments = annotation.__args__ if "__args__" in dir(annotation) else ()
-    return [found for argument in arguments for found in _sections_in(argument)]
+    return [found for argument in get_args(annotation) for found in _sections_in(argument)]
 
 
 def nearest(word: str, known: Sequence[str]) -> str:
-    """', did you mean X?'-style hint for the nearest of `known`, or an empty string."""
-    close = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
-    return f"; did you mean {close[0]}?" if close else ""
+    """A hint such as ' (did you mean X?)' with the nearest of `known`, or an empty string."""
+    close = difflib.get_close_matches(word, known, n=1)
+    return f" (did you mean {close[0]}?)" if close else ""
