@@ -28,7 +28,8 @@ def test_values_and_gradients_equal_float64(vocabulary: int, block: int, monkeyp
     x = rng.normal(size=(24, 16)).astype(np.float32)
     head = rng.normal(size=(16, vocabulary)).astype(np.float32)
     # The borders of blocks, where a tail is easily counted twice or not at all.
-    targets = np.concatenate([rng.integers(0, vocabulary, 20), [0, vocabulary - 1, min(block, vocabulary - 1), vocabulary // 2]])
+    borders = [0, vocabulary - 1, min(block, vocabulary - 1), vocabulary // 2]
+    targets = np.concatenate([rng.integers(0, vocabulary, 20), borders])
     weights = rng.normal(size=24).astype(np.float32)
 
     def total(x: jax.Array, head: jax.Array) -> jax.Array:

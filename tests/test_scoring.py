@@ -142,12 +142,23 @@ def test_a_pool_of_one_run_is_that_run():
     assert pool([run]) == compare(*run)
 
 
-def test_a_pool_is_all_differences_put_end_to_end():
-    first, second = wins_and_losses(60, 20, 10), wins_and_losses(40, 5, 15)
+def renamed(run, name):
+    return tuple([Item(f"{name} {item.question_id}", item.samples) for item in side] for side in run)
+
+
+def test_runs_with_other_questions_add_up():
+    first, second = wins_and_losses(60, 20, 10), renamed(wins_and_losses(40, 5, 15), "second")
     result = pool([first, second])
     assert result.accuracy_difference == pytest.approx((20 - 10 + 5 - 15) / 100)
     assert (result.after_better, result.before_better, result.num_questions) == (25, 25, 100)
-    assert width(pool([first] * 4).ci95) == pytest.approx(width(compare(*first).ci95) / 2, rel=0.1)
+    four = pool([renamed(first, number) for number in range(4)])
+    assert width(four.ci95) == pytest.approx(width(compare(*first).ci95) / 2, rel=0.1)
+
+
+def test_a_question_that_every_run_puts_counts_once():
+    first = wins_and_losses(60, 20, 10)
+    assert pool([first] * 4).num_questions == 60
+    assert width(pool([first] * 4).ci95) == pytest.approx(width(compare(*first).ci95), rel=0.1)
 
 
 def test_other_questions_are_an_error_that_names_one():

@@ -3,6 +3,7 @@
 No checker falls back to the last number of a text: a response that was cut off must not be right by chance.
 """
 
+import logging
 import re
 from collections.abc import Sequence
 from concurrent.futures import TimeoutError as CheckTimeout
@@ -19,15 +20,15 @@ def marked_answers(responses: Sequence[str], references: Sequence[str]) -> list[
 
 
 def boxed(text: str) -> str | None:
-    r"""The content of the last closed `\boxed{...}` of a text; None where there is none."""
-    start = text.rfind("\\boxed{")
-    if start < 0:
+    r"""The content of the last `\boxed{...}` of a text; None where there is none or it is not closed."""
+    _, box, rest = text.rpartition("\\boxed{")
+    if not box:
         return None
-    depth = 0
-    for end in range(start + len("\\boxed"), len(text)):
-        depth += {"{": 1, "}": -1}.get(text[end], 0)
+    depth = 1
+    for found in re.finditer(r"\\.|[{}]", rest, re.DOTALL):  # \{ and \} are signs, not brackets
+        depth += {"{": 1, "}": -1}.get(found.group(), 0)
         if depth == 0:
-            return text[start + len("\\boxed{") : end].strip()
+            return rest[: found.start()].strip()
     return None
 
 
@@ -61,13 +62,16 @@ def _spawn() -> Any:
 
 
 def _plain(text: str) -> str:
-    return re.sub(r"\s+|(?<=\d),(?=\d{3}\b)|\$", "", text)
+    text = re.sub(r"(?<!\d)\s+|\s+(?!\d)|\$", "", text)  # "1 2" is not 12
+    return text.replace(",", "") if re.fullmatch(r"-?\d{1,3}(,\d{3})+(\.\d+)?", text) else text
 
 
 def _equal(answer: str, reference: str) -> bool:
     import math_verify
 
-    # No time limits of its own: they need signals and the main thread; the process is killed instead.
+    # No time limits of its own: they need signals and the main thread; the process is killed instead. Said once here,
+    # it need not be said by the library at every answer.
+    logging.getLogger("math_verify").setLevel(logging.ERROR)
     limits: Any = {"parsing_timeout": None}
     parsed = [math_verify.parse(f"\\boxed{{{text}}}", **limits) for text in (reference, answer)]
     return math_verify.verify(parsed[0], parsed[1], timeout_seconds=None)

@@ -1,5 +1,7 @@
 """Which questions, which prompt, which checker? One table row per benchmark."""
 
+import hashlib
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -9,7 +11,7 @@ import pydantic
 from thinkpo_jax.answers import boxed_answers, marked_answers
 from thinkpo_jax.chat import Message
 from thinkpo_jax.config import Section, UserError
-from thinkpo_jax.data import DataConfig, read_rows
+from thinkpo_jax.data import DataConfig, is_file, read_rows
 from thinkpo_jax.miniature import MiniatureData
 
 Checker = Callable[[Sequence[str], Sequence[str]], list[bool]]
@@ -30,11 +32,12 @@ class Benchmark:
 
 
 def _column(name: str) -> Callable[[Mapping[str, Any]], str]:
-    return lambda row: str(row[name])
+    return lambda row: "" if row[name] is None else str(row[name])
 
 
 def _after_hashes(row: Mapping[str, Any]) -> str:
-    return str(row["answer"]).rpartition("####")[2].strip().replace(",", "")
+    _, hashes, reference = str(row["answer"]).rpartition("####")
+    return reference.strip().replace(",", "") if hashes else ""
 
 
 TABLE: dict[str, Benchmark] = {
@@ -52,6 +55,12 @@ class BenchmarkConfig(Section):
     questions: int | None = pydantic.Field(default=None, ge=1)
     system: str | None = None
 
+    @pydantic.model_validator(mode="after")
+    def _no_path(self) -> "BenchmarkConfig":
+        if self.name == "miniature" and self.path is not None:
+            raise ValueError("the questions of the miniature are generated; leave out `path`")
+        return self
+
 
 @dataclass(frozen=True)
 class Question:
@@ -62,6 +71,15 @@ class Question:
     reference: str
 
 
+def _question_id(text: str, taken: set[str]) -> str:
+    """A hash of the text, so that runs know which questions they share; a text that stands twice is told apart."""
+    digest = hashlib.sha256(text.encode()).hexdigest()[:16]
+    numbered = (f"{digest}-{number}" for number in itertools.count(2))
+    found = next(name for name in itertools.chain([digest], numbered) if name not in taken)
+    taken.add(found)
+    return found
+
+
 def questions(config: BenchmarkConfig, *, seed: int) -> list[Question]:
     """The first `questions` questions of a benchmark; those of the miniature are held out from its training data."""
     benchmark = TABLE[config.name]
@@ -69,13 +87,20 @@ def questions(config: BenchmarkConfig, *, seed: int) -> list[Question]:
         source = DataConfig(generate=MiniatureData(questions=config.questions or 1000, held_out=True))
     else:
         path, subset = config.path or benchmark.hub, None if config.path else benchmark.subset
-        source = DataConfig(path=path, subset=subset, split=benchmark.split, limit=config.questions)
+        split = "train" if path and is_file(path) else benchmark.split
+        source = DataConfig(path=path, subset=subset, split=split, limit=config.questions)
     found: list[Question] = []
+    taken: set[str] = set()
     system: list[Message] = [] if config.system is None else [{"role": "system", "content": config.system}]
-    for number, (place, row) in enumerate(read_rows(source, seed=seed)):
+    for place, row in read_rows(source, seed=seed):
         try:
-            text, reference = benchmark.prefix + row[benchmark.question], benchmark.reference(row)
-        except (KeyError, TypeError) as error:
-            raise UserError(f"{place}: not a row of {config.name}: {error}. The row has: {', '.join(row)}.") from None
-        found.append(Question(str(number), (*system, {"role": "user", "content": text}), reference))
+            question, reference = row[benchmark.question], benchmark.reference(row)
+        except KeyError as error:
+            problem = f"no field {error}. The row has: {', '.join(row)}"
+            raise UserError(f"{place}: not a row of {config.name}: {problem}.") from None
+        if not isinstance(question, str) or not question.strip() or not reference:
+            lacking = "reference answer" if isinstance(question, str) and question.strip() else "question"
+            raise UserError(f"{place}: not a row of {config.name}: it has no {lacking}.")
+        text = benchmark.prefix + question
+        found.append(Question(_question_id(text, taken), (*system, {"role": "user", "content": text}), reference))
     return found

@@ -2,7 +2,8 @@
 
 A prompt is rendered by the model's own chat template and tokenised once; an answer is tokenised by itself and appended
 as ids. So the prompt's ids are a prefix of prompt + answer by construction, and no template can rewrite an answer (that
-of DeepSeek-R1-Distill deletes the thinking of every finished answer).
+of DeepSeek-R1-Distill deletes the thinking of every finished answer). Where the prompt already ends in `<think>`, an
+answer that begins with it does not open its thinking a second time.
 """
 
 from collections.abc import Sequence
@@ -18,6 +19,7 @@ from thinkpo_jax.config import UserError
 # Llama 3's template writes today's date unless it is told one; this is its own default.
 TEMPLATE_DATE = "26 Jul 2024"
 _MARK = "ANSWER"
+_THINK = "<think>"
 
 
 class Message(TypedDict):
@@ -39,7 +41,9 @@ class Chat:
     def load(cls, folder: Path, *, stop_ids: Sequence[int] = ()) -> "Chat":
         """The tokenizer of a Hugging Face folder. Raises `UserError` where it or its chat template is missing."""
         try:
-            tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+            tokenizer = AutoTokenizer.from_pretrained(
+                folder, trust_remote_code=False, clean_up_tokenization_spaces=False
+            )
         except (OSError, ValueError, KeyError) as error:
             raise UserError(f"{folder}: no usable tokenizer: {error}") from None
         if tokenizer.chat_template is None:
@@ -54,9 +58,21 @@ class Chat:
         """Ids of the rendered conversation up to where the assistant's answer begins."""
         return _ids(self.tokenizer, _render(self.tokenizer, messages, add_generation_prompt=True))
 
-    def answer_ids(self, answer: str) -> list[int]:
-        """Ids of an answer with the end token: what is trained."""
-        return [*_ids(self.tokenizer, answer), self.end_id]
+    def example_ids(self, messages: Sequence[Message], answer: str) -> tuple[list[int], list[int]]:
+        """Ids of the prompt, which is read, and of the answer with its end token, which is trained.
+
+        Raises `UserError` where the answer holds a special token as text: it would end, or begin, in its middle.
+        """
+        prompt = _render(self.tokenizer, messages, add_generation_prompt=True)
+        answer_ids = _ids(self.tokenizer, _without_opening(answer, prompt))
+        special = set(answer_ids).intersection(self.tokenizer.all_special_ids)
+        if special:
+            found = ", ".join(repr(token) for token in self.tokenizer.convert_ids_to_tokens(sorted(special)))
+            raise UserError(
+                f"the answer holds {found}, special to this tokenizer. Remove it from the data: the end token is added "
+                "by itself."
+            )
+        return _ids(self.tokenizer, prompt), [*answer_ids, self.end_id]
 
     def text(self, ids: Sequence[int]) -> str:
         """The text of generated ids, without special tokens."""
@@ -75,6 +91,14 @@ def _render(tokenizer: Any, messages: Sequence[Message], *, add_generation_promp
     except jinja2.TemplateError as error:
         roles = [message["role"] for message in messages]
         raise UserError(f"the chat template refuses a conversation with the roles {roles}: {error}") from None
+
+
+def _without_opening(answer: str, prompt: str) -> str:
+    """The answer without the `<think>`, and the gap after it, that the prompt already ends in."""
+    open_prompt = prompt.rstrip()
+    if open_prompt.endswith(_THINK) and answer.startswith(_THINK):
+        return answer.removeprefix(_THINK).removeprefix(prompt[len(open_prompt) :])
+    return answer
 
 
 def _end_of_turn(tokenizer: Any, folder: Path) -> int:

@@ -20,7 +20,9 @@ from thinkpo_jax.model import Architecture, ComputeConfig, Transformer
 from thinkpo_jax.sharding import shardings
 
 BUILTIN = "builtin:"
+MODELS = Path(__file__).parent / "models"
 MODEL_FILES = ("*.json", "*.safetensors", "*.jinja", "*.txt", "tokenizer.model")
+MAX_SHARD = "5GB"  # of one safetensors file; larger models are written as several, with an index
 NOT_TOKENIZER = ("config.json", "generation_config.json", "model.safetensors.index.json")
 DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
 
@@ -105,11 +107,10 @@ def table(arch: Architecture) -> list[Entry]:
 def find_model(path: str) -> Path:
     """The folder of a model: `builtin:NAME`, a local folder, or a Hub id (downloaded or from the cache)."""
     if path.startswith(BUILTIN):
-        folder = Path(__file__).parent / "models" / path.removeprefix(BUILTIN)
-        if not folder.is_dir():
-            names = sorted(f"{BUILTIN}{found.name}" for found in folder.parent.iterdir())
-            raise UserError(f"model.path: there is no {path}; there is: {', '.join(names)}.")
-        return folder
+        builtins = {f"{BUILTIN}{file.parent.name}": file.parent for file in MODELS.glob("*/config.json")}
+        if path not in builtins:
+            raise UserError(f"model.path: there is no {path}; there is: {', '.join(sorted(builtins))}.")
+        return builtins[path]
     folder = Path(path).expanduser()
     if folder.is_dir():
         return folder
@@ -147,7 +148,7 @@ def read_architecture(folder: Path) -> Architecture:
         embed=raw["hidden_size"],
         layers=raw["num_hidden_layers"],
         heads=raw["num_attention_heads"],
-        kv_heads=raw.get("num_key_value_heads", raw["num_attention_heads"]),
+        kv_heads=raw.get("num_key_value_heads") or raw["num_attention_heads"],
         head_dim=raw.get("head_dim") or raw["hidden_size"] // raw["num_attention_heads"],
         mlp=raw["intermediate_size"],
         rope_theta=float(rope.get("rope_theta", raw.get("rope_theta", 10_000.0))),
@@ -328,6 +329,7 @@ def _save_weights(model: Transformer, folder: Path, dtype: np.dtype) -> None:
         {name: np.broadcast_to(np.zeros((), dtype), shapes[name]) for name in places},
         get_storage_size=lambda tensor: int(tensor.size) * dtype.itemsize,
         filename_pattern="model{suffix}.safetensors",
+        max_shard_size=MAX_SHARD,
     )
     for filename, names in plan.filename_to_tensors.items():
         tensors: dict[str, np.ndarray] = {}
@@ -336,6 +338,7 @@ def _save_weights(model: Transformer, folder: Path, dtype: np.dtype) -> None:
             array = parameters[path] if layer is None else parameters[path][layer]
             tensors[name] = np.ascontiguousarray(entries[path].to_hf(np.asarray(jax.device_get(array))).astype(dtype))
         save_file(tensors, folder / filename, metadata={"format": "pt"})
+        (folder / filename).chmod(0o644)  # safetensors makes files that only their owner can read
     if plan.is_sharded:
         index = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
         (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")

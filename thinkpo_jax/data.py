@@ -3,7 +3,9 @@
 An example is a tuple of segments that stay together: one for SFT, two (chosen, rejected) for a preference pair.
 """
 
+import itertools
 import json
+import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,7 +19,14 @@ from thinkpo_jax.chat import Chat, Message
 from thinkpo_jax.config import Section, UserError, nearest
 from thinkpo_jax.miniature import MiniatureData
 
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
+FILE_SUFFIXES = (".json", ".csv", ".tsv", ".txt", ".gz", ".zst", ".arrow")  # other dots belong to a Hub id: owner/v1.5
 ROLES = {"human": "user", "gpt": "assistant", "user": "user", "assistant": "assistant", "system": "system"}
+
+
+def is_file(path: str) -> bool:
+    """Whether a `path` names a file, not a data set of the Hub."""
+    return path.endswith((".jsonl", ".parquet"))
 
 
 class DataConfig(Section):
@@ -40,6 +49,8 @@ class DataConfig(Section):
             raise ValueError("give either `path` or `generate`, one of the two")
         if self.system is not None and self.system_column is not None:
             raise ValueError("give either `system` (a text) or `system_column` (a column), not both")
+        if (self.path is None or is_file(self.path)) and (self.split != "train" or self.subset is not None):
+            raise ValueError("`split` and `subset` choose within a data set of the Hub; a file has neither")
         return self
 
 
@@ -48,6 +59,12 @@ class SftData(DataConfig):
 
     response: str = "response"
     messages: str | None = None
+
+    @pydantic.model_validator(mode="after")
+    def _one_form(self) -> "SftData":
+        if self.messages is not None and self.response != "response":
+            raise ValueError("give either `messages` or `response`, not both")
+        return self
 
 
 class PairData(DataConfig):
@@ -83,22 +100,22 @@ class Examples:
 
 def read_rows(config: DataConfig, *, seed: int) -> Iterator[tuple[str, Mapping[str, Any]]]:
     """(place, row) for each row of the source, at most `limit`; the place is what an error names."""
-    rows = _all_rows(config, seed)
     empty = True
-    for count, found in enumerate(rows):
-        if config.limit is not None and count >= config.limit:
-            return
+    for found in itertools.islice(_all_rows(config, seed), config.limit):
         empty = False
         yield found
     if empty:
-        raise UserError(f"{config.path or 'generate'}: there are no rows. Expected one JSON object per line.")
+        raise UserError(f"{config.path or 'generate'}: there are no rows, expected at least one.")
 
 
 def _all_rows(config: DataConfig, seed: int) -> Iterator[tuple[str, Mapping[str, Any]]]:
     if config.generate is not None:
         yield from ((f"generated question {i}", row) for i, row in enumerate(config.generate.rows(seed)))
         return
-    path = Path(str(config.path))
+    path = Path(str(config.path)).expanduser()
+    if is_file(path.name) and not path.is_file():
+        found = "found a folder" if path.is_dir() else "there is no such file"
+        raise UserError(f"{path}: {found}. Set `path` to a .jsonl or .parquet file or a Hub id.")
     if path.suffix == ".jsonl":
         yield from _jsonl_rows(path)
         return
@@ -107,25 +124,25 @@ def _all_rows(config: DataConfig, seed: int) -> Iterator[tuple[str, Mapping[str,
 
 def _jsonl_rows(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
     try:
-        with path.open(encoding="utf-8", newline="\n") as file:
+        with path.open("rb") as file:  # bytes end a line at \n alone; a text may hold U+2028
             for number, line in enumerate(file, 1):
                 if line.strip():
                     yield f"{path}, line {number}", _json_object(line, f"{path}, line {number}")
-    except FileNotFoundError:
-        raise UserError(
-            f"{path}: there is no such file. Set `path` to a .jsonl or .parquet file or a Hub id."
-        ) from None
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}: not valid UTF-8: {error}. Convert the file to UTF-8.") from None
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error}") from None
 
 
-def _json_object(line: str, place: str) -> Mapping[str, Any]:
+def _json_object(line: bytes, place: str) -> Mapping[str, Any]:
     try:
-        row = json.loads(line)
+        row = json.loads(line.decode("utf-8-sig"))
+    except UnicodeDecodeError as error:
+        raise UserError(f"{place}: not valid UTF-8: {error}. Convert the file to UTF-8.") from None
     except json.JSONDecodeError as error:
-        raise UserError(f"{place}: not valid JSON: {error}. Expected one object per line.") from None
+        raise UserError(
+            f"{place}: not valid JSON: {error.msg}, at character {error.pos + 1}. Expected one object per line."
+        ) from None
+    except (ValueError, RecursionError) as error:  # a number of thousands of digits, or thousands of brackets
+        raise UserError(f"{place}: cannot be read as JSON: {error}.") from None
     if not isinstance(row, dict):
         raise UserError(f"{place}: expected a JSON object, found {type(row).__name__}.")
     return row
@@ -135,24 +152,17 @@ def _dataset(config: DataConfig, path: Path) -> Any:
     import datasets  # slow to import, and only this branch needs it
     from datasets.exceptions import DatasetsError
 
+    parquet = path.suffix == ".parquet"
+    if not parquet and (path.exists() or path.suffix in FILE_SUFFIXES or not HUB_ID.fullmatch(str(config.path))):
+        found = "a folder" if path.is_dir() else "another kind of file" if path.exists() else "no such file"
+        raise UserError(f"{config.path}: expected a .jsonl or .parquet file or a Hub id (owner/name), found {found}.")
     try:
-        if path.suffix == ".parquet":
-            if not path.exists():
-                raise UserError(f"{path}: there is no such file. Set `path` to a .jsonl or .parquet file or a Hub id.")
+        if parquet:
             return datasets.load_dataset("parquet", data_files=str(path), split="train")
-        if path.is_dir() or path.suffix or str(config.path).count("/") > 1 or str(config.path).startswith((".", "/")):
-            raise UserError(
-                f"{config.path}: expected a .jsonl or .parquet file or a Hub id (owner/name)"
-                + (", found a folder." if path.is_dir() else "; there is no such file.")
-            )
         return datasets.load_dataset(str(config.path), config.subset, split=config.split)
     except (OSError, ValueError, DatasetsError) as error:
-        if isinstance(error, UserError):
-            raise
-        raise UserError(
-            f"{config.path}: cannot be loaded as a data set: {error}. Without a network, download it first and "
-            "set `path` to the file."
-        ) from None
+        advice = "" if parquet else " Without a network, download it first and set `path` to the file."
+        raise UserError(f"{config.path}: cannot be loaded as a data set: {str(error).rstrip('.')}.{advice}") from None
 
 
 def tokenize(config: SftData | PairData, chat: Chat, *, row_length: int, seed: int) -> Examples:
@@ -165,7 +175,7 @@ def tokenize(config: SftData | PairData, chat: Chat, *, row_length: int, seed: i
     rows = 0
     for place, row in read_rows(config, seed=seed):
         rows += 1
-        example = tuple(_segment(messages, answer, chat) for messages, answer in _sides(config, row, place))
+        example = tuple(_segment(*side, chat, place) for side in _sides(config, row, place))
         length = sum(len(segment.tokens) for segment in example)
         if length <= row_length:
             examples.append(example)
@@ -182,48 +192,64 @@ def tokenize(config: SftData | PairData, chat: Chat, *, row_length: int, seed: i
     return Examples(tuple(examples), rows, dict(dropped))
 
 
-def _segment(messages: Sequence[Message], answer: str, chat: Chat) -> Segment:
-    prompt = chat.prompt_ids(messages)
-    return Segment(np.array(prompt + chat.answer_ids(answer), np.int32), len(prompt))
+def _segment(messages: Sequence[Message], answer: str, chat: Chat, place: str) -> Segment:
+    try:
+        prompt_ids, answer_ids = chat.example_ids(messages, answer)
+    except UserError as error:
+        raise UserError(f"{place}: {error}") from None
+    return Segment(np.array(prompt_ids + answer_ids, np.int32), len(prompt_ids))
 
 
 def _sides(config: SftData | PairData, row: Mapping[str, Any], place: str) -> list[tuple[list[Message], str]]:
     """(conversation before the answer, answer) for each segment of the example."""
     if isinstance(config, SftData):
-        if config.messages is not None:
-            conversation = _messages(_field(row, config.messages, place), f"{place}, {config.messages}")
-            return [_split_answer(_with_system(config, row, conversation, place), place)]
-        return [
-            (_prompt(config, row, place), _text(_field(row, config.response, place), f"{place}, {config.response}"))
-        ]
-    columns = (config.chosen, config.rejected)
-    values = [_field(row, column, place) for column in columns]
-    if all(isinstance(value, list) for value in values):
-        lists = [_messages(value, f"{place}, {column}") for value, column in zip(values, columns, strict=True)]
-        sides = [_split_answer(_with_system(config, row, conversation, place), place) for conversation in lists]
-        if sides[0][0] != sides[1][0]:
-            raise UserError(f"{place}: {config.chosen} and {config.rejected} do not answer the same prompt.")
-    else:
-        prompt = _prompt(config, row, place)
-        sides = [(prompt, _text(value, f"{place}, {column}")) for value, column in zip(values, columns, strict=True)]
+        return [_side(config, row, config.messages or config.response, place)]
+    sides = [_side(config, row, column, place) for column in (config.chosen, config.rejected)]
+    if sides[0][0] != sides[1][0]:
+        raise UserError(f"{place}: {config.chosen} and {config.rejected} do not answer the same prompt.")
     if sides[0][1] == sides[1][1]:
         raise UserError(f"{place}: {config.chosen} and {config.rejected} are the same text; a pair needs two answers.")
     return sides
 
 
+def _side(config: DataConfig, row: Mapping[str, Any], column: str, place: str) -> tuple[list[Message], str]:
+    """A text, or a list of messages that ends with the answer; the prompt comes before it or from its own column."""
+    value, place_in_row = _field(row, column, place), f"{place}, {column}"
+    if isinstance(value, list) or (isinstance(config, SftData) and config.messages is not None):
+        *before, answer = _messages(value, place_in_row)
+        if answer["role"] != "assistant":
+            raise UserError(
+                f"{place_in_row}: the last turn is of the {answer['role']}, expected the assistant's answer."
+            )
+        prompt = _question(config, row, before, place, place_in_row) if before else _prompt(config, row, place)
+        return prompt, answer["content"]
+    return _prompt(config, row, place), _text(value, place_in_row)
+
+
 def _prompt(config: DataConfig, row: Mapping[str, Any], place: str) -> list[Message]:
-    value = _field(row, config.prompt, place)
+    value, place_in_row = _field(row, config.prompt, place), f"{place}, {config.prompt}"
     if isinstance(value, list):
-        return _with_system(config, row, _messages(value, f"{place}, {config.prompt}"), place)
-    question = _text(value, f"{place}, {config.prompt}") + config.prompt_suffix
-    return _with_system(config, row, [{"role": "user", "content": question}], place)
+        return _question(config, row, _messages(value, place_in_row), place, place_in_row)
+    return _question(config, row, [{"role": "user", "content": _text(value, place_in_row)}], place, place_in_row)
 
 
-def _with_system(config: DataConfig, row: Mapping[str, Any], messages: list[Message], place: str) -> list[Message]:
+def _question(
+    config: DataConfig, row: Mapping[str, Any], messages: list[Message], place: str, place_in_row: str
+) -> list[Message]:
+    """The conversation that asks: the row's, with the system text before it and the suffix after it."""
+    if messages[-1]["role"] != "user":
+        raise UserError(
+            f"{place_in_row}: the turn before the answer is of the {messages[-1]['role']}, expected a user."
+        )
+    asked: Message = {"role": "user", "content": messages[-1]["content"] + config.prompt_suffix}
     text = config.system
     if config.system_column is not None:
         text = _text(_field(row, config.system_column, place), f"{place}, {config.system_column}")
-    return messages if text is None else [{"role": "system", "content": text}, *messages]
+    if text is None:
+        return [*messages[:-1], asked]
+    if messages[0]["role"] == "system":
+        raise UserError(f"{place_in_row}: has a system turn already; leave out `system` and `system_column`.")
+    return [{"role": "system", "content": text}, *messages[:-1], asked]
 
 
 def _field(row: Mapping[str, Any], column: str, place: str) -> Any:
@@ -236,24 +262,26 @@ def _text(value: Any, place: str) -> str:
     if not isinstance(value, str) or not value.strip():
         shown = "an empty text" if isinstance(value, str) else "null" if value is None else type(value).__name__
         raise UserError(f"{place}: expected a text, found {shown}.")
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        broken = f"{value[error.start]!r} at character {error.start + 1}"
+        raise UserError(f"{place}: not a text: {broken} is half of a character (a surrogate).") from None
     return value
 
 
 def _messages(value: Any, place: str) -> list[Message]:
     """A conversation in the form role/content or from/value (ShareGPT)."""
+    if not isinstance(value, list) or not value:
+        shown = "an empty list" if isinstance(value, list) else type(value).__name__
+        raise UserError(f"{place}: expected a list of messages, found {shown}.")
     messages: list[Message] = []
-    for turn in value if isinstance(value, list) else []:
+    for number, turn in enumerate(value, 1):
         fields = turn if isinstance(turn, Mapping) else {}
         role, content = fields.get("role", fields.get("from")), fields.get("content", fields.get("value"))
-        if role not in ROLES:
-            raise UserError(f"{place}: expected turns with a role of {sorted(ROLES)}, found {turn!r:.80}.")
-        messages.append({"role": ROLES[role], "content": _text(content, place)})
-    if not messages:
-        raise UserError(f"{place}: expected a list of messages, found {type(value).__name__}.")
+        if not isinstance(role, str) or role not in ROLES:
+            raise UserError(
+                f"{place}, turn {number}: expected a role of {', '.join(sorted(ROLES))}, found {turn!r:.80}."
+            )
+        messages.append({"role": ROLES[role], "content": _text(content, f"{place}, turn {number}")})
     return messages
-
-
-def _split_answer(messages: list[Message], place: str) -> tuple[list[Message], str]:
-    if len(messages) < 2 or messages[-1]["role"] != "assistant":
-        raise UserError(f"{place}: the conversation does not end with an answer of the assistant after a question.")
-    return messages[:-1], messages[-1]["content"]

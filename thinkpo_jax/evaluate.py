@@ -175,14 +175,23 @@ def main(arguments: Sequence[str]) -> None:
     parser = argparse.ArgumentParser(
         prog="python -m thinkpo_jax.evaluate",
         description="Evaluate the finished models of a run, or any other model on the benchmarks of a configuration.",
-        epilog="example: python -m thinkpo_jax.evaluate --config configs/quickstart.yaml --model DIR --out runs/other",
+        epilog="examples: python -m thinkpo_jax.evaluate --config FILE --model DIR --out runs/other; "
+        "python -m thinkpo_jax.evaluate --pool runs/seed0 runs/seed1 runs/seed2",
     )
-    config_arguments(parser)
+    config_arguments(parser, required=False)
+    parser.add_argument(
+        "--pool", nargs="+", type=Path, metavar="RUN", help="compare over several finished runs (seeds)"
+    )
     parser.add_argument(
         "--model", metavar="FOLDER", help="evaluate this Hugging Face folder or Hub id instead of the run"
     )
     parser.add_argument("--out", metavar="DIR", help="where the report of --model goes")
     parsed = parser.parse_args(arguments)
+    if parsed.pool is not None:
+        print(pool_runs(parsed.pool))
+        return
+    if parsed.config is None:
+        parser.error("give --config FILE, or --pool RUN RUN ...")
     config = load_config(parsed.config, parsed.assignments)
     if config.evaluation is None:
         raise UserError(f"{parsed.config}: the section `evaluation` is missing; it says what to ask.")

@@ -17,9 +17,10 @@ class MetricsFile:
     def __init__(self, path: Path, *, step: int) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         kept = [line for line in read_metrics(path) if line["step"] <= step]
-        self._file = path.open("w", encoding="utf-8")
-        for line in kept:
-            self.write(line)
+        partial = path.with_name(path.name + ".partial")
+        partial.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
+        partial.replace(path)  # a crash here leaves the old file or the new one, never half of it
+        self._file = path.open("a", encoding="utf-8")
 
     def write(self, metrics: Mapping[str, float]) -> None:
         """Appends one line; it is in the file when this returns."""
@@ -45,7 +46,7 @@ class Progress:
     def __init__(self, title: str, total: int, *, done: int = 0, unit: str = "step") -> None:
         self._bar = None
         self._title, self._total, self._unit = title, total, unit
-        self._done, self._first, self._start, self._said = done, done, time.monotonic(), time.monotonic()
+        self._first, self._start, self._said = done, time.monotonic(), time.monotonic()
         if sys.stderr.isatty():
             self._bar = tqdm(total=total, initial=done, desc=title, unit=unit, dynamic_ncols=True, file=sys.stderr)
 
@@ -56,7 +57,7 @@ class Progress:
             self._bar.set_postfix(shown, refresh=False)
             self._bar.update(done - self._bar.n)
             return
-        self._done, now = done, time.monotonic()
+        now = time.monotonic()
         if now - self._said >= PLAIN_LINE_SECONDS or done == self._total:
             self._said = now
             rate = (done - self._first) / max(now - self._start, 1e-9)

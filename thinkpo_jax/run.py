@@ -267,9 +267,9 @@ def _warn(text: str) -> None:
     print(f"warning: {text}", file=sys.stderr)
 
 
-def config_arguments(parser: argparse.ArgumentParser) -> None:
+def config_arguments(parser: argparse.ArgumentParser, *, required: bool = True) -> None:
     """Adds --config and --set to a command."""
-    parser.add_argument("--config", type=Path, required=True, metavar="FILE", help="the YAML file of the run")
+    parser.add_argument("--config", type=Path, required=required, metavar="FILE", help="the YAML file of the run")
     parser.add_argument(
         "--set", action="extend", nargs="+", default=[], metavar="KEY=VALUE", dest="assignments",
         help="override a key of the file: --set seed=1 stages.sft.steps=20 mesh.fsdp=8",

@@ -112,7 +112,9 @@ def _generate(
         here = Places(jnp.ones((batch, 1), jnp.int32), (lengths_B + count)[:, None])
         hidden_BTD, cache = model(ids_B[:, None], here, cache)
         ids_B = draw(hidden_BTD[:, -1], count + 1)
-        return count + 1, ids_B, done_B | stops(ids_B), counts_B, out_BG, cache
+        # The limit counts the stop id too, as Hugging Face and the servers do.
+        done_B = done_B | (stops(ids_B) & (count + 1 < limit))
+        return count + 1, ids_B, done_B, counts_B, out_BG, cache
 
     def going_on(carry: tuple) -> jax.Array:
         return (carry[0] < limit) & ~carry[2].all()

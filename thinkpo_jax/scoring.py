@@ -13,6 +13,7 @@ How the intervals are made (all are 95 %, all random draws are seeded, so equal 
   with the sign test.
 """
 
+import itertools
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -88,15 +89,6 @@ class _Question:
     num_samples: int
 
 
-@dataclass(frozen=True)
-class _Differences:
-    """After minus before, [Q]; `step` is the most that one sample can change the accuracy on a question."""
-
-    accuracy: Floats
-    tokens: Floats
-    step: float
-
-
 def summarise(items: Sequence[Item]) -> Score:
     """Score one model on one benchmark: the mean over questions of the mean over samples.
 
@@ -139,28 +131,49 @@ def compare(before: Sequence[Item], after: Sequence[Item]) -> Comparison:
     Raises:
         ValueError: question ids that differ between the two, or anything that `summarise` would refuse.
     """
-    return _compare_differences([_paired_differences(before, after)])
+    old, new = _questions_by_id(before, "before"), _questions_by_id(after, "after")
+    _check_same_questions(old, new)
+    accuracy_Q = np.array([new[key].accuracy - old[key].accuracy for key in old])
+    tokens_Q = np.array([new[key].tokens - old[key].tokens for key in old])
+    step = 1.0 / min(question.num_samples for question in [*old.values(), *new.values()])
+    step = 1.0 if np.ptp(accuracy_Q) == 0 else step
+    return Comparison(
+        accuracy_difference=float(accuracy_Q.mean()),
+        ci95=_bootstrap_mean(np.append(accuracy_Q, [-step, step])),
+        p_value=_sign_flip_p_value(accuracy_Q),
+        response_tokens_difference=float(tokens_Q.mean()),
+        response_tokens_ci95=_bootstrap_mean(tokens_Q) if len(tokens_Q) > 1 else (-math.inf, math.inf),
+        num_questions=len(accuracy_Q),
+        before_better=int((accuracy_Q < 0).sum()),
+        after_better=int((accuracy_Q > 0).sum()),
+    )
 
 
 def pool(pairs: Sequence[tuple[Sequence[Item], Sequence[Item]]]) -> Comparison:
-    """`compare` over several runs at once: the per-question differences of all (before, after) pairs, put end to end.
+    """`compare` over several runs (seeds) at once: the samples of a question, from all runs that put it, are one Item.
 
-    Every difference counts as one independent draw; `num_questions` counts them all. Runs that differ in their seed but
-    put the same questions are not quite that, since a question that helps one run tends to help the next: the interval
-    then speaks about these training recipes on questions like these more surely than it should.
+    So a question that every run puts counts once, by its mean: what helps it in one run tends to help it in the next,
+    and counting it once per run would make the interval too narrow. Questions that only one run puts add up. The
+    interval does not cover the variance between training seeds: it speaks of these trained models.
 
     Raises:
         ValueError: no pairs, or a pair that `compare` would refuse (the message counts pairs from 1).
     """
     if not pairs:
         raise ValueError("no runs to pool: expected at least one pair (items before, items after)")
-    differences: list[_Differences] = []
     for number, (before, after) in enumerate(pairs, start=1):
         try:
-            differences.append(_paired_differences(before, after))
+            _check_same_questions(_questions_by_id(before, "before"), _questions_by_id(after, "after"))
         except ValueError as error:
             raise ValueError(f"run {number} of {len(pairs)}: {error}") from error
-    return _compare_differences(differences)
+    return compare(_merged([before for before, _ in pairs]), _merged([after for _, after in pairs]))
+
+
+def _merged(runs: Sequence[Sequence[Item]]) -> list[Item]:
+    samples: dict[str, tuple[Sample, ...]] = {}
+    for item in itertools.chain.from_iterable(runs):
+        samples[item.question_id] = samples.get(item.question_id, ()) + item.samples
+    return [Item(question_id, found) for question_id, found in samples.items()]
 
 
 def _questions_by_id(items: Sequence[Item], name: str) -> dict[str, _Question]:
@@ -190,16 +203,6 @@ def _mean_over_samples(samples: Sequence[Sample]) -> _Question:
     )
 
 
-def _paired_differences(before: Sequence[Item], after: Sequence[Item]) -> _Differences:
-    old, new = _questions_by_id(before, "before"), _questions_by_id(after, "after")
-    _check_same_questions(old, new)
-    return _Differences(
-        accuracy=np.array([new[key].accuracy - old[key].accuracy for key in old]),
-        tokens=np.array([new[key].tokens - old[key].tokens for key in old]),
-        step=1.0 / min(question.num_samples for question in [*old.values(), *new.values()]),
-    )
-
-
 def _check_same_questions(old: Mapping[str, _Question], new: Mapping[str, _Question]) -> None:
     problems = [
         f"{len(missing)} of {len(whole)} questions are only in `{name}`, for example {missing[0]!r}"
@@ -208,22 +211,6 @@ def _check_same_questions(old: Mapping[str, _Question], new: Mapping[str, _Quest
     ]
     if problems:
         raise ValueError("; ".join(problems) + "; a paired comparison needs the same questions on both sides")
-
-
-def _compare_differences(runs: Sequence[_Differences]) -> Comparison:
-    accuracy_Q = np.concatenate([run.accuracy for run in runs])
-    tokens_Q = np.concatenate([run.tokens for run in runs])
-    step = 1.0 if np.ptp(accuracy_Q) == 0 else max(run.step for run in runs)
-    return Comparison(
-        accuracy_difference=float(accuracy_Q.mean()),
-        ci95=_bootstrap_mean(np.append(accuracy_Q, [-step, step])),
-        p_value=_sign_flip_p_value(accuracy_Q),
-        response_tokens_difference=float(tokens_Q.mean()),
-        response_tokens_ci95=_bootstrap_mean(tokens_Q) if len(tokens_Q) > 1 else (-math.inf, math.inf),
-        num_questions=len(accuracy_Q),
-        before_better=int((accuracy_Q < 0).sum()),
-        after_better=int((accuracy_Q > 0).sum()),
-    )
 
 
 def _bootstrap_mean(values_Q: Floats) -> Interval:
