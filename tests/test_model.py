@@ -13,9 +13,13 @@ from thinkpo_jax.attention import Places
 from thinkpo_jax.convert import named
 from thinkpo_jax.model import Cache, ComputeConfig, Transformer
 
-MODEL = functools.cache(small.model)
 ROW = np.random.default_rng(0).permutation(small.ARCH.vocab_size)[:20].astype(np.int32)  # distinct tokens
 LENGTHS = (7, 9)  # of the segments in the row; padding after them
+
+
+@functools.cache
+def _model(dtype: str = "float32", remat: str = "none") -> Transformer:
+    return small.model(ComputeConfig.model_validate({"dtype": dtype, "remat": remat}))
 
 
 def _packed(*lengths: int, total: int) -> Places:
@@ -55,7 +59,7 @@ def test_a_gradient_reaches_exactly_the_earlier_tokens_of_the_segment() -> None:
         hidden_TD = model(jnp.array(ROW)[None], PLACES)[0][0]
         return hidden_TD @ jnp.array(np.random.default_rng(1).normal(size=small.ARCH.embed), jnp.float32)
 
-    gradient_TVD = np.asarray(named(jax.jit(jax.jacrev(states))(MODEL()))["embedding"])
+    gradient_TVD = np.asarray(named(jax.jit(jax.jacrev(states))(_model()))["embedding"])
     reaches_TS = (gradient_TVD[:, ROW] != 0).any(axis=-1)
     segments, real = np.asarray(PLACES.segments[0]), sum(LENGTHS)
     earlier_TS = np.tril(segments[:, None] == segments[None, :])
@@ -63,7 +67,7 @@ def test_a_gradient_reaches_exactly_the_earlier_tokens_of_the_segment() -> None:
 
 
 def test_a_packed_segment_is_computed_as_if_alone() -> None:
-    model = MODEL()
+    model = _model()
     packed_TD = _hidden(model, jnp.array(ROW)[None], PLACES)[0]
     start = 0
     for length in LENGTHS:
@@ -76,7 +80,7 @@ def test_a_packed_segment_is_computed_as_if_alone() -> None:
 @pytest.mark.parametrize("changed", range(len(LENGTHS) + 1))
 def test_tokens_of_another_segment_change_nothing(changed: int) -> None:
     """The last of the changed segments is the padding."""
-    model = MODEL()
+    model = _model()
     here = np.asarray(PLACES.segments[0]) == (changed + 1) % (len(LENGTHS) + 1)
     others = np.where(here, (ROW + 1) % small.ARCH.vocab_size, ROW)
     before, after = (np.asarray(_hidden(model, jnp.array(row)[None], PLACES)[0]) for row in (ROW, others))
@@ -85,7 +89,7 @@ def test_tokens_of_another_segment_change_nothing(changed: int) -> None:
 
 
 def test_positions_count_by_their_distance() -> None:
-    model, row = MODEL(), jnp.array(ROW)[None]
+    model, row = _model(), jnp.array(ROW)[None]
     straight = _packed(len(ROW), total=len(ROW))
     expected = _hidden(model, row, straight)
     later = _hidden(model, row, straight._replace(positions=straight.positions + 100))
@@ -97,7 +101,7 @@ def test_positions_count_by_their_distance() -> None:
 @pytest.mark.parametrize("prefill", [9, 12])
 def test_the_cache_gives_the_states_of_one_pass(prefill: int) -> None:
     """A left-padded batch is read at once, then token by token."""
-    model, lengths, steps = MODEL(), np.array([3, 9]), 4
+    model, lengths, steps = _model(), np.array([3, 9]), 4
     rows = [ROW[: lengths[0] + steps], ROW[::-1][: lengths[1] + steps]]
     tokens_BT, positions_BT = np.full((2, prefill), 5, np.int32), np.arange(prefill) - (prefill - lengths)[:, None]
     for row, tokens in enumerate(rows):
@@ -118,7 +122,7 @@ def test_the_cache_gives_the_states_of_one_pass(prefill: int) -> None:
 
 def test_remat_changes_when_things_are_computed_and_nothing_else() -> None:
     value_and_grad = jax.value_and_grad(_loss)
-    kept, again = (MODEL(ComputeConfig(dtype="float32", remat=remat)) for remat in ("none", "full"))
+    kept, again = (_model(remat=remat) for remat in ("none", "full"))
     traced = [str(jax.make_jaxpr(value_and_grad)(model)) for model in (kept, again)]
     assert ["policy=" in text for text in traced] == [False, True], "remat is on in one of them"
     (value, gradient), (value_again, gradient_again) = (jax.jit(value_and_grad)(model) for model in (kept, again))
@@ -128,13 +132,13 @@ def test_remat_changes_when_things_are_computed_and_nothing_else() -> None:
 
 
 def test_bfloat16_multiplies_in_bfloat16_and_keeps_float32_parameters_and_gradients() -> None:
-    model = MODEL(ComputeConfig(dtype="bfloat16"))
+    model = _model("bfloat16")
     lowered = jax.jit(functools.partial(Transformer.__call__, model)).lower(jnp.array(ROW)[None], PLACES)
     operands = re.findall(r"dot_general .*: \((.*)\) ->", lowered.as_text())
     assert len(operands) >= 9
     assert all(len(re.findall("xbf16>", pair)) == 2 for pair in operands), operands
     gradient = jax.jit(jax.grad(_loss))(model)
-    exact = jax.jit(jax.grad(_loss))(MODEL())
+    exact = jax.jit(jax.grad(_loss))(_model())
     for (name, value), found, expected in zip(
         named(model).items(), named(gradient).values(), named(exact).values(), strict=True
     ):

@@ -89,10 +89,13 @@ def test_the_seed_alone_makes_the_difference() -> None:
     assert len(set(answers)) == len(answers)
 
 
-def _draws(monkeypatch: pytest.MonkeyPatch, **settings: float) -> np.ndarray:
+def _draws(
+    monkeypatch: pytest.MonkeyPatch, *, temperature: float = 1.0, top_p: float = 1.0, vocabulary: int = VOCABULARY
+) -> np.ndarray:
     """How often each id is drawn, of 20,000, right after one prompt."""
     monkeypatch.setattr(sample, "PROMPT_MULTIPLE", 4)
-    drawn = _generate(PROMPTS[:1] * 20_000, max_new_tokens=1, batch_size=5_000, **settings)
+    settings = {"max_new_tokens": 1, "batch_size": 5_000, "temperature": temperature, "top_p": top_p}
+    drawn = _generate(PROMPTS[:1] * 20_000, vocabulary=vocabulary, **settings)
     return np.bincount([generation.ids[0] for generation in drawn], minlength=small.ARCH.vocab_size)
 
 
@@ -112,14 +115,16 @@ def _assert_drawn_from(expected: np.ndarray, counts: np.ndarray) -> None:
 def test_draws_follow_the_softmax_at_the_temperature(monkeypatch: pytest.MonkeyPatch, temperature: float) -> None:
     counts = _draws(monkeypatch, temperature=temperature)
     assert counts[VOCABULARY:].sum() == 0
-    _assert_drawn_from(scipy.special.softmax(_next_logits(PROMPTS[0]).astype(np.float64) / temperature), counts[:VOCABULARY])
+    _assert_drawn_from(
+        scipy.special.softmax(_next_logits(PROMPTS[0]).astype(np.float64) / temperature), counts[:VOCABULARY]
+    )
 
 
 def test_ids_beyond_the_vocabulary_are_never_drawn(monkeypatch: pytest.MonkeyPatch) -> None:
-    whole = _draws(monkeypatch, temperature=1.0, vocabulary=small.ARCH.vocab_size)
+    whole = _draws(monkeypatch, vocabulary=small.ARCH.vocab_size)
     assert whole[VOCABULARY:].sum() > 0, "the model would draw them"
     half = int(np.argmax(whole))
-    cut = _draws(monkeypatch, temperature=1.0, vocabulary=half)
+    cut = _draws(monkeypatch, vocabulary=half)
     assert cut[half:].sum() == 0
 
 
@@ -130,7 +135,7 @@ def test_top_p_draws_the_nucleus_and_nothing_else(monkeypatch: pytest.MonkeyPatc
     assert 2 < size < VOCABULARY / 2
     nucleus = np.zeros(VOCABULARY)
     nucleus[order[:size]] = probabilities[order[:size]]
-    counts = _draws(monkeypatch, temperature=1.0, top_p=0.5)[:VOCABULARY]
+    counts = _draws(monkeypatch, top_p=0.5)[:VOCABULARY]
     assert set(np.flatnonzero(counts)) == set(order[:size])
     _assert_drawn_from(nucleus / nucleus.sum(), counts)
 

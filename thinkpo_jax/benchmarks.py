@@ -98,8 +98,9 @@ def questions(config: BenchmarkConfig, *, seed: int) -> list[Question]:
         except KeyError as error:
             problem = f"no field {error}. The row has: {', '.join(row)}"
             raise UserError(f"{place}: not a row of {config.name}: {problem}.") from None
-        if not isinstance(question, str) or not question.strip() or not reference:
-            lacking = "reference answer" if isinstance(question, str) and question.strip() else "question"
+        asked = isinstance(question, str) and question.strip()
+        if not asked or not reference:
+            lacking = "reference answer" if asked else "question"
             raise UserError(f"{place}: not a row of {config.name}: it has no {lacking}.")
         text = benchmark.prefix + question
         found.append(Question(_question_id(text, taken), (*system, {"role": "user", "content": text}), reference))

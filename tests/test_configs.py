@@ -1,0 +1,125 @@
+"""Every configuration that ships is valid, says how it is run, and the paper's carry the paper's figures and shapes."""
+
+import json
+import math
+import shlex
+from pathlib import Path
+from typing import Any
+
+import jax
+import pytest
+from small import mesh
+
+from thinkpo_jax.convert import abstract_model, expected_shapes, named, read_architecture
+from thinkpo_jax.model import Architecture
+from thinkpo_jax.run import RunConfig, SftStage, ThinkpoStage, load_config
+from thinkpo_jax.sharding import shardings
+
+ROOT = Path(__file__).parents[1]
+CONFIGS = sorted((ROOT / "configs").glob("*.yaml"), key=lambda path: path.name)
+PAPER = {  # arXiv 2502.13173, Table 7
+    "thinkpo_r1_distill_qwen_7b": ("deepseek-ai/DeepSeek-R1-Distill-Qwen-7B", 1e-7),
+    "thinkpo_bespoke_stratos_7b": ("bespokelabs/Bespoke-Stratos-7B", 5e-7),
+}
+QWEN2_7B: dict[str, Any] = {
+    "model_type": "qwen2",
+    "vocab_size": 152_064,
+    "hidden_size": 3584,
+    "num_hidden_layers": 28,
+    "num_attention_heads": 28,
+    "num_key_value_heads": 4,
+    "intermediate_size": 18_944,
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 1_000_000.0,
+    "max_position_embeddings": 32_768,
+    "tie_word_embeddings": False,
+}
+
+
+def config(name: str, *assignments: str) -> RunConfig:
+    return load_config(ROOT / "configs" / f"{name}.yaml", assignments)
+
+
+@pytest.fixture
+def qwen2_7b(tmp_path: Path) -> Architecture:
+    (tmp_path / "config.json").write_text(json.dumps(QWEN2_7B), encoding="utf-8")
+    return read_architecture(tmp_path)
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_config_is_valid_and_its_first_line_is_the_command_that_runs_it(path: Path):
+    found = load_config(path)
+    assert found.run_dir == f"runs/{path.stem}"  # runs of two configurations never meet
+    first, second = path.read_text(encoding="utf-8").splitlines()[:2]
+    assert first.startswith("# ")
+    words = shlex.split(first.removeprefix("# "))
+    assert words[-4:] == ["-m", "thinkpo_jax.train", "--config", f"configs/{path.name}"]
+    assert second == "#"  # then what it does
+
+
+def test_there_are_configurations():
+    assert {"quickstart", "smollm2_135m", *PAPER} <= {path.stem for path in CONFIGS}
+
+
+@pytest.mark.parametrize("name", PAPER)
+def test_paper_configs_carry_the_papers_figures(name: str):
+    found = config(name)
+    (stage,) = found.stages
+    assert isinstance(stage, ThinkpoStage)
+    optimizer = stage.optimizer
+    assert (found.model.path, optimizer.learning_rate) == PAPER[name]
+    assert (stage.data.path, stage.batch.size, stage.beta) == ("VanWang/Bespoke_dpo_filter", 48, 0.01)
+    assert (stage.epochs, stage.steps, stage.start) == (1, None, None)
+    assert (optimizer.schedule, optimizer.warmup_ratio, optimizer.max_grad_norm) == ("cosine", 0.1, 1.0)
+    assert optimizer.weight_decay == 0
+    assert stage.batch.row_length == 8192 + 1280
+    assert (found.compute.dtype, found.compute.remat, stage.batch.rows_per_device) == ("bfloat16", "full", 1)
+    evaluation = found.evaluation
+    assert evaluation is not None
+    assert [benchmark.name for benchmark in evaluation.benchmarks] == ["math500", "gsm8k"]
+    assert (evaluation.sampling.temperature, evaluation.sampling.max_new_tokens) == (0.7, 32768)
+    assert evaluation.compare == (("base", "thinkpo"),)
+
+
+def test_the_two_paper_configs_differ_in_model_and_learning_rate_alone():
+    first, second = (config(name).model_dump() for name in PAPER)
+    for found in (first, second):
+        del found["run_dir"], found["title"], found["model"], found["stages"][0]["optimizer"]["learning_rate"]
+    assert first == second
+
+
+def test_7b_has_its_published_parameter_count(qwen2_7b: Architecture):
+    shapes = expected_shapes(qwen2_7b)
+    sizes = [leaf.size for leaf in jax.tree.leaves(abstract_model(qwen2_7b, config("quickstart").compute))]
+    assert sum(sizes) == 7_615_616_512
+    assert len(shapes) == 339
+    assert shapes["model.layers.27.self_attn.k_proj.weight"] == (512, 3584)
+    assert shapes["lm_head.weight"] == (152_064, 3584)
+
+
+@pytest.mark.parametrize("name", PAPER)
+@pytest.mark.parametrize("sizes", [{"fsdp": 8}, {"fsdp": 2, "tensor": 4}, {"data": 2, "fsdp": 4}], ids=str)
+def test_7b_lies_on_eight_devices(name: str, sizes: dict[str, int], qwen2_7b: Architecture):
+    model = abstract_model(qwen2_7b, config(name).compute)
+    layout = named(shardings(model, mesh(**sizes)))
+    parts = sizes["fsdp"] * sizes.get("tensor", 1)
+    for path, leaf in named(model).items():
+        if leaf.size > 10**6:  # the matrices; norms and biases are small
+            assert leaf.size == parts * math.prod(layout[path].shard_shape(leaf.shape)), path
+
+
+def test_set_replaces_a_whole_data_section():
+    found = config(
+        "smollm2_135m",
+        "stages.sft.data={path: pairs.jsonl, prompt: question, response: long}",
+        "stages.thinkpo.data={path: pairs.jsonl, prompt: question, chosen: long, rejected: short}",
+        "evaluation.benchmarks.gsm8k.path=gsm8k_test.jsonl",
+    )
+    sft, thinkpo = found.stages
+    assert isinstance(sft, SftStage)
+    assert isinstance(thinkpo, ThinkpoStage)
+    assert (sft.data.path, sft.data.prompt, sft.data.response) == ("pairs.jsonl", "question", "long")
+    assert (sft.data.messages, sft.data.system_column, sft.data.limit) == (None, None, None)
+    assert (thinkpo.data.chosen, thinkpo.data.rejected, thinkpo.data.limit) == ("long", "short", None)
+    assert found.evaluation is not None
+    assert found.evaluation.benchmarks[0].path == "gsm8k_test.jsonl"

@@ -1,0 +1,312 @@
+"""A model goes out as a Hugging Face folder and comes back bit for bit; whatever is not such a folder is refused."""
+
+import dataclasses
+import json
+import shutil
+import stat
+import time
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+import small
+from safetensors.numpy import load_file, save_file
+
+from thinkpo_jax import convert
+from thinkpo_jax.config import UserError
+from thinkpo_jax.convert import abstract_model, find_model, load_model, named, read_architecture, save_model, stop_ids
+from thinkpo_jax.model import Architecture, Transformer
+
+MINIATURE = find_model("builtin:miniature")
+TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
+INDEX = "model.safetensors.index.json"
+VARIANTS = {
+    "untied-bias": small.ARCH,
+    "tied-bias": dataclasses.replace(small.ARCH, tied_head=True),
+    "untied-plain": dataclasses.replace(small.ARCH, qkv_bias=False),
+    "tied-plain": dataclasses.replace(small.ARCH, qkv_bias=False, tied_head=True),
+}
+
+
+def _config(arch: Architecture) -> dict[str, Any]:
+    return {
+        "model_type": "qwen2" if arch.qkv_bias else "llama",
+        "vocab_size": arch.vocab_size,
+        "hidden_size": arch.embed,
+        "num_hidden_layers": arch.layers,
+        "num_attention_heads": arch.heads,
+        "num_key_value_heads": arch.kv_heads,
+        "head_dim": arch.head_dim,
+        "intermediate_size": arch.mlp,
+        "rms_norm_eps": arch.norm_eps,
+        "max_position_embeddings": arch.max_positions,
+        "rope_theta": arch.rope_theta,
+        "tie_word_embeddings": arch.tied_head,
+        "initializer_range": arch.init_std,
+        "eos_token_id": 1,
+    }
+
+
+def _model(arch: Architecture = small.ARCH) -> Transformer:
+    rng = np.random.default_rng(0)
+    abstract = abstract_model(arch, small.FLOAT32)
+    return jax.tree.map(lambda leaf: jnp.array(rng.normal(size=leaf.shape), leaf.dtype), abstract)
+
+
+def _like(tmp_path: Path, arch: Architecture = small.ARCH) -> Path:
+    """A folder with everything but weights."""
+    folder = tmp_path / "like"
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(_config(arch)))
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [1, 2, 3], "temperature": 0.6}))
+    for name in TOKENIZER:
+        shutil.copyfile(MINIATURE / name, folder / name)
+    return folder
+
+
+def _saved(tmp_path: Path, arch: Architecture = small.ARCH, dtype: Literal["float32", "bfloat16"] = "float32") -> Path:
+    save_model(_model(arch), tmp_path / "saved", like=_like(tmp_path, arch), dtype=dtype, card="# A card\n")
+    return tmp_path / "saved"
+
+
+def _edit(file: Path, **changes: Any) -> None:
+    """Changes fields of a JSON file; None takes one away."""
+    raw = json.loads(file.read_text()) | changes
+    file.write_text(json.dumps({key: value for key, value in raw.items() if value is not None}))
+
+
+def _assert_equal(found: Transformer, expected: Transformer) -> None:
+    a, b = named(found), named(expected)
+    assert a.keys() == b.keys()
+    for name, value in a.items():
+        assert value.dtype == jnp.float32
+        np.testing.assert_array_equal(value, b[name], err_msg=name)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_import_undoes_export_bit_for_bit(tmp_path: Path, variant: str) -> None:
+    folder = _saved(tmp_path, VARIANTS[variant])
+    assert read_architecture(folder) == VARIANTS[variant]
+    _assert_equal(load_model(folder, small.FLOAT32, small.mesh()), _model(VARIANTS[variant]))
+
+
+def test_import_onto_a_mesh_reads_the_same_numbers(tmp_path: Path) -> None:
+    model = load_model(_saved(tmp_path), small.FLOAT32, small.mesh(data=2, fsdp=2, tensor=2))
+    assert not model.blocks.q[...].sharding.is_fully_replicated
+    _assert_equal(model, _model())
+    save_model(model, tmp_path / "again", like=tmp_path / "like", dtype="float32", card="")
+    assert (tmp_path / "again" / "model.safetensors").read_bytes() == (
+        tmp_path / "saved" / "model.safetensors"
+    ).read_bytes()
+
+
+def test_bfloat16_export_rounds_and_says_so(tmp_path: Path) -> None:
+    folder = _saved(tmp_path, dtype="bfloat16")
+    rounded = jax.tree.map(lambda leaf: np.asarray(leaf).astype(ml_dtypes.bfloat16).astype(np.float32), _model())
+    _assert_equal(load_model(folder, small.FLOAT32, small.mesh()), rounded)
+    assert {array.dtype for array in load_file(folder / "model.safetensors").values()} == {np.dtype("bfloat16")}
+    assert json.loads((folder / "config.json").read_text())["dtype"] == "bfloat16"
+
+
+@pytest.fixture
+def sharded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setattr(convert, "MAX_SHARD", "20KB")
+    return _saved(tmp_path)
+
+
+def test_shards_load_as_one_file_does(sharded: Path) -> None:
+    files = sorted(file.name for file in sharded.glob("*.safetensors"))
+    assert len(files) > 2
+    assert set(json.loads((sharded / INDEX).read_text())["weight_map"].values()) == set(files)
+    _assert_equal(load_model(sharded, small.FLOAT32, small.mesh()), _model())
+
+
+def test_all_files_can_be_read_by_others(sharded: Path) -> None:
+    assert {oct(stat.S_IMODE(file.stat().st_mode)) for file in sharded.iterdir()} == {"0o644"}
+
+
+def test_everything_beside_the_weights_is_carried_over(tmp_path: Path) -> None:
+    folder = _saved(tmp_path)
+    for name in TOKENIZER:
+        assert (folder / name).read_bytes() == (MINIATURE / name).read_bytes()
+    assert json.loads((folder / "generation_config.json").read_text()) == {
+        "eos_token_id": [1, 2, 3],
+        "temperature": 0.6,
+    }
+    assert stop_ids(folder) == [1, 2, 3]
+    assert (folder / "README.md").read_text() == "# A card\n"
+    config = json.loads((folder / "config.json").read_text())
+    assert config == _config(small.ARCH) | {"dtype": "float32", "torch_dtype": "float32"}
+
+
+def test_export_replaces_a_folder_and_leaves_nothing_behind(tmp_path: Path) -> None:
+    folder = _saved(tmp_path)
+    (folder / "model-00001-of-00002.safetensors").write_bytes(b"of an earlier export")
+    save_model(_model(), folder, like=tmp_path / "like", dtype="float32", card="")
+    _assert_equal(load_model(folder, small.FLOAT32, small.mesh()), _model())
+    assert sorted(found.name for found in tmp_path.iterdir()) == ["like", "saved"]
+
+
+def test_stop_ids_fall_back_to_config_json(tmp_path: Path) -> None:
+    folder = _like(tmp_path)
+    _edit(folder / "generation_config.json", eos_token_id=None)
+    assert stop_ids(folder) == [1]
+    _edit(folder / "config.json", eos_token_id=None)
+    assert stop_ids(folder) == []
+
+
+def test_a_copy_of_the_tied_head_is_left_alone(tmp_path: Path) -> None:
+    arch = VARIANTS["tied-bias"]
+    file = _saved(tmp_path, arch) / "model.safetensors"
+    tensors = load_file(file)
+    save_file(tensors | {"lm_head.weight": tensors["model.embed_tokens.weight"]}, file)
+    _assert_equal(load_model(file.parent, small.FLOAT32, small.mesh()), _model(arch))
+
+
+def _refused(folder: Path) -> str:
+    with pytest.raises(UserError) as caught:
+        load_model(folder, small.FLOAT32, small.mesh())
+    return str(caught.value)
+
+
+def test_all_problems_of_the_tensors_are_reported_together(tmp_path: Path) -> None:
+    file = _saved(tmp_path) / "model.safetensors"
+    tensors = load_file(file)
+    del tensors["model.layers.1.self_attn.k_proj.bias"]
+    tensors["model.layers.0.self_attn.q_norm.weight"] = np.ones(8, np.float32)
+    tensors["model.norm.weight"] = np.ones(33, np.float32)
+    save_file(tensors, file)
+    message = _refused(file.parent)
+    assert "tensor model.layers.1.self_attn.k_proj.bias is missing" in message
+    assert "tensor model.layers.0.self_attn.q_norm.weight is not known here" in message
+    assert "tensor model.norm.weight has the shape (33,), expected (32,) from config.json" in message
+    assert len(message.splitlines()) == 3
+
+
+def test_a_truncated_file_is_named(tmp_path: Path) -> None:
+    file = _saved(tmp_path) / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+    message = _refused(file.parent)
+    assert message.startswith(f"{file}: cannot be read as safetensors")
+    assert "Download it again" in message
+
+
+def test_a_missing_shard_is_named(sharded: Path) -> None:
+    file = sorted(sharded.glob("*.safetensors"))[1]
+    file.unlink()
+    assert _refused(sharded).startswith(f"{file}: cannot be read as safetensors")
+
+
+def test_an_index_that_names_what_is_not_there_is_refused(sharded: Path) -> None:
+    weight_map = json.loads((sharded / INDEX).read_text())["weight_map"]
+    first = min(weight_map.values())
+    _edit(sharded / INDEX, weight_map=weight_map | {"model.layers.7.extra": first})
+    message = _refused(sharded)
+    assert f"model.layers.7.extra in {first}" in message
+    assert message.startswith(str(sharded / INDEX))
+
+
+@pytest.mark.parametrize("weight_map", [["a"], {"a": 1}, None], ids=["list", "number", "none"])
+def test_an_index_without_a_map_is_refused(sharded: Path, weight_map: Any) -> None:
+    _edit(sharded / INDEX, weight_map=weight_map)
+    assert _refused(sharded).startswith(f"{sharded / INDEX}: expected weight_map")
+
+
+@pytest.mark.parametrize("others", [(), ("pytorch_model.bin",)], ids=["nothing", "bin"])
+def test_only_safetensors_are_read(tmp_path: Path, others: tuple[str, ...]) -> None:
+    folder = _like(tmp_path)
+    for name in others:
+        (folder / name).write_bytes(b"pickle")
+    message = _refused(folder)
+    assert message.startswith(f"{folder}: no *.safetensors file")
+    assert ".bin" in message
+
+
+REFUSED_CONFIGS = {
+    "family": ({"model_type": "gemma2"}, "model_type 'gemma2' is not supported; supported: qwen2, llama"),
+    "no-family": ({"model_type": None}, "model_type None is not supported"),
+    "quantised": ({"quantization_config": {"bits": 4}}, "use the unquantised one"),
+    "remote-code": ({"auto_map": {"AutoModel": "x.Y"}}, "remote code, which is never run"),
+    "window": ({"use_sliding_window": True, "sliding_window": 8}, "sliding windows are not supported"),
+    "rope-scaling": ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "RoPE scaling 'yarn' is not supported"),
+    "old-rope-scaling": ({"rope_scaling": {"type": "linear", "factor": 4.0}}, "RoPE scaling 'linear'"),
+    "rope-parameters": ({"rope_parameters": {"rope_type": "llama3", "rope_theta": 5e5}}, "RoPE scaling 'llama3'"),
+    "activation": ({"hidden_act": "gelu"}, "hidden_act 'gelu' is not supported; supported: silu"),
+    "llama-bias": ({"model_type": "llama", "attention_bias": True}, "attention_bias is on"),
+    "field": ({"hidden_size": None}, "hidden_size is missing"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED_CONFIGS)
+def test_a_config_that_would_be_computed_wrongly_is_refused(tmp_path: Path, case: str) -> None:
+    changes, expected = REFUSED_CONFIGS[case]
+    folder = _like(tmp_path)
+    _edit(folder / "config.json", **changes)
+    message = _refused(folder)
+    assert expected in message
+    assert message.startswith(str(folder / "config.json"))
+    assert len(message.splitlines()) == 1
+
+
+def test_all_problems_of_a_config_are_reported_together(tmp_path: Path) -> None:
+    folder = _like(tmp_path)
+    _edit(folder / "config.json", vocab_size=None, rms_norm_eps=None, hidden_act="gelu")
+    message = _refused(folder)
+    assert len(message.splitlines()) == 3
+    for part in ("vocab_size is missing", "rms_norm_eps is missing", "hidden_act"):
+        assert part in message
+
+
+def test_fields_that_have_a_default_may_be_left_out_or_null(tmp_path: Path) -> None:
+    folder = _like(tmp_path)
+    _edit(folder / "config.json", num_key_value_heads=None, head_dim=None, tie_word_embeddings=None)
+    expected = dataclasses.replace(small.ARCH, kv_heads=small.ARCH.heads)
+    assert read_architecture(folder) == expected
+    raw = json.loads((folder / "config.json").read_text()) | {"num_key_value_heads": None, "head_dim": None}
+    (folder / "config.json").write_text(json.dumps(raw | {"rope_scaling": None}))
+    assert read_architecture(folder) == expected
+
+
+def test_the_newer_place_of_the_rope_base_is_read(tmp_path: Path) -> None:
+    folder = _like(tmp_path)
+    _edit(folder / "config.json", rope_theta=None, rope_parameters={"rope_type": "default", "rope_theta": 5e5})
+    assert read_architecture(folder).rope_theta == 500_000.0
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [(None, "there is no such file"), (b"{'a': 1}", "as JSON"), (b"\xff\xfe", "as JSON"), (b"[]", "found list")],
+    ids=["absent", "python", "binary", "list"],
+)
+def test_a_config_that_is_none_is_refused(tmp_path: Path, content: bytes | None, expected: str) -> None:
+    file = _like(tmp_path) / "config.json"
+    file.unlink()
+    if content is not None:
+        file.write_bytes(content)
+    message = _refused(file.parent)
+    assert message.startswith(f"{file}: ")
+    assert expected in message
+
+
+@pytest.mark.parametrize("name", ["nothing", "", "../models/miniature", "."])
+def test_an_unknown_builtin_lists_those_that_are(name: str) -> None:
+    with pytest.raises(UserError, match=f"there is no builtin:{name}; there is: builtin:miniature"):
+        find_model(f"builtin:{name}")
+
+
+@pytest.mark.parametrize("path", ["./nothing/here", "/nothing", "nothing", "a/b/c"])
+def test_what_is_no_hub_id_must_be_a_folder(path: str) -> None:
+    with pytest.raises(UserError, match="there is no such folder"):
+        find_model(path)
+
+
+@pytest.mark.parametrize("path", ["nobody/nothing", "no body/nothing"])
+def test_a_hub_id_that_is_out_of_reach_says_what_to_do(path: str) -> None:
+    start = time.monotonic()
+    with pytest.raises(UserError, match=f"hf download {path}"):
+        find_model(path)
+    assert time.monotonic() - start < 30

@@ -1,0 +1,430 @@
+"""Every row of a source is an example, is counted as left out, or stops the run with the place where it stands."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from checkpoints import DATA, needs_data
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from thinkpo_jax.chat import Chat
+from thinkpo_jax.config import UserError
+from thinkpo_jax.data import DataConfig, Example, Examples, PairData, Segment, SftData, read_rows, tokenize
+
+LINE_SEPARATOR = "\u2028"
+ROW = {"prompt": "2+2?", "response": "4", "chosen": "2+2=4;#4", "rejected": "#4"}
+
+
+def line(row: object) -> bytes:
+    return json.dumps(row, ensure_ascii=False).encode() + b"\n"
+
+
+def write(path: Path, *rows: object) -> Path:
+    path.write_bytes(b"".join(row if isinstance(row, bytes) else line(row) for row in rows))
+    return path
+
+
+def turns(*contents: str) -> list[dict[str, str]]:
+    """User and assistant by turns."""
+    return [{"role": ("user", "assistant")[i % 2], "content": content} for i, content in enumerate(contents)]
+
+
+def error_of(config: SftData | PairData, chat: Chat) -> str:
+    with pytest.raises(UserError) as error:
+        tokenize(config, chat, row_length=10_000, seed=0)
+    return str(error.value)
+
+
+@pytest.fixture(scope="module")
+def chat(tmp_path_factory: pytest.TempPathFactory) -> Chat:
+    """A real tokenizer of bytes with a template that shows who speaks: [user]text[assistant]answer|."""
+    return Chat.load(byte_tokenizer(tmp_path_factory.mktemp("bytes")))
+
+
+def byte_tokenizer(folder: Path) -> Path:
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE({byte: i for i, byte in enumerate(alphabet)}, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<end>", clean_up_tokenization_spaces=False)
+    fast.chat_template = (
+        "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% if m.role == 'assistant' %}<end>{% endif %}{% endfor %}"
+        "{% if add_generation_prompt %}[assistant]{% endif %}"
+    )
+    fast.save_pretrained(folder)
+    return folder
+
+
+def read(segment: Segment, chat: Chat) -> tuple[str, str]:
+    """The text of a segment's prompt and of what is trained."""
+    start = segment.answer_start
+    return chat.tokenizer.decode(segment.tokens[:start]), chat.tokenizer.decode(segment.tokens[start:])
+
+
+def only(examples: Examples) -> Example:
+    (example,) = examples.examples
+    return example
+
+
+# Files.
+
+
+@pytest.mark.parametrize(
+    ("bad", "said"),
+    [
+        (b'{"prompt": "q",\n', "not valid JSON: "),
+        (b'{"prompt": "q"} {"prompt": "q"}\n', "not valid JSON: Extra data, at character 17."),
+        (b"[1, 2]\n", "expected a JSON object, found list."),
+        (b"null\n", "expected a JSON object, found NoneType."),
+        (b'{"prompt": "\xff", "response": "a"}\n', "not valid UTF-8: "),
+        (b'{"prompt": ' + b"1" * 5000 + b"}\n", "cannot be read as JSON: "),
+        (
+            line({"promt": "q", "response": "a"}),
+            "no field 'prompt' (did you mean promt?). The row has: promt, response.",
+        ),
+        (line({"prompt": None, "response": "a"}), "prompt: expected a text, found null."),
+        (line({"prompt": 3, "response": "a"}), "prompt: expected a text, found int."),
+        (line({"prompt": "q", "response": ""}), "response: expected a text, found an empty text."),
+        (line({"prompt": "q", "response": " \n"}), "response: expected a text, found an empty text."),
+        (b'{"prompt": "q", "response": "ab\\ud83d"}\n', "response: not a text: '\\ud83d' at character 3 is half"),
+        (line({"prompt": "q", "response": "a<end>b"}), "the answer holds '<end>', special to this tokenizer."),
+        (line({"prompt": [], "response": "a"}), "prompt: expected a list of messages, found an empty list."),
+        (line({"prompt": turns("q", "a"), "response": "a"}), "prompt: the turn before the answer is of the assistant"),
+    ],
+    ids=lambda value: value[:30] if isinstance(value, str) else "",
+)
+def test_a_bad_row_stops_the_run_with_its_file_and_line(bad: bytes, said: str, tmp_path: Path, chat: Chat):
+    path = write(tmp_path / "rows.jsonl", ROW, b"\n", b"  \n", ROW, bad, ROW)  # blank lines count as lines
+    found = error_of(SftData(path=str(path)), chat)
+    assert found.startswith(f"{path}, line 5")
+    assert said in found
+
+
+@pytest.mark.parametrize("content", [b"", b"\n \n\n"], ids=["empty", "blank"])
+def test_a_file_without_rows_is_an_error_with_its_name(content: bytes, tmp_path: Path, chat: Chat):
+    path = write(tmp_path / "rows.jsonl", content)
+    assert error_of(SftData(path=str(path)), chat) == f"{path}: there are no rows, expected at least one."
+
+
+@pytest.mark.parametrize("name", ["absent.jsonl", "absent.parquet"])
+def test_a_missing_file_is_an_error_with_its_name(name: str, tmp_path: Path, chat: Chat):
+    found = error_of(SftData(path=str(tmp_path / name)), chat)
+    assert found.startswith(f"{tmp_path / name}: there is no such file. Set `path` to a .jsonl or .parquet file")
+
+
+@pytest.mark.parametrize("name", ["rows", "rows.jsonl", "rows.parquet"])
+def test_a_folder_is_an_error_with_its_name(name: str, tmp_path: Path, chat: Chat):
+    (tmp_path / name).mkdir()
+    found = error_of(SftData(path=str(tmp_path / name)), chat)
+    assert found.startswith(f"{tmp_path / name}: ")
+    assert "found a folder." in found
+
+
+def test_a_file_of_another_kind_is_an_error_with_its_name(tmp_path: Path, chat: Chat):
+    path = write(tmp_path / "rows.csv", ROW)
+    found = error_of(SftData(path=str(path)), chat)
+    assert found == (
+        f"{path}: expected a .jsonl or .parquet file or a Hub id (owner/name), found another kind of file."
+    )
+    assert error_of(SftData(path="rows/absent.csv"), chat).endswith("found no such file.")
+
+
+def test_a_data_set_of_the_hub_that_cannot_be_had_is_an_error_with_its_name(chat: Chat):
+    # Off line, as the tests are; a dot in the name does not make it a file.
+    for name in ("owner/name", "owner/name-v1.5"):
+        found = error_of(SftData(path=name), chat)
+        assert found.startswith(f"{name}: cannot be loaded as a data set: ")
+        assert "Without a network" in found
+
+
+def test_a_line_ends_at_a_newline_and_at_nothing_else(tmp_path: Path, chat: Chat):
+    texts = [f"a{LINE_SEPARATOR}b\u2029c\u0085d\x0be\x0cf", "second"]
+    rows = [ROW | {"response": text} for text in texts]
+    content = b"".join(line(row) for row in rows)
+    assert LINE_SEPARATOR.encode() in content  # as itself, not escaped
+    path = write(tmp_path / "rows.jsonl", content)
+    examples = tokenize(SftData(path=str(path)), chat, row_length=1000, seed=0)
+    assert [read(example[0], chat)[1] for example in examples.examples] == [f"{text}<end>" for text in texts]
+
+
+def test_a_byte_order_mark_and_windows_line_ends_are_no_part_of_a_text(tmp_path: Path, chat: Chat):
+    content = b"\xef\xbb\xbf" + line(ROW).replace(b"\n", b"\r\n") * 2
+    examples = tokenize(SftData(path=str(write(tmp_path / "rows.jsonl", content))), chat, row_length=1000, seed=0)
+    assert [read(example[0], chat)[1] for example in examples.examples] == ["4<end>", "4<end>"]
+
+
+def test_no_more_than_limit_rows_are_read(tmp_path: Path):
+    path = write(tmp_path / "rows.jsonl", ROW, ROW, b"not JSON\n")
+    rows = list(read_rows(DataConfig(path=str(path), limit=2), seed=0))
+    assert rows == [(f"{path}, line 1", ROW), (f"{path}, line 2", ROW)]
+
+
+@pytest.fixture
+def hub_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Data sets are converted into a cache below the user's home; here below tmp_path."""
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", str(tmp_path / "cache"))
+
+
+@pytest.mark.usefixtures("hub_cache")
+def test_parquet_gives_the_same_examples_as_jsonl(tmp_path: Path, chat: Chat):
+    from datasets import Dataset
+
+    rows = [ROW | {"conversation": turns(f"q{i}", "a" * i)} for i in range(1, 4)]
+    Dataset.from_list(rows).to_parquet(tmp_path / "rows.parquet")
+    write(tmp_path / "rows.jsonl", *rows)
+    for config in ({"messages": "conversation"}, {}):
+        one, other = (
+            tokenize(SftData(path=str(tmp_path / f"rows.{kind}"), **config), chat, row_length=1000, seed=0)
+            for kind in ("parquet", "jsonl")
+        )
+        assert one.rows == other.rows == 3
+        assert [read(example[0], chat) for example in one.examples] == [
+            read(example[0], chat) for example in other.examples
+        ]
+
+
+@pytest.mark.usefixtures("hub_cache")
+def test_a_bad_row_of_a_parquet_file_is_named_and_so_is_a_broken_file(tmp_path: Path, chat: Chat):
+    from datasets import Dataset
+
+    Dataset.from_list([ROW, ROW | {"response": None}]).to_parquet(tmp_path / "rows.parquet")
+    found = error_of(SftData(path=str(tmp_path / "rows.parquet")), chat)
+    assert found == f"{tmp_path / 'rows.parquet'}, row 1, response: expected a text, found null."
+    write(tmp_path / "broken.parquet", ROW)
+    assert error_of(SftData(path=str(tmp_path / "broken.parquet")), chat).startswith(f"{tmp_path / 'broken.parquet'}: ")
+
+
+# Forms of a row.
+
+SHAREGPT = [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]
+ASKED = "[user]q[assistant]"
+PAIR = {"prompt": "q", "chosen": "long", "rejected": "b"}
+PAIR_OF_LISTS = {"chosen": turns("q", "long"), "rejected": turns("q", "b")}
+
+
+@pytest.mark.parametrize(
+    ("row", "config", "expected"),
+    [
+        ({"prompt": "q", "response": "a"}, {}, (ASKED, "a<end>")),
+        ({"question": "q", "long": "a"}, {"prompt": "question", "response": "long"}, (ASKED, "a<end>")),
+        ({"prompt": "q", "response": "a"}, {"prompt_suffix": "!"}, ("[user]q![assistant]", "a<end>")),
+        ({"prompt": "q", "response": "a"}, {"system": "S"}, (f"[system]S{ASKED}", "a<end>")),
+        ({"prompt": turns("q"), "response": "a"}, {}, (ASKED, "a<end>")),
+        ({"prompt": turns("q"), "response": "a"}, {"prompt_suffix": "!"}, ("[user]q![assistant]", "a<end>")),
+        ({"prompt": "q", "response": turns("q", "a")[1:]}, {}, (ASKED, "a<end>")),
+        ({"m": turns("q", "a")}, {"messages": "m"}, (ASKED, "a<end>")),
+        ({"m": turns("q", "a")}, {"messages": "m", "prompt_suffix": "!"}, ("[user]q![assistant]", "a<end>")),
+        (
+            {"m": turns("q", "a", "q2", "a2")},
+            {"messages": "m"},
+            ("[user]q[assistant]a<end>[user]q2[assistant]", "a2<end>"),
+        ),
+        ({"m": SHAREGPT}, {"messages": "m"}, (ASKED, "a<end>")),
+        ({"m": SHAREGPT, "s": "S"}, {"messages": "m", "system_column": "s"}, (f"[system]S{ASKED}", "a<end>")),
+        ({"m": SHAREGPT}, {"messages": "m", "system": "S"}, (f"[system]S{ASKED}", "a<end>")),
+        (
+            {"m": [{"from": "system", "value": "S"}, *SHAREGPT]},
+            {"messages": "m"},
+            (f"[system]S{ASKED}", "a<end>"),
+        ),
+    ],
+    ids=str,
+)
+def test_sft_form_gives_prompt_and_answer(
+    row: dict[str, Any], config: dict[str, Any], expected: tuple[str, str], tmp_path: Path, chat: Chat
+):
+    path = write(tmp_path / "rows.jsonl", row)
+    (segment,) = only(tokenize(SftData(path=str(path), **config), chat, row_length=1000, seed=0))
+    assert read(segment, chat) == expected
+    assert segment.tokens.dtype == np.int32
+
+
+@pytest.mark.parametrize(
+    ("row", "config", "prompt"),
+    [
+        (PAIR, {}, ASKED),
+        (PAIR, {"system": "S", "prompt_suffix": "!"}, "[system]S[user]q![assistant]"),
+        ({"prompt": "q", "x": "long", "y": "b"}, {"chosen": "x", "rejected": "y"}, ASKED),
+        ({"prompt": turns("p", "a", "q"), "chosen": "long", "rejected": "b"}, {}, f"[user]p[assistant]a<end>{ASKED}"),
+        (PAIR_OF_LISTS, {}, ASKED),
+        (PAIR_OF_LISTS | {"s": "S"}, {"system_column": "s"}, f"[system]S{ASKED}"),
+        ({"prompt": "q", "chosen": turns("", "long")[1:], "rejected": turns("", "b")[1:]}, {}, ASKED),
+        ({"prompt": turns("q"), "chosen": turns("", "long")[1:], "rejected": "b"}, {}, ASKED),
+        ({"prompt": "q", "chosen": turns("q", "long"), "rejected": "b"}, {}, ASKED),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_pair_form_gives_the_same_prompt_and_two_answers(
+    row: dict[str, Any], config: dict[str, Any], prompt: str, tmp_path: Path, chat: Chat
+):
+    path = write(tmp_path / "rows.jsonl", row)
+    chosen, rejected = only(tokenize(PairData(path=str(path), **config), chat, row_length=1000, seed=0))
+    assert (read(chosen, chat), read(rejected, chat)) == ((prompt, "long<end>"), (prompt, "b<end>"))
+
+
+@pytest.mark.parametrize(
+    ("row", "said"),
+    [
+        ({"prompt": "q", "chosen": "a", "rejected": "a"}, ": chosen and rejected are the same text"),
+        ({"chosen": turns("q", "a"), "rejected": turns("q", "a")}, ": chosen and rejected are the same text"),
+        ({"chosen": turns("q", "a"), "rejected": turns("p", "b")}, ": chosen and rejected do not answer the"),
+        ({"prompt": "p", "chosen": turns("q", "a"), "rejected": "b"}, ": chosen and rejected do not answer the same"),
+        ({"prompt": "q", "chosen": "a", "rejected": ""}, ", rejected: expected a text, found an empty text."),
+        ({"prompt": "q", "chosen": "a"}, ": no field 'rejected'. The row has: prompt, chosen."),
+        ({"prompt": "q", "chosen": "a", "reject": "b"}, ": no field 'rejected' (did you mean reject?)."),
+        ({"chosen": turns("q", "a"), "rejected": turns("q")}, ", rejected: the last turn is of the user"),
+        ({"chosen": turns("q", "a"), "rejected": []}, ", rejected: expected a list of messages, found an empty list."),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_a_pair_has_one_prompt_and_two_answers(row: dict[str, Any], said: str, tmp_path: Path, chat: Chat):
+    path = write(tmp_path / "rows.jsonl", row)
+    found = error_of(PairData(path=str(path)), chat)
+    assert found.startswith(f"{path}, line 1{said}")
+
+
+@pytest.mark.parametrize(
+    ("messages", "said"),
+    [
+        ("text", "m: expected a list of messages, found str."),
+        ([], "m: expected a list of messages, found an empty list."),
+        ([*turns("q"), 3], "m, turn 2: expected a role of assistant, gpt, human, system, user, found 3."),
+        ([*turns("q"), {"role": "tool", "content": "x"}], "m, turn 2: expected a role of"),
+        ([*turns("q"), {"role": ["user"], "content": "x"}], "m, turn 2: expected a role of"),
+        ([*turns("q"), {"role": "assistant", "content": None}], "m, turn 2: expected a text, found null."),
+        ([*turns("q"), {"role": "assistant"}], "m, turn 2: expected a text, found null."),
+        (turns("q", "a", "q"), "m: the last turn is of the user, expected the assistant's answer."),
+        ([{"role": "system", "content": "S"}, *turns("q", "a")[1:]], "m: the turn before the answer is of the system"),
+        ([{"role": "system", "content": "S"}, *turns("q", "a")], "m: has a system turn already"),
+    ],
+    ids=str,
+)
+def test_a_conversation_is_a_list_of_turns_that_ends_with_question_and_answer(
+    messages: Any, said: str, tmp_path: Path, chat: Chat
+):
+    path = write(tmp_path / "rows.jsonl", {"m": messages})
+    found = error_of(SftData(path=str(path), messages="m", system="T"), chat)
+    assert found.startswith(f"{path}, line 1, {said}")
+
+
+def test_a_template_that_refuses_a_conversation_is_an_error_with_the_line(tmp_path: Path):
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(byte_tokenizer(tmp_path))
+    tokenizer.chat_template = (
+        "{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception('no system turn') }}{% endif %}"
+        "{{ m.content }}{% endfor %}"
+    )
+    tokenizer.save_pretrained(tmp_path)
+    path = write(tmp_path / "rows.jsonl", ROW)
+    found = error_of(SftData(path=str(path), system="S"), Chat.load(tmp_path))
+    assert found.startswith(f"{path}, line 1: the chat template refuses")
+    assert found.endswith("['system', 'user']: no system turn")
+
+
+# Rows that are too long.
+
+
+def test_an_over_long_row_is_left_out_and_counted_or_stops_the_run(tmp_path: Path, chat: Chat):
+    longest = len(f"{ASKED}{'a' * 20}") + 1
+    rows = [{"prompt": "q", "response": "a" * count} for count in (1, 21, 20, 22)]
+    path = write(tmp_path / "rows.jsonl", *rows)
+    examples = tokenize(SftData(path=str(path)), chat, row_length=longest, seed=0)
+    assert (examples.rows, len(examples.examples)) == (4, 2)
+    assert examples.dropped == {f"longer than row_length {longest}": 2}
+    assert examples.lengths().tolist() == [longest - 19, longest]
+    with pytest.raises(UserError, match=rf"line 2: {longest + 1} tokens do not fit row_length {longest}\."):
+        tokenize(SftData(path=str(path), over_length="raise"), chat, row_length=longest, seed=0)
+
+
+def test_a_source_of_which_no_row_is_left_is_an_error(tmp_path: Path, chat: Chat):
+    path = write(tmp_path / "rows.jsonl", ROW, ROW)
+    with pytest.raises(UserError, match=r"no row is left of 2; left out: \{'longer than row_length 3': 2\}"):
+        tokenize(SftData(path=str(path)), chat, row_length=3, seed=0)
+
+
+def test_the_length_of_one_answer_never_changes_the_other(tmp_path: Path, chat: Chat):
+    """A pair is whole or left out: nothing is cut, on either side."""
+    row = {"prompt": "q", "chosen": "a" * 10_000, "rejected": "b" * 300}
+    path = write(tmp_path / "rows.jsonl", ROW, row)
+    whole = sum(len(f"{ASKED}{row[side]}") + 1 for side in ("chosen", "rejected"))
+    for row_length, kept in ((whole, 2), (whole - 1, 1)):
+        examples = tokenize(PairData(path=str(path)), chat, row_length=row_length, seed=0)
+        assert len(examples.examples) == kept
+        assert sum(examples.dropped.values()) == 2 - kept
+        assert all(segment.answer_start < len(segment.tokens) for pair in examples.examples for segment in pair)
+    chosen, rejected = tokenize(PairData(path=str(path)), chat, row_length=whole, seed=0).examples[1]
+    assert read(chosen, chat) == (ASKED, row["chosen"] + "<end>")
+    assert read(rejected, chat) == (ASKED, row["rejected"] + "<end>")
+
+
+@settings(max_examples=50, deadline=None)
+@given(
+    lengths=st.lists(st.tuples(st.integers(1, 30), st.integers(1, 30)), min_size=1, max_size=12),
+    room=st.integers(40, 120),
+)
+def test_every_row_is_kept_whole_and_in_order_or_counted(
+    lengths: list[tuple[int, int]], room: int, tmp_path_factory: pytest.TempPathFactory, chat: Chat
+):
+    rows = [
+        {"prompt": f"{i}?", "chosen": "a" * long, "rejected": "b" * short} for i, (long, short) in enumerate(lengths)
+    ]
+    path = write(tmp_path_factory.mktemp("rows") / "rows.jsonl", *rows)
+    overhead = len("[user]?[assistant]") + 1
+    fits = [
+        row for row in rows
+        if len(row["chosen"] + row["rejected"]) + 2 * (overhead + len(row["prompt"]) - 1) <= room
+    ]  # fmt: skip
+    if not fits:
+        with pytest.raises(UserError, match=f"no row is left of {len(rows)}"):
+            tokenize(PairData(path=str(path)), chat, row_length=room, seed=0)
+        return
+    examples = tokenize(PairData(path=str(path)), chat, row_length=room, seed=0)
+    assert examples.rows == len(rows) == len(examples.examples) + sum(examples.dropped.values())
+    found = [tuple(read(segment, chat)[1] for segment in pair) for pair in examples.examples]
+    assert found == [(row["chosen"] + "<end>", row["rejected"] + "<end>") for row in fits]
+    assert examples.lengths().tolist() == [sum(len(segment.tokens) for segment in pair) for pair in examples.examples]
+
+
+# Real pairs.
+
+
+@needs_data
+def test_real_pairs_are_read_whole_in_both_roles():
+    path = DATA / "pairs" / "math500_pairs.jsonl"
+    rows: list[Mapping[str, Any]] = [json.loads(row) for row in path.read_bytes().split(b"\n")[:-1]]
+    chat = Chat.load(DATA / "tokenizers" / "qwen2_5")
+    config = PairData(path=str(path), prompt="question", chosen="long", rejected="short", limit=60)
+    examples = tokenize(config, chat, row_length=4096, seed=0)
+    assert (len(rows), examples.rows) == (522, 60)
+    assert 0 < sum(examples.dropped.values()) < 30
+    assert len(examples.examples) + sum(examples.dropped.values()) == 60
+    answers = {(row["long"] + "<|im_end|>", row["short"] + "<|im_end|>") for row in rows[:60]}
+    for chosen, rejected in examples.examples:
+        (prompt, long), (same, short) = read(chosen, chat), read(rejected, chat)
+        assert prompt == same
+        assert (long, short) in answers
+        assert len(chosen.tokens) + len(rejected.tokens) <= 4096
+    assert max(examples.lengths()) > 3000
+
+
+@needs_data
+def test_real_questions_and_answers_train_the_answer_alone():
+    path = DATA / "gsm8k" / "train.jsonl"
+    chat = Chat.load(DATA / "tokenizers" / "qwen2_5")
+    config = SftData(path=str(path), prompt="question", response="answer", limit=50, over_length="raise")
+    examples = tokenize(config, chat, row_length=1024, seed=0)
+    rows = [json.loads(row) for row in path.read_bytes().split(b"\n")[:50]]
+    assert (examples.rows, len(examples.examples), dict(examples.dropped)) == (50, 50, {})
+    for row, (segment,) in zip(rows, examples.examples, strict=True):
+        prompt, trained = read(segment, chat)
+        assert trained == row["answer"] + "<|im_end|>"
+        assert row["question"] in prompt
+        assert row["answer"] not in prompt

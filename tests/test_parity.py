@@ -1,0 +1,143 @@
+"""The network is the one that transformers computes: logits, gradients, greedy answers, and the folder we write."""
+
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import small
+from checkpoints import tiny_checkpoint, torch_logits, torch_model
+
+from thinkpo_jax.attention import Places
+from thinkpo_jax.convert import load_model, named, save_model, table
+from thinkpo_jax.model import Transformer
+from thinkpo_jax.sample import Generation, SamplingConfig, generate
+
+pytest.importorskip("torch")
+pytestmark = pytest.mark.slow
+
+VOCABULARY = 128
+CASES = [(family, tied) for family in ("qwen2", "llama") for tied in (False, True)]
+
+
+@pytest.fixture(scope="module", params=CASES, ids=lambda case: f"{case[0]}-{'tied' if case[1] else 'untied'}")
+def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    family, tied = request.param
+    out = tmp_path_factory.mktemp(family)
+    return tiny_checkpoint(out, family=family, tie_word_embeddings=tied)
+
+
+@pytest.fixture(scope="module")
+def model(folder: Path) -> Transformer:
+    return load_model(folder, small.FLOAT32, small.mesh())
+
+
+def _tokens(rows: int, length: int) -> np.ndarray:
+    return np.random.default_rng(0).integers(0, VOCABULARY, (rows, length)).astype(np.int32)
+
+
+@jax.jit
+def _logits(model: Transformer, tokens_BT: jax.Array, places: Places) -> jax.Array:
+    return model(tokens_BT, places)[0] @ model.head()
+
+
+def _rows(tokens_BT: np.ndarray) -> Places:
+    """Each row one segment."""
+    positions_BT = np.broadcast_to(np.arange(tokens_BT.shape[1], dtype=np.int32), tokens_BT.shape)
+    return Places(jnp.ones(tokens_BT.shape, jnp.int32), jnp.array(positions_BT))
+
+
+def test_logits(folder: Path, model: Transformer) -> None:
+    tokens_BT = _tokens(3, 40)
+    expected = torch_logits(folder, tokens_BT)
+    assert expected.std() > 0.1
+    np.testing.assert_allclose(_logits(model, jnp.array(tokens_BT), _rows(tokens_BT)), expected, atol=1e-4)
+
+
+def test_logits_at_any_positions(folder: Path, model: Transformer) -> None:
+    import torch
+
+    tokens_BT = _tokens(2, 24)
+    steps = np.random.default_rng(1).integers(1, 15, tokens_BT.shape)
+    positions_BT = np.cumsum(steps, axis=1) + np.array([[0], [100]])
+    with torch.no_grad():
+        expected = torch_model(folder)(
+            input_ids=torch.from_numpy(tokens_BT.astype(np.int64)),
+            position_ids=torch.from_numpy(positions_BT),
+            attention_mask=torch.ones(tokens_BT.shape, dtype=torch.int64),  # or jumps are taken for packing
+            use_cache=False,
+        ).logits.numpy()
+    places = _rows(tokens_BT)._replace(positions=jnp.array(positions_BT, jnp.int32))
+    np.testing.assert_allclose(_logits(model, jnp.array(tokens_BT), places), expected, atol=1e-4)
+    assert np.abs(expected - torch_logits(folder, tokens_BT)).max() > 0.01, "positions matter"
+
+
+def test_logits_of_a_packed_row(folder: Path, model: Transformer) -> None:
+    tokens_BT, split = _tokens(1, 30), 13
+    indices = np.arange(30)[None]
+    places = Places(
+        jnp.array(np.where(indices < split, 1, 2), jnp.int32),
+        jnp.array(np.where(indices < split, indices, indices - split), jnp.int32),
+    )
+    parts = [torch_logits(folder, part) for part in np.split(tokens_BT, [split], axis=1)]
+    found = _logits(model, jnp.array(tokens_BT), places)
+    np.testing.assert_allclose(found, np.concatenate(parts, axis=1), atol=1e-4)
+
+
+def test_gradients(folder: Path, model: Transformer) -> None:
+    import torch
+
+    tokens_BT = _tokens(3, 40)
+    reference = torch_model(folder)
+    rows = torch.from_numpy(tokens_BT.astype(np.int64))
+    expected_loss = torch.nn.functional.cross_entropy(
+        reference(input_ids=rows, use_cache=False).logits[:, :-1].flatten(0, 1), rows[:, 1:].flatten()
+    )
+    expected_loss.backward()
+    gradients = {name: value.grad.numpy() for name, value in reference.named_parameters() if value.grad is not None}
+
+    def loss(model: Transformer) -> jax.Array:
+        logits_BTV = _logits(model, jnp.array(tokens_BT), _rows(tokens_BT))[:, :-1]
+        return optax.softmax_cross_entropy_with_integer_labels(logits_BTV, jnp.array(tokens_BT[:, 1:])).mean()
+
+    value, gradient = jax.jit(jax.value_and_grad(loss))(model)
+    assert float(value) == pytest.approx(expected_loss.item(), rel=1e-5)
+    ours = named(gradient)
+    for entry in table(model.arch):
+        array = np.asarray(ours[entry.path])
+        for layer, part in enumerate(array if entry.layered else array[None]):
+            name = entry.hf.format(layer)
+            expected = gradients.pop(name)
+            error = np.linalg.norm(entry.to_hf(part) - expected) / np.linalg.norm(expected)
+            assert error < 1e-3, name
+    assert not gradients, "every parameter of transformers' model was compared"
+
+
+def test_greedy_answers(folder: Path, model: Transformer) -> None:
+    import torch
+    from transformers import GenerationConfig
+
+    prompts = [_tokens(1, length)[0].tolist() for length in (3, 17, 40)]
+    reference = torch_model(folder)
+    settings = GenerationConfig(max_new_tokens=32, do_sample=False, eos_token_id=None, pad_token_id=0)
+    reference.generation_config = settings
+    expected = []
+    for prompt in prompts:
+        rows = torch.tensor([prompt])
+        kwargs = {"attention_mask": torch.ones_like(rows), "generation_config": settings}
+        answer = reference.generate(rows, **kwargs)  # pyright: ignore[reportCallIssue] -- torch hides a module's methods
+        expected.append(Generation(answer[0, len(prompt) :].tolist(), False))
+    assert [len(generation.ids) for generation in expected] == [32] * 3
+    mesh = small.mesh()
+    with jax.set_mesh(mesh):
+        config = SamplingConfig(temperature=0, max_new_tokens=32, batch_size=4)
+        found = generate(model, prompts, config, stop_ids=(), vocabulary=VOCABULARY, seed=0, mesh=mesh)
+    assert found == expected
+
+
+def test_what_we_write_transformers_reads(folder: Path, model: Transformer, tmp_path: Path) -> None:
+    save_model(model, tmp_path / "out", like=folder, dtype="float32", card="")
+    tokens_BT = _tokens(3, 40)
+    np.testing.assert_array_equal(torch_logits(tmp_path / "out", tokens_BT), torch_logits(folder, tokens_BT))

@@ -1,0 +1,103 @@
+"""The real thing in few steps: SmolLM2's weights, real questions, long and short answers, GSM8K."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import small
+from checkpoints import DATA, needs_data, torch_logits
+
+from thinkpo_jax.attention import Places
+from thinkpo_jax.checkpoint import Checkpoints
+from thinkpo_jax.convert import load_model
+from thinkpo_jax.log import read_metrics
+from thinkpo_jax.model import Transformer
+
+pytestmark = [pytest.mark.slow, needs_data]
+ROOT = Path(__file__).resolve().parents[1]
+PAIRS = 4
+
+
+def _logits(model: Transformer, tokens: np.ndarray) -> np.ndarray:
+    places = Places(jnp.ones(tokens.shape, jnp.int32), jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape))
+    return np.asarray(jax.jit(lambda model: model(jnp.array(tokens), places)[0] @ model.head())(model))
+
+
+def _real_pairs() -> list[dict[str, str]]:
+    lines = (DATA / "pairs" / "math500_pairs.jsonl").read_text(encoding="utf-8").split("\n")
+    rows = sorted((json.loads(line) for line in lines if line), key=lambda row: len(row["long"] + row["short"]))
+    return rows[:PAIRS]
+
+
+@pytest.fixture(scope="module")
+def run(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """configs/smollm2_135m.yaml on local files, as a user runs it."""
+    pytest.importorskip("torch")
+    folder = tmp_path_factory.mktemp("smollm2_run")
+    data = folder / "pairs.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in _real_pairs()), encoding="utf-8")
+    batch, adam = f"{{size: {PAIRS}, row_length: 1536, rows_per_device: 1}}", "{learning_rate: 2.0e-5}"
+    assignments = [
+        f"model.path={smollm2}",
+        f"run_dir={folder / 'run'}",
+        "compute={dtype: float32}",
+        f"stages.sft.data={{path: '{data}', prompt: question, response: long}}",
+        f"stages.thinkpo.data={{path: '{data}', prompt: question, chosen: long, rejected: short}}",
+        *(f"stages.{stage}.{key}={value}" for stage in ("sft", "thinkpo") for key, value in (
+            ("batch", batch), ("optimizer", adam), ("steps", "3"), ("epochs", "null"))),
+        f"evaluation.benchmarks=[{{name: gsm8k, path: '{DATA / 'gsm8k' / 'test.jsonl'}', questions: 4}}]",
+        "evaluation.sampling={temperature: 0.7, max_new_tokens: 48, batch_size: 4}",
+    ]  # fmt: skip
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}
+    command = [
+        sys.executable,
+        "-m",
+        "thinkpo_jax.train",
+        "--config",
+        "configs/smollm2_135m.yaml",
+        "--set",
+        *assignments,
+    ]
+    told = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert told.returncode == 0, told.stderr
+    return folder / "run"
+
+
+def test_logits_equal_those_of_transformers(smollm2: Path) -> None:
+    pytest.importorskip("torch")
+    from transformers import AutoTokenizer
+
+    text = _real_pairs()[0]["long"]
+    tokens = np.array([AutoTokenizer.from_pretrained(smollm2)(text)["input_ids"][:256]])
+    found = _logits(load_model(smollm2, small.FLOAT32, small.mesh()), tokens)
+    np.testing.assert_allclose(found, torch_logits(smollm2, tokens), atol=1e-3)
+
+
+def test_the_first_thinkpo_loss_is_ln_2_and_losses_fall(run: Path) -> None:
+    sft, thinkpo = (read_metrics(run / stage / "metrics.jsonl") for stage in ("sft", "thinkpo"))
+    assert thinkpo[0]["loss"] == pytest.approx(np.log(2), abs=1e-5)
+    assert sft[-1]["loss"] < sft[0]["loss"]
+    assert thinkpo[-1]["loss"] < thinkpo[0]["loss"]
+    assert thinkpo[-1]["rewards/accuracies"] == 1.0
+
+
+def test_the_exported_model_has_the_trained_models_logits_in_transformers(run: Path) -> None:
+    exported = run / "thinkpo" / "model"
+    model = load_model(exported, small.FLOAT32, small.mesh())
+    with Checkpoints(run / "thinkpo" / "checkpoints") as checkpoints:
+        trained = checkpoints.restore_model(model)
+    tokens = np.random.default_rng(0).integers(0, 49152, (1, 128))
+    np.testing.assert_allclose(torch_logits(exported, tokens), _logits(trained, tokens), atol=1e-3)
+
+
+def test_real_questions_were_answered(run: Path) -> None:
+    report = json.loads((run / "report.json").read_text())
+    assert all(scores["gsm8k"]["num_questions"] == 4 for scores in report["models"].values())
+    answers = json.loads((run / "evaluation" / "base" / "gsm8k.json").read_text())["items"]
+    assert all(sample["tokens"] > 0 and sample["response"] for item in answers for sample in item["samples"])

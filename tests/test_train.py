@@ -1,0 +1,222 @@
+"""A run of the commands: what is finished is not run again, a stop loses nothing, errors come before any work."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+import safetensors.numpy
+
+from thinkpo_jax import evaluate, export, train
+from thinkpo_jax.log import read_metrics
+from thinkpo_jax.run import command
+
+ROOT = Path(__file__).resolve().parents[1]
+QUICKSTART = str(ROOT / "configs" / "quickstart.yaml")
+SMALL = [
+    "stages.sft.steps=6",
+    "stages.thinkpo.steps=4",
+    "stages.control.steps=2",
+    "stages.sft.checkpoint={every: 2}",
+    "evaluation.benchmarks=[{name: miniature, questions: 24}]",
+    "evaluation.sampling={temperature: 0.7, max_new_tokens: 40, batch_size: 24}",
+    "mesh={data: 2, fsdp: 2, tensor: 2}",
+]
+TIMES = {"seconds", "tokens_per_second"}
+
+
+def _arguments(folder: Path, *assignments: str) -> list[str]:
+    return ["--config", QUICKSTART, "--set", *SMALL, f"run_dir={folder}", *assignments]
+
+
+def _train(folder: Path, *assignments: str) -> int:
+    return command(train.main, _arguments(folder, *assignments))
+
+
+def _weights(folder: Path, stage: str) -> dict[str, np.ndarray]:
+    return safetensors.numpy.load_file(folder / stage / "model" / "model.safetensors")
+
+
+def _metrics(folder: Path, stage: str) -> list[dict[str, float]]:
+    lines = read_metrics(folder / stage / "metrics.jsonl")
+    return [{key: value for key, value in line.items() if key not in TIMES} for line in lines]
+
+
+@pytest.fixture(scope="module")
+def straight(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("runs") / "straight"
+    assert _train(folder) == 0
+    return folder
+
+
+def test_the_run_folder_holds_what_is_promised(straight: Path) -> None:
+    for stage in ("sft", "thinkpo", "control"):
+        assert (straight / stage / "metrics.jsonl").exists()
+        assert (straight / stage / "checkpoints").is_dir()
+        assert (straight / stage / "model" / "config.json").exists()
+    assert "# jax: " in (straight / "config.yaml").read_text()
+    assert {path.name for path in (straight / "plots").iterdir()} == {
+        "loss.png",
+        "rewards.png",
+        "accuracy.png",
+        "response_length.png",
+    }
+    report = json.loads((straight / "report.json").read_text())
+    assert list(report["models"]) == ["base", "sft", "thinkpo", "control"]
+    for benchmarks in report["models"].values():
+        assert benchmarks["miniature"].keys() == {
+            "accuracy", "ci95", "mean_response_tokens", "truncation_rate", "num_questions", "num_samples",
+        }  # fmt: skip
+    expected = {"from", "to", "benchmark", "accuracy_difference", "ci95", "p_value", "response_tokens_difference"}
+    assert all(expected <= row.keys() for row in report["comparisons"])
+    assert [(row["from"], row["to"]) for row in report["comparisons"]] == [
+        ("base", "sft"), ("sft", "thinkpo"), ("sft", "control"), ("control", "thinkpo"),
+    ]  # fmt: skip
+
+
+def test_the_first_thinkpo_update_starts_at_ln_2(straight: Path) -> None:
+    first = _metrics(straight, "thinkpo")[0]
+    assert first["loss"] == pytest.approx(np.log(2), abs=1e-6)
+    assert first["rewards/margins"] == pytest.approx(0, abs=1e-6)
+
+
+def test_finished_stages_are_not_run_again(straight: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = {path: path.stat().st_mtime_ns for path in straight.rglob("*.safetensors")}
+    capsys.readouterr()
+    assert _train(straight) == 0
+    said = capsys.readouterr()
+    assert {path: path.stat().st_mtime_ns for path in straight.rglob("*.safetensors")} == before
+    assert "update" not in said.err
+    assert "thinkpo" in said.out  # the table is printed again
+
+
+def test_other_settings_for_a_finished_stage_are_an_error(straight: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert _train(straight, "stages.thinkpo.beta=0.2") == 2
+    error = capsys.readouterr().err
+    assert "stage.beta was 0.1, is 0.2" in error
+    assert "run_dir" in error
+
+
+def _command(folder: Path, *assignments: str) -> list[str]:
+    return [sys.executable, "-m", "thinkpo_jax.train", *_arguments(folder, *assignments)]
+
+
+def _interrupt(arguments: Sequence[str], metrics: Path, number: int, *, lines: int) -> int:
+    """Starts a command, sends it a signal once the metrics file has that many lines, and gives its exit status."""
+    process = subprocess.Popen(arguments, cwd=ROOT, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+    deadline = time.monotonic() + 240
+    while len(read_metrics(metrics)) < lines and process.poll() is None:
+        assert time.monotonic() < deadline, "the run never came so far"
+        time.sleep(0.005)
+    process.send_signal(number)
+    return process.wait(timeout=240)
+
+
+@pytest.mark.parametrize(
+    "number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL], ids=["ctrl-c", "sigterm", "kill -9"]
+)
+def test_stop_and_resume_equals_a_straight_run_bit_for_bit(
+    number: signal.Signals, straight: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "stopped"
+    slow = ["stages.sft.steps=6"]
+    status = _interrupt(_command(folder, *slow), folder / "sft" / "metrics.jsonl", number, lines=3)
+    if number == signal.SIGKILL:
+        assert status == -signal.SIGKILL
+    else:
+        assert status in (130, 0)  # 0 where the run was over before the signal came
+    assert _train(folder) == 0
+    for stage in ("sft", "thinkpo", "control"):
+        assert _metrics(folder, stage) == _metrics(straight, stage)
+        expected, found = _weights(straight, stage), _weights(folder, stage)
+        for name, array in expected.items():
+            np.testing.assert_array_equal(found[name], array, err_msg=f"{stage} {name}")
+
+
+def test_a_resumed_run_goes_on_where_it_was(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = tmp_path / "run"
+    metrics = folder / "sft" / "metrics.jsonl"
+    many = ["stages.sft.steps=100000", "stages.sft.checkpoint={every: 100000}"]
+    assert _interrupt(_command(folder, *many), metrics, signal.SIGINT, lines=3) == 130
+    stopped = len(read_metrics(metrics))
+    assert stopped < 100000
+    steps = [int(path.name) for path in (folder / "sft" / "checkpoints").iterdir() if path.name.isdigit()]
+    assert steps == [stopped]
+
+
+def test_export_writes_a_checkpoint_as_a_model(straight: Path, tmp_path: Path) -> None:
+    out = tmp_path / "model"
+    arguments = ["--run", str(straight), "--stage", "thinkpo", "--out", str(out), "--dtype", "float32"]
+    assert command(export.main, arguments) == 0
+    expected, found = _weights(straight, "thinkpo"), safetensors.numpy.load_file(out / "model.safetensors")
+    for name, array in expected.items():
+        np.testing.assert_array_equal(found[name], array)
+    assert command(export.main, arguments) == 2  # never over a folder that is there
+
+
+def test_any_model_can_be_evaluated(straight: Path, tmp_path: Path) -> None:
+    arguments = [*_arguments(straight), "--model", str(straight / "sft" / "model"), "--out", str(tmp_path / "other")]
+    assert command(evaluate.main, arguments) == 0
+    theirs = json.loads((tmp_path / "other" / "report.json").read_text())["models"]["base"]
+    ours = json.loads((straight / "report.json").read_text())["models"]["sft"]
+    assert theirs == ours
+
+
+def test_pooling_two_runs(straight: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert command(evaluate.main, ["--pool", str(straight), str(straight)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 4
+    assert "sft -> thinkpo, 2 runs, 24 paired questions" in lines[1]
+
+
+ERRORS = {
+    "unknown key": (["stages.sft.batch.sise=3"], "stages.0.batch.sise (did you mean size?)"),
+    "bad value": (["stages.thinkpo.beta=-1"], "stages.1.beta"),
+    "missing model": (["model.path=./nowhere"], "./nowhere"),
+    "folder without config.json": (["model.path={empty}"], "config.json: there is no such file"),
+    "missing data file": (["stages.sft.data={path: nowhere.jsonl}"], "nowhere.jsonl: there is no such file"),
+    "empty data file": (["stages.sft.data={path: '{empty}/empty.jsonl'}"], "empty.jsonl: there are no rows"),
+    "row without the field": (["stages.sft.data={path: '{empty}/row.jsonl'}"], "row.jsonl, line 1: no field 'prompt'"),
+    "mesh": (["mesh={data: 3, fsdp: 1, tensor: 1}"], "does not fit 8"),
+    "second stage is checked first": (["stages.control.data={path: nowhere.jsonl}"], "stage control: nowhere.jsonl"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", ERRORS)
+def test_a_users_error_is_one_message_and_nothing_is_written(
+    case: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    (empty / "empty.jsonl").write_text("")
+    (empty / "row.jsonl").write_text('{"question": "1"}\n')
+    assignments, expected = ERRORS[case]
+    folder = tmp_path / "run"
+    assert _train(folder, *(text.replace("{empty}", str(empty)) for text in assignments)) == 2
+    error = capsys.readouterr().err
+    assert expected in error
+    assert "Traceback" not in error
+    assert not folder.exists()
+
+
+def test_a_missing_config_file_is_exit_status_2() -> None:
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
+    arguments = [sys.executable, "-m", "thinkpo_jax.train", "--config", "nowhere.yaml"]
+    told = subprocess.run(arguments, capture_output=True, text=True, env=environment, cwd=ROOT)
+    assert told.returncode == 2
+    assert told.stderr == "error: nowhere.yaml: there is no such file. Give an existing YAML file with --config.\n"
+
+
+@pytest.mark.parametrize("name", ["train", "evaluate", "export"])
+def test_help_shows_an_example(name: str) -> None:
+    told = subprocess.run(
+        [sys.executable, "-m", f"thinkpo_jax.{name}", "--help"], capture_output=True, text=True, cwd=ROOT
+    )
+    assert told.returncode == 0
+    assert f"python -m thinkpo_jax.{name} --" in told.stdout.partition("example")[2]
