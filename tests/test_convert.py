@@ -155,6 +155,9 @@ def test_stop_ids_fall_back_to_config_json(tmp_path: Path) -> None:
     folder = _like(tmp_path)
     _edit(folder / "generation_config.json", eos_token_id=None)
     assert stop_ids(folder) == [1]
+    save_model(_model(), tmp_path / "saved", like=folder, dtype="float32", card="")
+    written = json.loads((tmp_path / "saved" / "generation_config.json").read_text())
+    assert written == {"eos_token_id": [1], "temperature": 0.6}
     _edit(folder / "config.json", eos_token_id=None)
     assert stop_ids(folder) == []
 

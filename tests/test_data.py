@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from byte_tokenizer import TEMPLATE, byte_tokenizer
 from checkpoints import DATA, needs_data
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -41,25 +42,7 @@ def error_of(config: SftData | PairData, chat: Chat) -> str:
 
 @pytest.fixture(scope="module")
 def chat(tmp_path_factory: pytest.TempPathFactory) -> Chat:
-    """A real tokenizer of bytes with a template that shows who speaks: [user]text[assistant]answer|."""
     return Chat.load(byte_tokenizer(tmp_path_factory.mktemp("bytes")))
-
-
-def byte_tokenizer(folder: Path) -> Path:
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokenizer = Tokenizer(models.BPE({byte: i for i, byte in enumerate(alphabet)}, []))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<end>", clean_up_tokenization_spaces=False)
-    fast.chat_template = (
-        "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% if m.role == 'assistant' %}<end>{% endif %}{% endfor %}"
-        "{% if add_generation_prompt %}[assistant]{% endif %}"
-    )
-    fast.save_pretrained(folder)
-    return folder
 
 
 def read(segment: Segment, chat: Chat) -> tuple[str, str]:
@@ -179,9 +162,9 @@ def test_parquet_gives_the_same_examples_as_jsonl(tmp_path: Path, chat: Chat):
     rows = [ROW | {"conversation": turns(f"q{i}", "a" * i)} for i in range(1, 4)]
     Dataset.from_list(rows).to_parquet(tmp_path / "rows.parquet")
     write(tmp_path / "rows.jsonl", *rows)
-    for config in ({"messages": "conversation"}, {}):
+    for messages in ("conversation", None):
         one, other = (
-            tokenize(SftData(path=str(tmp_path / f"rows.{kind}"), **config), chat, row_length=1000, seed=0)
+            tokenize(SftData(path=str(tmp_path / f"rows.{kind}"), messages=messages), chat, row_length=1000, seed=0)
             for kind in ("parquet", "jsonl")
         )
         assert one.rows == other.rows == 3
@@ -315,14 +298,8 @@ def test_a_conversation_is_a_list_of_turns_that_ends_with_question_and_answer(
 
 
 def test_a_template_that_refuses_a_conversation_is_an_error_with_the_line(tmp_path: Path):
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(byte_tokenizer(tmp_path))
-    tokenizer.chat_template = (
-        "{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception('no system turn') }}{% endif %}"
-        "{{ m.content }}{% endfor %}"
-    )
-    tokenizer.save_pretrained(tmp_path)
+    refusing = "{{ raise_exception('no system turn') if messages[0].role == 'system' }}" + TEMPLATE
+    byte_tokenizer(tmp_path, template=refusing)
     path = write(tmp_path / "rows.jsonl", ROW)
     found = error_of(SftData(path=str(path), system="S"), Chat.load(tmp_path))
     assert found.startswith(f"{path}, line 1: the chat template refuses")

@@ -120,6 +120,15 @@ def test_draws_follow_the_softmax_at_the_temperature(monkeypatch: pytest.MonkeyP
     )
 
 
+def test_the_second_draw_owes_nothing_to_the_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sample, "PROMPT_MULTIPLE", 4)
+    settings = {"max_new_tokens": 2, "batch_size": 5_000, "temperature": 1.0}
+    drawn = [generation.ids for generation in _generate(PROMPTS[:1] * 10_000, **settings)]
+    first = int(np.bincount([ids[0] for ids in drawn]).argmax())
+    counts = np.bincount([ids[1] for ids in drawn if ids[0] == first], minlength=VOCABULARY)
+    _assert_drawn_from(scipy.special.softmax(_next_logits([*PROMPTS[0], first]).astype(np.float64)), counts)
+
+
 def test_ids_beyond_the_vocabulary_are_never_drawn(monkeypatch: pytest.MonkeyPatch) -> None:
     whole = _draws(monkeypatch, vocabulary=small.ARCH.vocab_size)
     assert whole[VOCABULARY:].sum() > 0, "the model would draw them"

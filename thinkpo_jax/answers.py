@@ -45,7 +45,7 @@ def boxed_answers(responses: Sequence[str], references: Sequence[str]) -> list[b
     open_ids = [i for i, answer in enumerate(found) if answer is not None and not results[i]]
     if not open_ids:
         return results
-    with pebble.ProcessPool(max_workers=2, context=_spawn()) as pool:
+    with pebble.ProcessPool(max_workers=2, initializer=_prepare, context=_spawn()) as pool:
         waiting = [pool.schedule(_equal, args=(found[i], references[i]), timeout=CHECK_SECONDS) for i in open_ids]
         for i, future in zip(open_ids, waiting, strict=True):
             try:
@@ -66,12 +66,18 @@ def _plain(text: str) -> str:
     return text.replace(",", "") if re.fullmatch(r"-?\d{1,3}(,\d{3})+(\.\d+)?", text) else text
 
 
+def _prepare() -> None:
+    """Imports what takes seconds before the clock of an answer starts."""
+    import math_verify  # noqa: F401 - imported for `_equal`
+
+    # It warns at every answer that it has no time limit of its own; see below.
+    logging.getLogger("math_verify").setLevel(logging.ERROR)
+
+
 def _equal(answer: str, reference: str) -> bool:
     import math_verify
 
-    # No time limits of its own: they need signals and the main thread; the process is killed instead. Said once here,
-    # it need not be said by the library at every answer.
-    logging.getLogger("math_verify").setLevel(logging.ERROR)
+    # No time limits of its own: they need signals and the main thread; the process is killed instead.
     limits: Any = {"parsing_timeout": None}
     parsed = [math_verify.parse(f"\\boxed{{{text}}}", **limits) for text in (reference, answer)]
     return math_verify.verify(parsed[0], parsed[1], timeout_seconds=None)

@@ -31,11 +31,15 @@ class Message(TypedDict):
 
 @dataclass(frozen=True)
 class Chat:
-    """A tokenizer with its chat template. `end_id` closes an answer; `stop_ids` end a generation."""
+    """A tokenizer with its chat template. `end_id` closes an answer; `stop_ids` end a generation.
+
+    `special_ids` are the tokens that structure a conversation and have no place within a text.
+    """
 
     tokenizer: Any
     end_id: int
     stop_ids: tuple[int, ...]
+    special_ids: frozenset[int]
 
     @classmethod
     def load(cls, folder: Path, *, stop_ids: Sequence[int] = ()) -> "Chat":
@@ -52,7 +56,8 @@ class Chat:
                 "tokenizer_config.json): prompts are rendered with it in training and evaluation alike."
             )
         end_id = _end_of_turn(tokenizer, folder)
-        return cls(tokenizer, end_id, tuple(sorted({end_id, *stop_ids})))
+        special_ids = {token_id for token_id, token in tokenizer.added_tokens_decoder.items() if token.special}
+        return cls(tokenizer, end_id, tuple(sorted({end_id, *stop_ids})), frozenset(special_ids | {end_id}))
 
     def prompt_ids(self, messages: Sequence[Message]) -> list[int]:
         """Ids of the rendered conversation up to where the assistant's answer begins."""
@@ -61,12 +66,14 @@ class Chat:
     def example_ids(self, messages: Sequence[Message], answer: str) -> tuple[list[int], list[int]]:
         """Ids of the prompt, which is read, and of the answer with its end token, which is trained.
 
-        Raises `UserError` where the answer holds a special token as text: it would end, or begin, in its middle.
+        Raises `UserError` where nothing of the answer has a token, and where the answer holds a special token as text:
+        it would end, or begin, in its middle.
         """
         prompt = _render(self.tokenizer, messages, add_generation_prompt=True)
         answer_ids = _ids(self.tokenizer, _without_opening(answer, prompt))
-        special = set(answer_ids).intersection(self.tokenizer.all_special_ids)
-        if special:
+        if not answer_ids:
+            raise UserError(f"the answer {answer!r:.60} gives no token to train; remove the row from the data.")
+        if special := self.special_ids.intersection(answer_ids):
             found = ", ".join(repr(token) for token in self.tokenizer.convert_ids_to_tokens(sorted(special)))
             raise UserError(
                 f"the answer holds {found}, special to this tokenizer. Remove it from the data: the end token is added "

@@ -7,9 +7,10 @@ came before, and neither the number of devices nor of micro-batches changes whic
 import bisect
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Generic, NamedTuple, TypeVar
 
+import grain
 import jax
 import numpy as np
 import pydantic
@@ -115,11 +116,16 @@ class Batches:
     def __len__(self) -> int:
         return self.steps
 
-    def __getitem__(self, step: int) -> HostBatch:
-        if not 0 <= step < self.steps:
-            raise IndexError(step)
-        epoch, index = divmod(step, self.steps_per_epoch)
-        return self._fill(self.epochs[epoch][index])
+    def __getitem__(self, index: int) -> HostBatch:
+        if not 0 <= index < self.steps:
+            raise IndexError(index)
+        epoch, update = divmod(index, self.steps_per_epoch)
+        return self._fill(self.epochs[epoch][update])
+
+    def stream(self, start: int) -> Iterator[HostBatch]:
+        """The updates from `start` on; the next ones are filled in the background while a device computes."""
+        options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=2)
+        return iter(grain.MapDataset.source(self)[start:].to_iter_dataset(options))
 
     def first_epoch(self) -> "Batches":
         """The same batches, but exactly one epoch of them: every example once."""

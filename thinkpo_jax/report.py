@@ -112,7 +112,7 @@ def models_table(scores: Scores) -> tuple[Sequence[str], Rows]:
             benchmark,
             model,
             f"{100 * score.accuracy:.1f} ({100 * score.ci95[0]:.1f} to {100 * score.ci95[1]:.1f})",
-            f"{score.mean_response_tokens:,.0f}",
+            f"{score.mean_response_tokens:,.1f}",
             f"{100 * score.truncation_rate:.1f}",
             f"{score.num_questions:,} x {score.num_samples / score.num_questions:.3g}",
         )
@@ -176,7 +176,7 @@ def _points(fraction: float) -> str:
 
 
 def _tokens(count: float) -> str:
-    return f"{count:+,.0f}" if round(count) else "0"
+    return f"{count:+,.1f}" if round(count, 1) else "0.0"
 
 
 def _interval(ends: Interval, form: Callable[[float], str]) -> str:
@@ -341,7 +341,7 @@ def _length_figure(results: Results, scores: Scores, colours: Mapping[str, str])
             _label(ax, f"{model} on {benchmark}: not evaluated", "", "answers (%)")
             if samples[model]:
                 score = scores[model][benchmark]
-                means = f"mean {score.mean_response_tokens:,.0f}, {100 * score.truncation_rate:.1f} % cut off"
+                means = f"mean {score.mean_response_tokens:,.1f}, {100 * score.truncation_rate:.1f} % cut off"
                 ax.set_title(f"{model} on {benchmark}: {means}", fontsize=10)
                 lengths = np.array([max(1, sample.tokens) for sample in samples[model]])
                 is_cut = np.array([sample.truncated for sample in samples[model]], dtype=bool)

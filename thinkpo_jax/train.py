@@ -96,9 +96,8 @@ def train_stage(run: Run, stage: Stage, examples: Examples) -> None:
         metrics_file = MetricsFile(folder / "metrics.jsonl", step=int(state.step))
         progress = Progress(stage.name, len(batches), done=int(state.step), unit="update")
         rate = learning_rate(stage.optimizer, len(batches))
-        for index in range(int(state.step), len(batches)):
+        for index, batch in enumerate(batches.stream(int(state.step)), int(state.step)):
             began = time.monotonic()
-            batch = batches[index]
             state, metrics = step(state, put_batch(batch, run.mesh))
             line = metrics_line(jax.device_get(metrics), index, batches)
             line |= {"learning_rate": np.asarray(rate(index)).item(), **speed(batch.segments, time.monotonic() - began)}

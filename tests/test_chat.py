@@ -1,0 +1,317 @@
+"""What is trained is the answer, whole and once, with one end: for every tokenizer and whatever its template does."""
+
+import datetime
+import json
+import unicodedata
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import pytest
+from byte_tokenizer import byte_tokenizer
+from checkpoints import DATA
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from thinkpo_jax.chat import Chat, Message
+from thinkpo_jax.config import UserError
+from thinkpo_jax.convert import find_model
+from thinkpo_jax.data import PairData, tokenize
+from thinkpo_jax.miniature import MiniatureData
+
+QUESTION: list[Message] = [{"role": "user", "content": "What is 2+2?"}]
+CONVERSATION: list[Message] = [
+    {"role": "system", "content": "Think first."},
+    {"role": "user", "content": "What is 2+2?"},
+    {"role": "assistant", "content": "<think>\ntwo and two\n</think>\n\n4"},
+    {"role": "user", "content": "And 3+3? "},
+]
+LONG = "<think>\nThree and three , that 's  six.\n\n  Wait: 3+3=6.\n</think>\n\nThe answer is \\boxed{6}.\n"
+SHORT = "\\boxed{6}"
+ANSWERS = (
+    LONG,
+    SHORT,
+    "<think></think>6",
+    "\n\n6\n",
+    "<think>x",
+    "x</think>",
+    "é ﬁ 六 🙂 \u2028 \u200b\t.",
+    " 's . , ?",
+)
+
+# The names that DeepSeek-R1-Distill gives to ids of Qwen2.5's vocabulary, and how its template writes a conversation.
+BAR, GAP = "\uff5c", "\u2581"
+R1_TOKENS = {
+    151643: f"<{BAR}end{GAP}of{GAP}sentence{BAR}>",
+    151644: f"<{BAR}User{BAR}>",
+    151645: f"<{BAR}Assistant{BAR}>",
+    151646: f"<{BAR}begin{GAP}of{GAP}sentence{BAR}>",
+    151648: "<think>",
+    151649: "</think>",
+}
+R1_TEMPLATE = (
+    (
+        "{{ bos_token }}{% for m in messages if m.role == 'system' %}{{ m.content }}{% endfor %}"
+        "{% for m in messages if m.role != 'system' %}"
+        "{% if m.role == 'user' %}{{ 'USER' + m.content }}"
+        "{% else %}{{ 'ASSISTANT' + m.content.split('</think>')[-1] + eos_token }}{% endif %}{% endfor %}"
+        "{% if add_generation_prompt %}{{ 'ASSISTANT<think>\\n' }}{% endif %}"
+    )
+    .replace("USER", R1_TOKENS[151644])
+    .replace("ASSISTANT", R1_TOKENS[151645])
+)
+END = {
+    "qwen2_5": "<|im_end|>",
+    "qwen3": "<|im_end|>",
+    "llama3_2": "<|eot_id|>",
+    "r1": R1_TOKENS[151643],
+}
+REAL = tuple(END)
+SPEAKER = {
+    "qwen2_5": "<|im_start|>assistant\n",
+    "qwen3": "<|im_start|>assistant\n",
+    "llama3_2": "<|start_header_id|>assistant<|end_header_id|>\n\n",
+    "r1": R1_TOKENS[151645],
+}
+
+
+def real_tokenizer(name: str) -> Path:
+    folder = DATA / "tokenizers" / name
+    if not folder.is_dir():
+        pytest.skip(f"the real tokenizers are not there ({folder})")
+    return folder
+
+
+def r1_tokenizer(out: Path) -> Path:
+    """Qwen2.5's tokenizer with the names, the special ids and the template of DeepSeek-R1-Distill-Qwen."""
+    source = real_tokenizer("qwen2_5")
+    config = json.loads((source / "tokenizer_config.json").read_text(encoding="utf-8"))
+    whole = json.loads((source / "tokenizer.json").read_text(encoding="utf-8"))
+    for token in whole["added_tokens"]:
+        if token["id"] in R1_TOKENS:
+            token |= {"content": R1_TOKENS[token["id"]], "special": "think" not in R1_TOKENS[token["id"]]}
+    for token_id, content in R1_TOKENS.items():
+        config["added_tokens_decoder"][str(token_id)] |= {"content": content, "special": "think" not in content}
+    del config["additional_special_tokens"]
+    end, begin = R1_TOKENS[151643], R1_TOKENS[151646]
+    config |= {"bos_token": begin, "eos_token": end, "pad_token": end, "chat_template": R1_TEMPLATE}
+    for name, content in (("tokenizer_config.json", config), ("tokenizer.json", whole)):
+        (out / name).write_text(json.dumps(content), encoding="utf-8")
+    return out
+
+
+@pytest.fixture(scope="session")
+def chat_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Chat]:
+    loaded: dict[str, Chat] = {}
+
+    def load(name: str) -> Chat:
+        if name not in loaded:
+            folder = r1_tokenizer(tmp_path_factory.mktemp("r1")) if name == "r1" else real_tokenizer(name)
+            loaded[name] = Chat.load(folder)
+        return loaded[name]
+
+    return load
+
+
+def decode(chat: Chat, ids: Sequence[int]) -> str:
+    return chat.tokenizer.decode(ids, skip_special_tokens=False)
+
+
+@pytest.fixture(params=REAL)
+def name(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+@pytest.mark.parametrize("messages", [QUESTION, CONVERSATION], ids=["question", "conversation"])
+def test_trained_ids_are_the_answer_and_one_end_of_turn(
+    name: str, messages: list[Message], chat_of: Callable[[str], Chat]
+):
+    chat = chat_of(name)
+    for answer in ANSWERS:
+        if name == "r1" and answer.startswith("<think>"):
+            continue  # the next test
+        prompt, trained = chat.example_ids(messages, answer)
+        assert prompt == chat.prompt_ids(messages)  # in training and in evaluation alike
+        assert decode(chat, trained[:-1]) == unicodedata.normalize("NFC", answer)
+        assert decode(chat, trained[-1:]) == END[name]
+        assert trained.count(chat.end_id) == 1
+        assert not set(trained[:-1]) & chat.special_ids
+
+
+def test_thinking_that_the_prompt_opens_is_not_opened_twice(chat_of: Callable[[str], Chat]):
+    chat = chat_of("r1")
+    for answer in ("<think>\nsix\n</think>\n\n6", "<think>six</think>6", "<think>\n\nsix"):
+        prompt, trained = chat.example_ids(CONVERSATION, answer)
+        assert prompt == chat.prompt_ids(CONVERSATION)
+        read = decode(chat, prompt + trained)
+        *_, after = read.split(R1_TOKENS[151645])
+        assert after.removesuffix(END["r1"]).replace("<think>\n", "<think>", 1) == answer.replace(
+            "<think>\n", "<think>", 1
+        )
+        assert (after.count("<think>"), 151648 in trained, trained.count(151649)) == (
+            1,
+            False,
+            answer.count("</think>"),
+        )
+
+
+def test_no_template_takes_the_thinking_from_a_finished_answer(name: str, chat_of: Callable[[str], Chat]):
+    """DeepSeek's template deletes it from a message; the answer never passes through the template."""
+    chat, answer = chat_of(name), "<think>\ncarry the one\n</think>\n\n6"
+    prompt, trained = chat.example_ids(QUESTION, answer)
+    assert decode(chat, prompt + trained).endswith(SPEAKER[name] + answer + END[name])
+    rendered = chat.tokenizer.apply_chat_template([*QUESTION, {"role": "assistant", "content": answer}], tokenize=False)
+    assert ("carry" in rendered) == (name != "r1")  # what would have become of it
+
+
+def test_chosen_and_rejected_share_the_prompt_and_differ_in_what_is_trained(
+    name: str, tmp_path: Path, chat_of: Callable[[str], Chat]
+):
+    chat = chat_of(name)
+    path = tmp_path / "pairs.jsonl"
+    path.write_text(json.dumps({"prompt": "And 3+3?", "chosen": LONG, "rejected": SHORT}) + "\n", encoding="utf-8")
+    ((chosen, rejected),) = tokenize(PairData(path=str(path)), chat, row_length=1000, seed=0).examples
+    prompt = chat.prompt_ids([{"role": "user", "content": "And 3+3?"}])
+    for segment, answer in ((chosen, LONG), (rejected, SHORT)):
+        assert segment.tokens[: segment.answer_start].tolist() == prompt
+        assert decode(chat, segment.tokens.tolist()).endswith(answer + END[name])
+    assert decode(chat, rejected.tokens[rejected.answer_start :].tolist()) == SHORT + END[name]
+    assert "think" not in decode(chat, rejected.tokens[rejected.answer_start :].tolist())
+
+
+def test_real_answers_come_back_whole(name: str, chat_of: Callable[[str], Chat]):
+    chat = chat_of(name)
+    lines = (DATA / "pairs" / "math500_pairs.jsonl").read_bytes().split(b"\n")[:8]
+    for row in map(json.loads, lines):
+        for answer in (row["long"], row["short"]):
+            prompt, trained = chat.example_ids([{"role": "user", "content": row["question"]}], answer)
+            assert decode(chat, trained[:-1]) == unicodedata.normalize("NFC", answer)
+            assert row["question"].strip() in decode(chat, prompt)
+
+
+@settings(max_examples=60, deadline=None)
+@given(answer=st.text(min_size=1, max_size=40).map(lambda text: unicodedata.normalize("NFC", text)))
+@pytest.mark.parametrize("tokenizer", ["qwen3", "llama3_2"])
+def test_any_text_comes_back_from_what_is_trained(tokenizer: str, answer: str, chat_of: Callable[[str], Chat]):
+    chat = chat_of(tokenizer)
+    _, trained = chat.example_ids(QUESTION, answer)
+    assert decode(chat, trained[:-1]) == answer
+    assert chat.text(trained) == answer
+
+
+def test_a_sequence_begins_with_at_most_one_bos(name: str, chat_of: Callable[[str], Chat]):
+    chat = chat_of(name)
+    bos = chat.tokenizer.bos_token_id
+    assert (bos is not None) == (name in ("llama3_2", "r1"))
+    if bos is not None:
+        prompt, trained = chat.example_ids(CONVERSATION, LONG)
+        assert [i for i, token in enumerate(prompt + trained) if token == bos] == [0]
+
+
+def test_the_end_of_turn_is_the_templates_and_stops_a_generation(name: str, chat_of: Callable[[str], Chat]):
+    chat = chat_of(name)
+    assert decode(chat, [chat.end_id]) == END[name]
+    assert chat.stop_ids == (chat.end_id,)
+    finished = [*QUESTION, {"role": "assistant", "content": "ANSWER"}]
+    rendered = chat.tokenizer.apply_chat_template(finished, tokenize=False)
+    assert rendered.partition("ANSWER")[2].startswith(END[name])
+
+
+def test_the_end_of_turn_stops_a_generation_beside_the_models_own_stops():
+    folder = real_tokenizer("llama3_2")
+    assert Chat.load(folder, stop_ids=[128001, 128009]).stop_ids == (128001, 128009)
+    assert Chat.load(folder, stop_ids=[128001]).stop_ids == (128001, 128009)
+
+
+@pytest.mark.parametrize("eos", ["<end>", "<eos>", None])
+def test_the_end_of_turn_is_the_templates_whatever_the_tokenizers_eos(eos: str | None, tmp_path: Path):
+    """Base models name another EOS, which is often their padding too, than the one that ends a turn."""
+    _, trained = (chat := Chat.load(byte_tokenizer(tmp_path, eos=eos))).example_ids(QUESTION, SHORT)
+    assert decode(chat, trained) == SHORT + "<end>"
+
+
+def test_where_the_template_writes_no_end_an_answer_ends_in_the_tokenizers_eos(tmp_path: Path):
+    bare = "{% for m in messages %}{{ m.role + ': ' + m.content + '\n' }}{% endfor %}assistant: "
+    _, trained = (chat := Chat.load(byte_tokenizer(tmp_path / "a", template=bare))).example_ids(QUESTION, SHORT)
+    assert decode(chat, trained) == SHORT + "<eos>"
+    with pytest.raises(UserError, match="names a token that ends an answer") as error:
+        Chat.load(byte_tokenizer(tmp_path / "b", template=bare, eos=None))
+    assert str(error.value).startswith(f"{tmp_path / 'b'}: ")
+
+
+def test_llamas_prompt_does_not_change_from_day_to_day(chat_of: Callable[[str], Chat]):
+    chat = chat_of("llama3_2")
+    prompt = decode(chat, chat.prompt_ids(QUESTION))
+    assert "Today Date: 26 Jul 2024\n" in prompt
+    assert f"{datetime.datetime.now():%d %b %Y}" not in prompt
+    dated = chat.tokenizer.apply_chat_template(QUESTION, tokenize=False)
+    assert f"{datetime.datetime.now():%Y}" in dated  # what the template does by itself
+
+
+@pytest.mark.parametrize("place", ["at its end", "in its middle"])
+def test_an_answer_that_holds_a_special_token_is_an_error(name: str, place: str, chat_of: Callable[[str], Chat]):
+    answer = SHORT + END[name] + ("" if place == "at its end" else " and more")
+    with pytest.raises(UserError, match=r"special to this tokenizer\. Remove it from the data") as error:
+        chat_of(name).example_ids(QUESTION, answer)
+    assert repr(END[name]) in str(error.value)
+
+
+def test_generated_text_is_the_ids_without_special_tokens_and_otherwise_untouched(
+    name: str, chat_of: Callable[[str], Chat]
+):
+    chat = chat_of(name)
+    _, trained = chat.example_ids(QUESTION, " 's , that .\n")
+    assert chat.text(trained) == " 's , that .\n"
+
+
+def test_a_tokenizer_without_chat_template_is_an_error_with_its_folder(tmp_path: Path):
+    folder = byte_tokenizer(tmp_path, template=None)
+    with pytest.raises(UserError, match=r"the tokenizer has no chat template\. Add chat_template") as error:
+        Chat.load(folder)
+    assert str(error.value).startswith(f"{folder}: ")
+
+
+@pytest.mark.parametrize("files", [{}, {"tokenizer.json": "{", "tokenizer_config.json": "{}"}], ids=["empty", "broken"])
+def test_a_folder_without_a_tokenizer_is_an_error_with_its_name(files: dict[str, str], tmp_path: Path):
+    for file, text in files.items():
+        (tmp_path / file).write_text(text, encoding="utf-8")
+    with pytest.raises(UserError, match="no usable tokenizer") as error:
+        Chat.load(tmp_path)
+    assert str(error.value).startswith(f"{tmp_path}: ")
+
+
+@pytest.mark.parametrize(
+    "refusal", ["{{ raise_exception('no system turn, please') }}", "{{ missing.content }}"], ids=["raised", "undefined"]
+)
+def test_a_conversation_that_the_template_refuses_is_an_error_with_its_roles(refusal: str, tmp_path: Path):
+    template = (
+        f"{{% for m in messages %}}{{% if m.role == 'system' %}}{refusal}{{% endif %}}{{{{ m.content }}}}{{% endfor %}}"
+    )
+    chat = Chat.load(byte_tokenizer(tmp_path, template=template))
+    assert chat.prompt_ids(QUESTION)
+    with pytest.raises(UserError, match=r"refuses a conversation with the roles \['system', 'user'") as error:
+        chat.prompt_ids(CONVERSATION)
+    assert ("please" in str(error.value)) == ("please" in refusal)
+
+
+def test_a_template_with_an_error_in_it_is_an_error(tmp_path: Path):
+    with pytest.raises(UserError, match="the chat template refuses"):
+        Chat.load(byte_tokenizer(tmp_path, template="{% for m in messages %}{{ m.content }}"))
+
+
+def test_the_miniature_trains_its_answers_whole():
+    chat = Chat.load(find_model("builtin:miniature"))
+    for row in MiniatureData(questions=20).rows(0):
+        messages: list[Message] = [{"role": "user", "content": row["question"]}]
+        for answer in (row["long"], row["short"]):
+            prompt, trained = chat.example_ids(messages, answer)
+            assert prompt == chat.prompt_ids(messages)
+            assert row["question"] in decode(chat, prompt)
+            assert decode(chat, trained[:-1]) == answer
+            assert trained.count(chat.end_id) == 1
+            assert trained[-1] == chat.end_id
+
+
+def test_an_answer_without_a_token_is_an_error():
+    chat = Chat.load(find_model("builtin:miniature"))
+    with pytest.raises(UserError, match="the answer '六' gives no token to train"):
+        chat.example_ids(QUESTION, "六")  # the miniature's tokenizer does not know it
