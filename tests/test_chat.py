@@ -126,32 +126,31 @@ def test_trained_ids_are_the_answer_and_one_end_of_turn(
     name: str, messages: list[Message], chat_of: Callable[[str], Chat]
 ):
     chat = chat_of(name)
-    for answer in ANSWERS:
-        if name == "r1" and answer.startswith("<think>"):
-            continue  # the next test
+    opened = "<think>" if name == "r1" else "\0"  # by the prompt: see the next test
+    for answer in (answer for answer in ANSWERS if not answer.startswith(opened)):
         prompt, trained = chat.example_ids(messages, answer)
         assert prompt == chat.prompt_ids(messages)  # in training and in evaluation alike
         assert decode(chat, trained[:-1]) == unicodedata.normalize("NFC", answer)
         assert decode(chat, trained[-1:]) == END[name]
         assert trained.count(chat.end_id) == 1
-        assert not set(trained[:-1]) & chat.special_ids
+        assert not set(trained[:-1]) & set(chat.tokenizer.all_special_ids)
 
 
-def test_thinking_that_the_prompt_opens_is_not_opened_twice(chat_of: Callable[[str], Chat]):
+@pytest.mark.parametrize(
+    ("answer", "read"),
+    [
+        ("<think>\nsix\n</think>\n\n6", "<think>\nsix\n</think>\n\n6"),
+        ("<think>\n\nsix", "<think>\n\nsix"),
+        ("<think>six</think>6", "<think>\nsix</think>6"),  # the newline is the prompt's
+        ("6", "<think>\n6"),
+    ],
+)
+def test_thinking_that_the_prompt_opens_is_not_opened_twice(answer: str, read: str, chat_of: Callable[[str], Chat]):
     chat = chat_of("r1")
-    for answer in ("<think>\nsix\n</think>\n\n6", "<think>six</think>6", "<think>\n\nsix"):
-        prompt, trained = chat.example_ids(CONVERSATION, answer)
-        assert prompt == chat.prompt_ids(CONVERSATION)
-        read = decode(chat, prompt + trained)
-        *_, after = read.split(R1_TOKENS[151645])
-        assert after.removesuffix(END["r1"]).replace("<think>\n", "<think>", 1) == answer.replace(
-            "<think>\n", "<think>", 1
-        )
-        assert (after.count("<think>"), 151648 in trained, trained.count(151649)) == (
-            1,
-            False,
-            answer.count("</think>"),
-        )
+    prompt, trained = chat.example_ids(CONVERSATION, answer)
+    assert prompt == chat.prompt_ids(CONVERSATION)
+    assert decode(chat, prompt + trained).rpartition(SPEAKER["r1"])[2] == read + END["r1"]
+    assert decode(chat, prompt).endswith(SPEAKER["r1"] + "<think>\n")
 
 
 def test_no_template_takes_the_thinking_from_a_finished_answer(name: str, chat_of: Callable[[str], Chat]):

@@ -77,3 +77,20 @@ def test_the_order_differs_between_epochs() -> None:
 def test_an_example_longer_than_the_row_is_refused() -> None:
     with pytest.raises(UserError, match="row_length 8"):
         small.batches(small.pairs(3), row_length=8)
+
+
+def test_an_epoch_has_no_more_updates_than_rows() -> None:
+    batches = small.batches(small.pairs(12), steps=9, size=1, row_length=400)
+    for index, batch in enumerate(batches.stream(0)):
+        assert (batch.examples >= 0).any(), index
+    assert sum(1 for _ in batches.stream(4)) == 5
+
+
+def test_the_stream_is_the_batches_from_any_update_on() -> None:
+    batches = small.batches(small.pairs(20), steps=6)
+    for start in (0, 3, 6):
+        found = list(batches.stream(start))
+        assert len(found) == 6 - start
+        for index, batch in enumerate(found, start):
+            for ours, theirs in zip(batch, batches[index], strict=True):
+                np.testing.assert_array_equal(ours, theirs)

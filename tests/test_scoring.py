@@ -143,7 +143,8 @@ def test_a_pool_of_one_run_is_that_run():
 
 
 def renamed(run, name):
-    return tuple([Item(f"{name} {item.question_id}", item.samples) for item in side] for side in run)
+    before, after = ([Item(f"{name} {item.question_id}", item.samples) for item in side] for side in run)
+    return before, after
 
 
 def test_runs_with_other_questions_add_up():

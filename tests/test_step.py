@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +17,7 @@ from thinkpo_jax.convert import named
 from thinkpo_jax.data import Example
 from thinkpo_jax.model import ComputeConfig, Transformer
 from thinkpo_jax.objectives import Objective, sft, thinkpo
-from thinkpo_jax.optimizer import OptimizerConfig, make_optimizer
+from thinkpo_jax.optimizer import OptimizerConfig, learning_rate, make_optimizer
 from thinkpo_jax.packing import Batches
 from thinkpo_jax.reference import check_start, reference_logprobs
 from thinkpo_jax.sharding import data_shards, put_batch, shardings
@@ -113,6 +114,23 @@ def test_a_start_that_is_not_the_reference_is_refused() -> None:
         assert found == pytest.approx(math.log(2), abs=1e-6)
 
 
+def test_errors_of_both_signs_do_not_hide_from_the_start_check() -> None:
+    mesh = small.mesh()
+    with jax.set_mesh(mesh):
+        batches = small.batches(EXAMPLES["thinkpo"])
+        batches.reference = reference_logprobs(small.model(), batches, mesh)
+        batches.reference[::2, 0] += 0.05
+        batches.reference[1::2, 0] -= 0.05
+        with pytest.raises(RunError, match="differ from the cached reference"):
+            check_start(thinkpo(0.01), small.model(), batches[0], mesh)
+
+
+def test_a_stage_of_one_update_has_a_learning_rate() -> None:
+    for steps in (1, 2, 20):
+        rate = learning_rate(OptimizerConfig(learning_rate=1.0), steps)
+        assert max(float(np.asarray(rate(index))) for index in range(steps)) == 1.0
+
+
 def _loss_and_gradient(kind: str, batches: Batches) -> tuple[float, dict[str, float], list[np.ndarray]]:
     """Loss, metrics and gradient of one update over all examples."""
     model, objective = small.model(), OBJECTIVES[kind]
@@ -130,7 +148,7 @@ def _loss_and_gradient(kind: str, batches: Batches) -> tuple[float, dict[str, fl
 @pytest.mark.parametrize("kind", ["sft", "thinkpo"])
 @pytest.mark.parametrize("row_length", [48, 80])
 def test_packed_rows_equal_one_example_per_row(kind: str, row_length: int) -> None:
-    def whole(examples: Sequence[Example], **batch: object) -> Batches:
+    def whole(examples: Sequence[Example], **batch: Any) -> Batches:
         found = small.batches(examples, steps=1, size=len(examples), row_length=row_length, **batch)
         # A reference of its own for each example, so that a mix-up of pairs shows.
         found.reference = np.random.default_rng(1).normal(-30, 5, found.reference.shape).astype(np.float32)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -103,6 +104,46 @@ def test_other_settings_for_a_finished_stage_are_an_error(straight: Path, capsys
     assert "run_dir" in error
 
 
+def test_a_retrained_stage_asks_for_what_stands_on_it(
+    straight: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "run"
+    shutil.copytree(straight, folder)
+    before = json.loads((folder / "evaluation" / "control" / "miniature.json").read_text())["settings"]["model"]
+    shutil.rmtree(folder / "sft")
+    assert _train(folder, "seed=0", "stages.sft.optimizer.learning_rate=3e-3") == 2
+    assert "start.fingerprint" in capsys.readouterr().err
+    shutil.rmtree(folder / "thinkpo")
+    shutil.rmtree(folder / "control")
+    assert _train(folder, "stages.sft.optimizer.learning_rate=3e-3") == 0
+    # The answers of the models that are gone are not those of the new ones.
+    record = json.loads((folder / "evaluation" / "control" / "miniature.json").read_text())
+    assert record["settings"]["model"] != before
+
+
+def test_an_interrupted_stage_does_not_go_on_with_other_data(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = tmp_path / "data.jsonl"
+    data.write_text('{"prompt": "123456?", "response": "#1"}\n')
+    folder = tmp_path / "run"
+    assignment = f"stages.sft.data={{path: '{data}'}}"
+    assert _train(folder, assignment, "stages.sft.steps=1", "stages.thinkpo.steps=1", "stages.control.steps=1") == 0
+    record = json.loads((folder / "sft" / "stage.json").read_text())
+    (folder / "sft" / "stage.json").write_text(json.dumps(record | {"summary": None}))
+    data.write_text('{"prompt": "123456?", "response": "#2"}\n')
+    arguments = (assignment, "stages.sft.steps=1", "stages.thinkpo.steps=1", "stages.control.steps=1")
+    assert _train(folder, *arguments) == 2
+    assert "begun with other data" in capsys.readouterr().err
+
+
+def test_a_stop_in_the_last_update_of_a_stage_stops_the_run(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    arguments = _command(folder, "stages.sft.steps=1")
+    assert _interrupt(arguments, folder / "sft" / "metrics.jsonl", signal.SIGINT, lines=1) == 130
+    assert not (folder / "evaluation").exists()
+
+
 def _command(folder: Path, *assignments: str) -> list[str]:
     return [sys.executable, "-m", "thinkpo_jax.train", *_arguments(folder, *assignments)]
 
@@ -183,6 +224,13 @@ ERRORS = {
     "missing data file": (["stages.sft.data={path: nowhere.jsonl}"], "nowhere.jsonl: there is no such file"),
     "empty data file": (["stages.sft.data={path: '{empty}/empty.jsonl'}"], "empty.jsonl: there are no rows"),
     "row without the field": (["stages.sft.data={path: '{empty}/row.jsonl'}"], "row.jsonl, line 1: no field 'prompt'"),
+    "missing benchmark file": (
+        ["evaluation.benchmarks=[{name: gsm8k, path: nowhere.jsonl}]"],
+        "nowhere.jsonl: there is no such file",
+    ),
+    "same benchmark twice": (["evaluation.benchmarks=[{name: miniature}, {name: miniature}]"], "named twice"),
+    "no effect": (["evaluation.sampling={temperature: 0, samples: 4}"], "have no effect"),
+    "run_dir is a file": (["run_dir={empty}/row.jsonl"], "run_dir"),
     "mesh": (["mesh={data: 3, fsdp: 1, tensor: 1}"], "does not fit 8"),
     "second stage is checked first": (["stages.control.data={path: nowhere.jsonl}"], "stage control: nowhere.jsonl"),
 }  # fmt: skip

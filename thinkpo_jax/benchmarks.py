@@ -11,7 +11,7 @@ import pydantic
 from thinkpo_jax.answers import boxed_answers, marked_answers
 from thinkpo_jax.chat import Message
 from thinkpo_jax.config import Section, UserError
-from thinkpo_jax.data import DataConfig, is_file, read_rows
+from thinkpo_jax.data import DataConfig, read_rows
 from thinkpo_jax.miniature import MiniatureData
 
 Checker = Callable[[Sequence[str], Sequence[str]], list[bool]]
@@ -71,6 +71,11 @@ class Question:
     reference: str
 
 
+def digest(asked: Sequence[Question]) -> str:
+    """A digest of questions and references: whether earlier answers are answers to these."""
+    return hashlib.sha256(repr(list(asked)).encode()).hexdigest()[:16]
+
+
 def _question_id(text: str, taken: set[str]) -> str:
     """A hash of the text, so that runs know which questions they share; a text that stands twice is told apart."""
     digest = hashlib.sha256(text.encode()).hexdigest()[:16]
@@ -84,15 +89,16 @@ def questions(config: BenchmarkConfig, *, seed: int) -> list[Question]:
     """The first `questions` questions of a benchmark; those of the miniature are held out from its training data."""
     benchmark = TABLE[config.name]
     if config.name == "miniature":
-        source = DataConfig(generate=MiniatureData(questions=config.questions or 1000, held_out=True))
+        generated = MiniatureData(questions=config.questions or 1000).rows(seed, held_out=True)
+        rows = ((f"generated question {i}", row) for i, row in enumerate(generated))
     else:
         path, subset = config.path or benchmark.hub, None if config.path else benchmark.subset
-        split = "train" if path and is_file(path) else benchmark.split
-        source = DataConfig(path=path, subset=subset, split=split, limit=config.questions)
+        source = DataConfig(path=path, subset=subset, split=benchmark.split, limit=config.questions)
+        rows = read_rows(source, seed=seed)
     found: list[Question] = []
     taken: set[str] = set()
     system: list[Message] = [] if config.system is None else [{"role": "system", "content": config.system}]
-    for place, row in read_rows(source, seed=seed):
+    for place, row in rows:
         try:
             question, reference = row[benchmark.question], benchmark.reference(row)
         except KeyError as error:

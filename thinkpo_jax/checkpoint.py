@@ -27,8 +27,11 @@ class CheckpointConfig(Section):
 class Checkpoints:
     """The checkpoints of one stage, in `folder`."""
 
-    def __init__(self, folder: Path, *, keep: int = 1) -> None:
-        options = ocp.CheckpointManagerOptions(max_to_keep=keep, cleanup_tmp_directories=True)
+    def __init__(self, folder: Path, *, keep: int = 1, read_only: bool = False) -> None:
+        """`read_only` leaves alone what a training beside it is writing."""
+        options = ocp.CheckpointManagerOptions(
+            max_to_keep=None if read_only else keep, cleanup_tmp_directories=not read_only, read_only=read_only
+        )
         self._manager = ocp.CheckpointManager(folder.absolute(), options=options)
         self.folder = folder
 

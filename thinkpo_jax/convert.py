@@ -1,5 +1,6 @@
 """Which Hugging Face tensor is which parameter? One table, read both ways, strict on both sides."""
 
+import hashlib
 import json
 import shutil
 from collections.abc import Callable, Iterable, Mapping
@@ -19,6 +20,7 @@ from thinkpo_jax.config import Section, UserError
 from thinkpo_jax.model import Architecture, ComputeConfig, Transformer
 from thinkpo_jax.sharding import shardings
 
+_SAMPLED_BYTES = 2**22
 BUILTIN = "builtin:"
 MODELS = Path(__file__).parent / "models"
 MODEL_FILES = ("*.json", "*.safetensors", "*.jinja", "*.txt", "tokenizer.model")
@@ -203,6 +205,22 @@ def stop_ids(folder: Path) -> list[int]:
             if found is not None:
                 return list(found) if isinstance(found, list) else [found]
     return []
+
+
+def fingerprint(folder: Path) -> str | None:
+    """A digest of a model's configuration and weights (of each file its size and both ends); None without a model."""
+    digest = hashlib.sha256()
+    files = [folder / "config.json", *sorted(folder.glob("*.safetensors"))]
+    if not files[0].exists():
+        return None
+    for path in files:
+        with path.open("rb") as file:
+            size = file.seek(0, 2)
+            digest.update(f"{path.name} {size} ".encode())
+            for start in (0, max(0, size - _SAMPLED_BYTES)):
+                file.seek(start)
+                digest.update(file.read(_SAMPLED_BYTES))
+    return digest.hexdigest()[:16]
 
 
 def abstract_model(arch: Architecture, compute: ComputeConfig) -> Transformer:

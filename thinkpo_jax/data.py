@@ -3,6 +3,7 @@
 An example is a tuple of segments that stay together: one for SFT, two (chosen, rejected) for a preference pair.
 """
 
+import hashlib
 import itertools
 import json
 import re
@@ -93,6 +94,14 @@ class Examples:
     rows: int
     dropped: Mapping[str, int]
 
+    def digest(self) -> str:
+        """A digest of all ids and answer spans: whether a resumed stage still reads the same data."""
+        found = hashlib.sha256()
+        for segment in itertools.chain.from_iterable(self.examples):
+            found.update(f"{len(segment.tokens)} {segment.answer_start} ".encode())
+            found.update(segment.tokens.tobytes())
+        return found.hexdigest()[:16]
+
     def lengths(self) -> np.ndarray:
         """Tokens of each example, all its segments together; int64 [n]."""
         return np.array([sum(len(segment.tokens) for segment in example) for example in self.examples])
@@ -160,7 +169,7 @@ def _dataset(config: DataConfig, path: Path) -> Any:
         if parquet:
             return datasets.load_dataset("parquet", data_files=str(path), split="train")
         return datasets.load_dataset(str(config.path), config.subset, split=config.split)
-    except (OSError, ValueError, DatasetsError) as error:
+    except (OSError, ValueError, RuntimeError, DatasetsError) as error:
         advice = "" if parquet else " Without a network, download it first and set `path` to the file."
         raise UserError(f"{config.path}: cannot be loaded as a data set: {str(error).rstrip('.')}.{advice}") from None
 

@@ -5,6 +5,7 @@ Example: python -m thinkpo_jax.evaluate --config configs/quickstart.yaml
 
 import argparse
 import dataclasses
+import itertools
 import json
 import sys
 from collections.abc import Mapping, Sequence
@@ -13,10 +14,10 @@ from typing import Any
 
 import jax
 
-from thinkpo_jax.benchmarks import TABLE, BenchmarkConfig, questions
+from thinkpo_jax.benchmarks import TABLE, Question, digest, questions
 from thinkpo_jax.config import UserError
 from thinkpo_jax.convert import ModelConfig
-from thinkpo_jax.log import Progress, say
+from thinkpo_jax.log import Progress, say, write_whole
 from thinkpo_jax.model import Transformer
 from thinkpo_jax.report import ReportContents, StageSummary, terminal_summary, write_report
 from thinkpo_jax.run import (
@@ -29,15 +30,24 @@ from thinkpo_jax.run import (
     open_run,
     read_record,
     versions,
-    write_whole,
 )  # fmt: skip
 from thinkpo_jax.sample import generate
 from thinkpo_jax.scoring import Item, Sample, pool
 
 Results = dict[str, dict[str, list[Item]]]
+Asked = Mapping[str, Sequence[Question]]
 
 
-def evaluate_run(run: Run) -> None:
+def read_questions(run: Run) -> Asked:
+    """The questions of every benchmark of a run, each rendered once to see that it can be. Raises `UserError`."""
+    benchmarks = run.config.evaluation.benchmarks if run.config.evaluation else ()
+    asked = {benchmark.name: questions(benchmark, seed=run.config.seed) for benchmark in benchmarks}
+    for question in itertools.chain.from_iterable(asked.values()):
+        run.chat.prompt_ids(question.messages)
+    return asked
+
+
+def evaluate_run(run: Run, asked: Asked) -> None:
     """Evaluates the models of a run that are there, writes the report and prints its tables.
 
     Answers are kept in `evaluation/MODEL/BENCHMARK.json`; what was evaluated with the same settings is not run again.
@@ -46,7 +56,7 @@ def evaluate_run(run: Run) -> None:
     if run.config.evaluation is not None:
         for name in run.models():
             if name == BASE or run.finished(name):
-                results[name] = _evaluate_model(run, run.config.evaluation, name)
+                results[name] = _evaluate_model(run, run.config.evaluation, asked, name)
     contents = ReportContents(
         title=run.config.title,
         stages=tuple(_stage_summaries(run)),
@@ -65,7 +75,7 @@ def _comparisons(run: Run) -> tuple[tuple[str, str], ...]:
     return named or tuple((run.start_of(stage), stage.name) for stage in run.config.stages)
 
 
-def _evaluate_model(run: Run, config: EvaluationConfig, name: str) -> dict[str, list[Item]]:
+def _evaluate_model(run: Run, config: EvaluationConfig, asked: Asked, name: str) -> dict[str, list[Item]]:
     found: dict[str, list[Item]] = {}
     model: Transformer | None = None
     for benchmark in config.benchmarks:
@@ -75,15 +85,16 @@ def _evaluate_model(run: Run, config: EvaluationConfig, name: str) -> dict[str, 
             "sampling": config.sampling.model_dump(mode="json", exclude={"batch_size"}),
             "seed": run.config.seed,
             "dtype": run.config.compute.dtype,
-            "model": json.loads(json.dumps(run.settings(name))),
+            "model": run.fingerprint(name),
+            "questions": digest(asked[benchmark.name]),
         }
         record = read_record(path)
         if record is None or record["settings"] != settings:
             if model is None:
                 model = run.load(name)
-            items = ask(run, model, config, benchmark, name=name)
+            items = ask(run, model, asked[benchmark.name], benchmark=benchmark.name, name=name)
             record = {"settings": settings, "items": [dataclasses.asdict(item) for item in items]}
-            write_whole(path, json.dumps(record))
+            write_whole(path, json.dumps(record).encode())
         found[benchmark.name] = [_item(item) for item in record["items"]]
     return found
 
@@ -92,16 +103,17 @@ def _item(raw: Mapping[str, Any]) -> Item:
     return Item(raw["question_id"], tuple(Sample(**sample) for sample in raw["samples"]))
 
 
-def ask(run: Run, model: Transformer, config: EvaluationConfig, benchmark: BenchmarkConfig, *, name: str) -> list[Item]:
-    """The model's sampled answers to a benchmark, checked. The token that ends a response is not counted."""
-    asked = questions(benchmark, seed=run.config.seed)
-    count = config.sampling.samples
+def ask(run: Run, model: Transformer, asked: Sequence[Question], *, benchmark: str, name: str) -> list[Item]:
+    """The sampled answers of a model (`name` is shown), checked. The token that ends a response is not counted."""
+    assert run.config.evaluation is not None
+    sampling = run.config.evaluation.sampling
+    count = sampling.samples
     prompts = [run.chat.prompt_ids(question.messages) for question in asked for _ in range(count)]
-    progress = Progress(f"{name} on {benchmark.name}", len(prompts), unit="answer")
+    progress = Progress(f"{name} on {benchmark}", len(prompts), unit="answer")
     generations = generate(
         model,
         prompts,
-        config.sampling,
+        sampling,
         stop_ids=run.chat.stop_ids,
         vocabulary=len(run.chat.tokenizer),
         seed=run.config.seed,
@@ -110,7 +122,7 @@ def ask(run: Run, model: Transformer, config: EvaluationConfig, benchmark: Bench
     )
     progress.close()
     responses = [run.chat.text(generation.ids) for generation in generations]
-    correct = TABLE[benchmark.name].check(responses, [question.reference for question in asked for _ in range(count)])
+    correct = TABLE[benchmark].check(responses, [question.reference for question in asked for _ in range(count)])
     samples = [
         Sample(response, len(generation.ids), right, not generation.finished)
         for response, generation, right in zip(responses, generations, correct, strict=True)
@@ -146,7 +158,10 @@ def pool_runs(folders: Sequence[Path]) -> str:
     first = _report(folders[0])
     for row in first["comparisons"]:
         pairs = [tuple(_read_items(folder, row[end], row["benchmark"]) for end in ("from", "to")) for folder in folders]
-        found = pool([(before, after) for before, after in pairs])
+        try:
+            found = pool([(before, after) for before, after in pairs])
+        except ValueError as error:
+            raise UserError(f"{row['from']} -> {row['to']} on {row['benchmark']}: {error}") from None
         low, high = (100 * bound for bound in found.ci95)
         lines.append(
             f"{row['benchmark']}: {row['from']} -> {row['to']}, {len(folders)} runs, {found.num_questions} "
@@ -188,6 +203,8 @@ def main(arguments: Sequence[str]) -> None:
     parser.add_argument("--out", metavar="DIR", help="where the report of --model goes")
     parsed = parser.parse_args(arguments)
     if parsed.pool is not None:
+        if parsed.config or parsed.assignments or parsed.model or parsed.out:
+            parser.error("--pool goes alone: it reads finished runs")
         print(pool_runs(parsed.pool))
         return
     if parsed.config is None:
@@ -200,13 +217,18 @@ def main(arguments: Sequence[str]) -> None:
     if parsed.model is not None:
         evaluation = config.evaluation.model_copy(update={"compare": ()})
         model = ModelConfig(path=parsed.model)
+        if (Path(parsed.out) / "config.yaml").exists() and load_config(Path(parsed.out) / "config.yaml").stages:
+            raise UserError(f"--out {parsed.out} is the folder of a run with stages; choose another folder.")
         config = config.model_copy(
             update={"model": model, "stages": (), "evaluation": evaluation, "run_dir": parsed.out}
         )
     run = open_run(config)
+    asked = read_questions(run)
+    for stage in config.stages:
+        run.finished(stage.name)  # raises where the folder holds a stage with other settings
     run.write_config()
     with jax.set_mesh(run.mesh):
-        evaluate_run(run)
+        evaluate_run(run, asked)
 
 
 if __name__ == "__main__":

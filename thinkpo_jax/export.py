@@ -31,11 +31,18 @@ def export(run: Run, stage: str, *, step: int | None, out: Path, dtype: Literal[
     like = jax.tree.map(
         lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), abstract, layout
     )
-    with Checkpoints(folder) as checkpoints:
+    with Checkpoints(folder, read_only=True) as checkpoints:
         model = checkpoints.restore_model(like, step)
         chosen = checkpoints.latest() if step is None else step
     save_model(model, out, like=run.start_folder, dtype=dtype, card=model_card(run, stage))
     say(f"{out}: stage {stage}, update {chosen}, {dtype}")
+
+
+def _has_checkpoint(folder: Path) -> bool:
+    if not folder.is_dir():
+        return False
+    with Checkpoints(folder, read_only=True) as checkpoints:
+        return checkpoints.latest() is not None
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -56,7 +63,7 @@ def main(arguments: Sequence[str]) -> None:
     config = load_config(parsed.run / "config.yaml")
     # The mesh of the training need not be the one of this machine, and the folder may have been moved.
     run = open_run(config.model_copy(update={"mesh": MeshConfig(), "run_dir": str(parsed.run)}))
-    stages = [name for name in run.models()[1:] if (run.folder / name / "checkpoints").is_dir()]
+    stages = [name for name in run.models()[1:] if _has_checkpoint(run.folder / name / "checkpoints")]
     if not stages:
         raise UserError(f"{parsed.run}: no stage has a checkpoint yet.")
     export(run, parsed.stage or stages[-1], step=parsed.step, out=parsed.out, dtype=parsed.dtype)

@@ -1,6 +1,7 @@
 """Where do metrics go? One JSON object per update into a file, and a progress bar for a person."""
 
 import json
+import os
 import sys
 import time
 from collections.abc import Mapping
@@ -9,6 +10,17 @@ from pathlib import Path
 from tqdm import tqdm
 
 PLAIN_LINE_SECONDS = 10.0
+
+
+def write_whole(path: Path, content: bytes) -> None:
+    """Writes a file so that it is whole or not there at all; an older one stays until then. Makes its folder."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        partial.write_bytes(content)
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 class MetricsFile:

@@ -32,17 +32,16 @@ class MiniatureData(Section):
 
     questions: int = pydantic.Field(ge=1, le=100_000)
     marks: str = pydantic.Field(default=MARKS, pattern=r"^[?!.]+$")
-    held_out: bool = False
     short_share: tuple[float, float, float] = (0.6, 0.97, 0.995)
 
-    def rows(self, seed: int) -> Iterator[dict[str, str]]:
-        """Rows with the fields question, long, short, mixed (long or short), answer; a pure function of the seed."""
-        rng = np.random.default_rng((seed, int(self.held_out)))
+    def rows(self, seed: int, *, held_out: bool = False) -> Iterator[dict[str, str]]:
+        """Rows with the fields question, long, short, mixed (long or short), answer; a function of the seed."""
+        rng = np.random.default_rng((seed, int(held_out)))
         seen: set[str] = set()
         while len(seen) < self.questions:
             digits = rng.integers(0, 10, DIGITS)
             text = "".join(map(str, digits))
-            if text in seen or (zlib.crc32(text.encode()) % 2 == 1) != self.held_out:
+            if text in seen or (zlib.crc32(text.encode()) % 2 == 1) != held_out:
                 continue
             mark = self.marks[len(seen) % len(self.marks)]
             seen.add(text)

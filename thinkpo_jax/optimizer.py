@@ -25,8 +25,11 @@ class OptimizerConfig(Section):
 
 
 def learning_rate(config: OptimizerConfig, steps: int) -> optax.Schedule:
-    """Learning rate by update: linear warm-up over `warmup_ratio` of the steps, then down to 0 (or constant)."""
-    warmup = math.ceil(config.warmup_ratio * steps)
+    """Learning rate by update: linear warm-up from 0 over `warmup_ratio` of the steps, then down.
+
+    As in other trainers the first update of a warm-up has rate 0; a stage of one update has no warm-up.
+    """
+    warmup = min(math.ceil(config.warmup_ratio * steps), steps - 1)
     rest = max(steps - warmup, 1)
     after = {
         "cosine": optax.cosine_decay_schedule(config.learning_rate, rest),

@@ -24,9 +24,9 @@ ArrayT = TypeVar("ArrayT")
 class BatchConfig(Section):
     """What one update reads.
 
-    `size` is the number of examples (SFT answers, ThinkPO pairs) per update: exactly so where rows are not packed, on
-    average where they are. `rows_per_device` bounds how many rows a device computes at a time (null: all of them); the
-    rest follow as further micro-batches of the same update.
+    `size` is the number of examples (SFT answers, ThinkPO pairs) per update, on average: an epoch has round(n / size)
+    updates (never more than there are rows), over which its rows are spread evenly. `rows_per_device` bounds how many
+    rows a device computes at a time (null: all of them); the rest follow as further micro-batches of the same update.
     """
 
     size: int = pydantic.Field(ge=1)
@@ -92,7 +92,9 @@ class Batches:
         self.lengths = np.array([sum(len(segment.tokens) for segment in example) for example in examples])
         if self.lengths.max() > config.row_length:
             raise UserError(f"an example has {self.lengths.max()} tokens, more than row_length {config.row_length}.")
-        self.steps_per_epoch = max(1, round(len(examples) / config.size))
+        # The number of rows is the same in every epoch: it depends on the sorted lengths alone.
+        rows = len(pack(self.lengths, config.row_length, np.arange(len(examples)))) if config.pack else len(examples)
+        self.steps_per_epoch = min(max(1, round(len(examples) / config.size)), rows)
         self.steps = steps if steps is not None else max(1, round(self.steps_per_epoch * epochs))
         count = max(1, math.ceil(self.steps / self.steps_per_epoch))
         self.epochs = [self._epoch(np.random.default_rng((seed, epoch))) for epoch in range(count)]
@@ -110,7 +112,7 @@ class Batches:
         rows = pack(self.lengths, self.config.row_length, order) if self.config.pack else [[i] for i in order.tolist()]
         if self.config.pack:
             rows = [rows[i] for i in rng.permutation(len(rows))]
-        bounds = np.linspace(0, len(rows), min(self.steps_per_epoch, len(rows)) + 1).round().astype(int)
+        bounds = np.linspace(0, len(rows), self.steps_per_epoch + 1).round().astype(int)
         return [rows[start:end] for start, end in itertools.pairwise(bounds)]
 
     def __len__(self) -> int:

@@ -1,22 +1,22 @@
 """What did the frozen model say? Log-probs of every answer, computed once before training."""
 
+import functools
 import math
 from collections.abc import Callable
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
 from thinkpo_jax.config import RunError
 from thinkpo_jax.model import Transformer
-from thinkpo_jax.objectives import Objective, sequence_logprobs
+from thinkpo_jax.objectives import Objective, Sums, sequence_logprobs
 from thinkpo_jax.packing import Batches, DeviceBatch, HostBatch
 from thinkpo_jax.sharding import put_batch
 
-# How far the first loss may be from ln 2: the reference and the loss are two compiled programs, and bfloat16 rounds
-# differently in each.
-START_TOLERANCE = {"float32": 1e-5, "bfloat16": 1e-2}
+# How far a live log-prob may be from the cached one, relative to 1 + its size: the two come from two compiled programs,
+# and bfloat16 rounds differently in each.
+START_TOLERANCE = {"float32": 1e-5, "bfloat16": 1e-3}
 
 
 def reference_logprobs(
@@ -40,24 +40,25 @@ def reference_logprobs(
 
 
 def check_start(objective: Objective, model: Transformer, batch: HostBatch, mesh: Mesh) -> float:
-    """The loss on the first batch before any update; it must be ln 2, because policy and reference are one model.
+    """The loss on the first batch before any update; policy and reference are one model, so it is ln 2.
 
-    Raises `RunError` otherwise.
+    Raises `RunError` where the log-prob of any answer differs from its cached one, saying by how much.
     """
 
-    def sums(model: Transformer, batch: DeviceBatch) -> tuple[jax.Array, jax.Array, jax.Array]:
-        per_micro_batch = jax.lax.map(lambda rows: objective(model, rows), batch)
-        weight = per_micro_batch.weight.sum()
-        return (
-            per_micro_batch.loss.sum() / weight,
-            jnp.abs(per_micro_batch.metrics["rewards/margins"]).sum() / weight,
-            weight,
-        )
+    def rows(model: Transformer, rows: DeviceBatch) -> tuple[Sums, jax.Array]:
+        return objective(model, rows), sequence_logprobs(model, rows)
 
-    loss, margin, weight = (float(value) for value in jax.jit(sums)(model, put_batch(batch, mesh)))
-    if not abs(loss - math.log(2)) <= START_TOLERANCE[model.compute.dtype]:
+    sums, live = jax.jit(lambda model, batch: jax.lax.map(functools.partial(rows, model), batch))(
+        model, put_batch(batch, mesh)
+    )
+    loss = float(sums.loss.sum() / sums.weight.sum())
+    real = batch.examples >= 0
+    apart = np.abs(np.asarray(live) - batch.reference)[real] / (1 + np.abs(batch.reference[real]))
+    if not apart.max() <= START_TOLERANCE[model.compute.dtype]:
+        example = int(batch.examples[real][apart.max(axis=-1).argmax()])
         raise RunError(
-            f"before the first update the loss over {weight:.0f} pairs is {loss:.6f}, not ln 2 = {math.log(2):.6f} "
-            f"(mean reward margin {margin:.3g}): the cached reference log-probs are not those of the model that starts."
+            f"before the first update the model's log-probs differ from the cached reference by {apart.max():.2g} "
+            f"of their size (example {example}); the loss is {loss:.6f}, not ln 2 = {math.log(2):.6f}. The cached "
+            "reference is not that of the model that starts: remove the stage's folder and run again."
         )
     return loss

@@ -7,7 +7,6 @@ curves come from `STAGE/metrics.jsonl` in the run folder. `terminal_summary` say
 import dataclasses
 import json
 import math
-import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
@@ -21,7 +20,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 
-from thinkpo_jax.log import read_metrics
+from thinkpo_jax.log import read_metrics, write_whole
 from thinkpo_jax.scoring import Comparison, Interval, Item, Score, compare, summarise
 
 Results = Mapping[str, Mapping[str, Sequence[Item]]]
@@ -87,10 +86,10 @@ def write_report(run_dir: Path, contents: ReportContents) -> None:
     for name, figure in figures.items():
         png = BytesIO()
         figure.savefig(png, format="png", dpi=130)
-        _write_whole(plots / f"{name}.png", png.getvalue())
-    _write_whole(run_dir / "report.md", _markdown(contents, scores, compared, list(figures)).encode())
+        write_whole(plots / f"{name}.png", png.getvalue())
+    write_whole(run_dir / "report.md", _markdown(contents, scores, compared, list(figures)).encode())
     tree = json.dumps(_without_nan(_json_tree(contents, scores, compared)), indent=2, allow_nan=False)
-    _write_whole(run_dir / "report.json", f"{tree}\n".encode())
+    write_whole(run_dir / "report.json", f"{tree}\n".encode())
 
 
 def terminal_summary(contents: ReportContents) -> str:
@@ -240,15 +239,6 @@ def _without_nan(tree: Any) -> Any:
     if isinstance(tree, list | tuple):
         return [_without_nan(value) for value in tree]
     return None if isinstance(tree, float) and not math.isfinite(tree) else tree
-
-
-def _write_whole(path: Path, content: bytes) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_bytes(content)
-        temporary.replace(path)  # the old file stays until the new one is whole
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _figures(run_dir: Path, contents: ReportContents, scores: Scores) -> dict[str, Figure]:

@@ -25,19 +25,22 @@ from thinkpo_jax.checkpoint import CheckpointConfig
 from thinkpo_jax.config import RunError, Section, UserError, nearest, override, parse, read_yaml
 from thinkpo_jax.convert import (
     ModelConfig,
+    abstract_model,
     check_weights,
     find_model,
+    fingerprint,
     load_model,
     random_model,
     read_architecture,
     stop_ids,
 )  # fmt: skip
 from thinkpo_jax.data import PairData, SftData
+from thinkpo_jax.log import write_whole
 from thinkpo_jax.model import ComputeConfig, Transformer
 from thinkpo_jax.optimizer import OptimizerConfig
 from thinkpo_jax.packing import BatchConfig
 from thinkpo_jax.sample import SamplingConfig
-from thinkpo_jax.sharding import MeshConfig, make_mesh
+from thinkpo_jax.sharding import MeshConfig, make_mesh, shardings
 
 BASE = "base"  # the name of the start model among the models of a run
 RESERVED = (BASE, "evaluation", "plots")
@@ -108,6 +111,9 @@ class RunConfig(Section):
             if stage.start is not None and stage.start not in known:
                 raise ValueError(f"stage {stage.name}: start {stage.start!r} is none of the models before it: {known}")
             known.append(stage.name)
+        benchmarks = [benchmark.name for benchmark in (self.evaluation.benchmarks if self.evaluation else ())]
+        if len(set(benchmarks)) < len(benchmarks):
+            raise ValueError(f"evaluation.benchmarks: a benchmark is named twice: {benchmarks}")
         for name in {name for pair in (self.evaluation.compare if self.evaluation else ()) for name in pair}:
             if name not in known:
                 raise ValueError(f"evaluation.compare: no model {name!r}{nearest(name, known)}; there are: {known}")
@@ -145,13 +151,16 @@ class Run:
         return load_model(self.model_folder(name), compute, self.mesh)
 
     def settings(self, name: str) -> dict[str, Any]:
-        """Everything that determines the weights of a model of the run: a change means another model."""
-        if name == BASE:
-            return {"model": self.config.model.model_dump(mode="json")}
+        """Everything but the data that determines the weights of a stage: a change means another model."""
         stage = next(stage for stage in self.config.stages if stage.name == name)
-        own = stage.model_dump(mode="json", exclude={"checkpoint", "start"})
-        numerics = {"seed": self.config.seed, "dtype": self.config.compute.dtype}
-        return {"stage": own, "numerics": numerics, "start": self.settings(self.start_of(stage))}
+        # How rows are laid out over devices and time does not change the result (tests/test_step.py).
+        own = stage.model_dump(mode="json", exclude={"checkpoint": True, "start": True, "batch": {"rows_per_device"}})
+        start = {"model": self.start_of(stage), "fingerprint": self.fingerprint(self.start_of(stage))}
+        return {"stage": own, "seed": self.config.seed, "dtype": self.config.compute.dtype, "start": start}
+
+    def fingerprint(self, name: str) -> str | None:
+        """A digest of a model of the run; None for a stage that is not finished."""
+        return fingerprint(self.model_folder(name))
 
     def finished(self, name: str) -> bool:
         """Whether a stage is done. Raises `UserError` where the folder holds a stage with other settings."""
@@ -161,17 +170,20 @@ class Run:
         changed = _differences(record["settings"], json.loads(json.dumps(self.settings(name))))
         if changed:
             raise UserError(
-                f"{self.folder / name} holds stage {name!r} with other settings: {'; '.join(changed)}. Choose another "
-                "run_dir (--set run_dir=...), or remove that folder to train the stage again."
+                f"{self.folder / name} holds stage {name!r}, trained with other settings: {'; '.join(changed)}. "
+                "Choose another run_dir (--set run_dir=...), or remove that folder to train the stage again."
             )
         return record["summary"] is not None and self.model_folder(name).is_dir()
 
     def write_config(self) -> None:
         """Makes the run folder and writes the resolved configuration, with versions as comments, as config.yaml."""
-        self.folder.mkdir(parents=True, exist_ok=True)
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"run_dir: {self.folder} cannot be made: {error}. Set run_dir to a folder.") from None
         head = "".join(f"# {name}: {version}\n" for name, version in versions().items())
         text = yaml.safe_dump(self.config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
-        write_whole(self.folder / "config.yaml", head + text)
+        write_whole(self.folder / "config.yaml", (head + text).encode())
 
 
 def _differences(old: Any, new: Any, path: str = "") -> list[str]:
@@ -183,14 +195,6 @@ def _differences(old: Any, new: Any, path: str = "") -> list[str]:
 def read_record(path: Path) -> dict[str, Any] | None:
     """A JSON object that the run wrote; None where there is none yet."""
     return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Writes a text file so that it is either whole or not there."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(path)
 
 
 def versions() -> dict[str, str]:
@@ -249,6 +253,7 @@ def open_run(config: RunConfig) -> Run:
     mesh = make_mesh(config.mesh)
     folder = find_model(config.model.path)
     arch = read_architecture(folder)
+    shardings(abstract_model(arch, config.compute), mesh)
     if config.model.weights == "pretrained":
         check_weights(folder)
     chat = Chat.load(folder, stop_ids=stop_ids(folder))

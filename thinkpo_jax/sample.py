@@ -30,6 +30,12 @@ class SamplingConfig(Section):
     samples: int = pydantic.Field(default=1, ge=1)
     batch_size: int = pydantic.Field(default=64, ge=1)
 
+    @pydantic.model_validator(mode="after")
+    def _greedy_is_one_answer(self) -> "SamplingConfig":
+        if self.temperature == 0 and (self.samples > 1 or self.top_p < 1):
+            raise ValueError("temperature 0 is greedy: `samples` above 1 and `top_p` below 1 have no effect")
+        return self
+
 
 @dataclass(frozen=True)
 class Generation:

@@ -8,6 +8,7 @@ import json
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import ExitStack, closing
 from typing import Any
 
 import jax
@@ -17,8 +18,8 @@ from thinkpo_jax.checkpoint import Checkpoints
 from thinkpo_jax.config import RunError, UserError
 from thinkpo_jax.convert import save_model
 from thinkpo_jax.data import Examples, tokenize
-from thinkpo_jax.evaluate import evaluate_run
-from thinkpo_jax.log import MetricsFile, Progress, read_metrics, say
+from thinkpo_jax.evaluate import evaluate_run, read_questions
+from thinkpo_jax.log import MetricsFile, Progress, read_metrics, say, write_whole
 from thinkpo_jax.model import Transformer
 from thinkpo_jax.objectives import sft, thinkpo
 from thinkpo_jax.optimizer import learning_rate, make_optimizer
@@ -34,8 +35,8 @@ from thinkpo_jax.run import (
     load_config,
     model_card,
     open_run,
+    read_record,
     stop_requests,
-    write_whole,
 )  # fmt: skip
 from thinkpo_jax.sharding import data_shards, put_batch
 from thinkpo_jax.step import TrainState, initial_state, make_step
@@ -45,12 +46,14 @@ def run_all(config: RunConfig) -> Run:
     """Trains the stages that are not finished, in order, then evaluates every model and writes the report."""
     run = open_run(config)
     stages = [stage for stage in config.stages if not run.finished(stage.name)]
-    examples = {stage.name: read_examples(run, stage) for stage in stages}  # all of it, before anything is written
+    # All that is read, before anything is written: what is wrong with the last stage shows before the first one trains.
+    examples = {stage.name: read_examples(run, stage) for stage in stages}
+    asked = read_questions(run)
     run.write_config()
     with jax.set_mesh(run.mesh):
         for stage in stages:
             train_stage(run, stage, examples.pop(stage.name))
-        evaluate_run(run)
+        evaluate_run(run, asked)
     return run
 
 
@@ -60,6 +63,12 @@ def read_examples(run: Run, stage: Stage) -> Examples:
         found = tokenize(stage.data, run.chat, row_length=stage.batch.row_length, seed=run.config.seed)
     except UserError as error:
         raise UserError(f"stage {stage.name}: {error}") from None
+    record = read_record(run.folder / stage.name / "stage.json")
+    if record is not None and record["data"] != found.digest():
+        raise UserError(
+            f"stage {stage.name} was begun with other data. Remove {run.folder / stage.name} to train it from its "
+            "start, or restore the data."
+        )
     left_out = "".join(f"; {count} left out: {reason}" for reason, count in found.dropped.items())
     say(f"{stage.name}: {len(found.examples)} of {found.rows} examples{left_out}")
     return found
@@ -78,7 +87,7 @@ def train_stage(run: Run, stage: Stage, examples: Examples) -> None:
         epochs=stage.epochs or 1.0,
     )
     say(f"{stage.name}: {describe(batches)}, from {start}")
-    write_whole(folder / "stage.json", json.dumps({"settings": run.settings(stage.name), "summary": None}))
+    write_record(run, stage, examples, None)
     model = run.load(start)
     objective = sft
     if isinstance(stage, ThinkpoStage):
@@ -88,19 +97,22 @@ def train_stage(run: Run, stage: Stage, examples: Examples) -> None:
     optimizer = make_optimizer(stage.optimizer, len(batches))
     state = initial_state(model, optimizer, run.mesh)
     del model
-    with Checkpoints(folder / "checkpoints", keep=stage.checkpoint.keep) as checkpoints, stop_requests() as stopping:
+    with ExitStack() as stack:
+        checkpoints = stack.enter_context(Checkpoints(folder / "checkpoints", keep=stage.checkpoint.keep))
+        stopping = stack.enter_context(stop_requests())
         if checkpoints.latest() is not None:
             state = checkpoints.restore(state)
             say(f"{stage.name}: going on from update {int(state.step)}")
         step = make_step(objective, optimizer, run.mesh, state)
-        metrics_file = MetricsFile(folder / "metrics.jsonl", step=int(state.step))
-        progress = Progress(stage.name, len(batches), done=int(state.step), unit="update")
+        metrics_file = stack.enter_context(closing(MetricsFile(folder / "metrics.jsonl", step=int(state.step))))
+        progress = stack.enter_context(closing(Progress(stage.name, len(batches), done=int(state.step), unit="update")))
         rate = learning_rate(stage.optimizer, len(batches))
+        began = time.monotonic()
         for index, batch in enumerate(batches.stream(int(state.step)), int(state.step)):
-            began = time.monotonic()
             state, metrics = step(state, put_batch(batch, run.mesh))
             line = metrics_line(jax.device_get(metrics), index, batches)
-            line |= {"learning_rate": np.asarray(rate(index)).item(), **speed(batch.segments, time.monotonic() - began)}
+            seconds, began = time.monotonic() - began, time.monotonic()  # the wait for data and saving included
+            line |= {"learning_rate": np.asarray(rate(index)).item(), **speed(batch.segments, seconds)}
             if not line.pop("finite"):
                 raise RunError(
                     f"stage {stage.name}, update {index + 1}: loss {line['loss']}, gradient norm {line['grad_norm']}; "
@@ -108,12 +120,11 @@ def train_stage(run: Run, stage: Stage, examples: Examples) -> None:
                 )
             metrics_file.write(line)
             progress.update(index + 1, shown(line))
-            if (index + 1) % stage.checkpoint.every == 0 or index + 1 == len(batches) or stopping():
+            stop = stopping()
+            if (index + 1) % stage.checkpoint.every == 0 or index + 1 == len(batches) or stop:
                 checkpoints.save(state)
-            if stopping() and index + 1 < len(batches):
+            if stop:
                 raise KeyboardInterrupt
-        metrics_file.close()
-        progress.close()
     finish_stage(run, stage, state, batches, examples)
 
 
@@ -168,7 +179,13 @@ def finish_stage(run: Run, stage: Stage, state: TrainState, batches: Batches, ex
     notes = [f"{len(examples.examples)} examples", describe(batches)]
     notes += [f"{count} examples left out: {reason}" for reason, count in examples.dropped.items()]
     summary = {"steps": len(batches), "seconds": sum(line["seconds"] for line in lines), "notes": notes}
-    write_whole(folder / "stage.json", json.dumps({"settings": run.settings(stage.name), "summary": summary}))
+    write_record(run, stage, examples, summary)
+
+
+def write_record(run: Run, stage: Stage, examples: Examples, summary: dict[str, Any] | None) -> None:
+    """Notes what a stage is trained with and, once it is finished, how it went."""
+    record = {"settings": run.settings(stage.name), "data": examples.digest(), "summary": summary}
+    write_whole(run.folder / stage.name / "stage.json", json.dumps(record).encode())
 
 
 def main(arguments: Sequence[str]) -> None:
