@@ -11,7 +11,7 @@ import pydantic
 from thinkpo_jax.answers import boxed_answers, marked_answers
 from thinkpo_jax.chat import Message
 from thinkpo_jax.config import Section, UserError
-from thinkpo_jax.data import DataConfig, read_rows
+from thinkpo_jax.data import DataConfig, is_file, read_rows
 from thinkpo_jax.miniature import MiniatureData
 
 Checker = Callable[[Sequence[str], Sequence[str]], list[bool]]
@@ -92,8 +92,11 @@ def questions(config: BenchmarkConfig, *, seed: int) -> list[Question]:
         generated = MiniatureData(questions=config.questions or 1000).rows(seed, held_out=True)
         rows = ((f"generated question {i}", row) for i, row in enumerate(generated))
     else:
-        path, subset = config.path or benchmark.hub, None if config.path else benchmark.subset
-        source = DataConfig(path=path, subset=subset, split=benchmark.split, limit=config.questions)
+        hub = {"path": benchmark.hub, "subset": benchmark.subset, "split": benchmark.split}
+        where = hub if config.path is None else {"path": config.path}
+        if config.path is not None and not is_file(config.path):
+            where |= {"split": benchmark.split}
+        source = DataConfig.model_validate(where | {"limit": config.questions})
         rows = read_rows(source, seed=seed)
     found: list[Question] = []
     taken: set[str] = set()
