@@ -254,6 +254,13 @@ def test_an_answer_that_holds_a_special_token_is_an_error(name: str, place: str,
     assert repr(END[name]) in str(error.value)
 
 
+def test_an_answer_may_hold_no_special_token_whether_or_not_it_ends_a_turn(chat_of: Callable[[str], Chat]):
+    for name, token in (("qwen2_5", "<|im_start|>"), ("qwen3", "<|endoftext|>"), ("llama3_2", "<|begin_of_text|>")):
+        with pytest.raises(UserError, match="special to this tokenizer") as error:
+            chat_of(name).example_ids(QUESTION, f"a{token}b")
+        assert repr(token) in str(error.value)
+
+
 def test_generated_text_is_the_ids_without_special_tokens_and_otherwise_untouched(
     name: str, chat_of: Callable[[str], Chat]
 ):

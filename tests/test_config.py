@@ -128,7 +128,7 @@ def test_a_list_is_not_called_too_short_for_its_wrong_elements(tmp_path: Path):
 # Values.
 
 
-NUMBERS = {"1e-5": 1e-5, "1E-5": 1e-5, "1.5e-5": 1.5e-5, "1.e3": 1e3, ".5e-5": 5e-6, "2e+1": 20.0, "1e5": 1e5, "3": 3.0}
+NUMBERS = {"1e-5": 1e-5, "1E-5": 1e-5, "1.5e-5": 1.5e-5, "1.e3": 1e3, ".5e3": 500.0, "2e+1": 20.0, "1e5": 1e5, "3": 3.0}
 
 
 @pytest.mark.parametrize(("written", "number"), NUMBERS.items())

@@ -110,13 +110,23 @@ def test_a_folder_is_an_error_with_its_name(name: str, tmp_path: Path, chat: Cha
     assert "found a folder." in found
 
 
+def test_a_folder_is_not_taken_for_a_data_set_of_the_hub_of_that_name(
+    tmp_path: Path, chat: Chat, monkeypatch: pytest.MonkeyPatch
+):
+    (tmp_path / "owner" / "name").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    assert error_of(SftData(path="owner/name"), chat).endswith("found a folder.")
+
+
 def test_a_file_of_another_kind_is_an_error_with_its_name(tmp_path: Path, chat: Chat):
     path = write(tmp_path / "rows.csv", ROW)
     found = error_of(SftData(path=str(path)), chat)
     assert found == (
         f"{path}: expected a .jsonl or .parquet file or a Hub id (owner/name), found another kind of file."
     )
-    assert error_of(SftData(path="rows/absent.csv"), chat).endswith("found no such file.")
+    for absent in ("rows/absent.csv", "a/b/c", "../rows", str(tmp_path / "rows")):
+        expected = f"{absent}: expected a .jsonl or .parquet file or a Hub id (owner/name), found no such file."
+        assert error_of(SftData(path=absent), chat) == expected
 
 
 def test_a_data_set_of_the_hub_that_cannot_be_had_is_an_error_with_its_name(chat: Chat):
