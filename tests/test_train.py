@@ -243,7 +243,7 @@ def test_a_users_error_is_one_message_and_nothing_is_written(
     empty = tmp_path / "empty"
     empty.mkdir()
     (empty / "empty.jsonl").write_text("")
-    (empty / "row.jsonl").write_text('{"question": "1"}\n')
+    (empty / "row.jsonl").write_text('{"question": "1", "response": "2"}\n')
     assignments, expected = ERRORS[case]
     folder = tmp_path / "run"
     assert _train(folder, *(text.replace("{empty}", str(empty)) for text in assignments)) == 2
