@@ -110,7 +110,7 @@ def test_the_tables_are_rectangular_and_carry_the_numbers(full):
     markdown = (full / "report.md").read_text()
     table = [line.replace("\\|", "") for line in markdown.splitlines() if line.startswith("|")]
     assert {line.count("|") for line in table} == {3, 6, 7}
-    assert "| a\\|b | sft | 75.0 (59.8 to 85.8) | 5,020.0 | 100.0 | 40 x 1 |" in markdown
+    assert "| a\\|b | sft | 75.0 (59.8 to 85.8) | 5,019.5 | 100.0 | 40 x 1 |" in markdown
     assert "| base -> sft | a\\|b | +50.0 (" in markdown
     assert "| thinkpo | thinkpo | sft | 3 | 2:02:02 |" in markdown
 

@@ -298,7 +298,7 @@ def command(main: Callable[[Sequence[str]], None], arguments: Sequence[str] | No
 def stop_requests() -> Iterator[Callable[[], bool]]:
     """Within it the first Ctrl-C (or SIGTERM) only asks: the function it gives says whether one came.
 
-    So an update is never cut in two. A second Ctrl-C stops at once.
+    So an update is never cut in two. Leaving it after one came raises `KeyboardInterrupt`; a second one does at once.
     """
     asked: list[int] = []
 
@@ -315,3 +315,5 @@ def stop_requests() -> Iterator[Callable[[], bool]]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+    if asked:
+        raise KeyboardInterrupt

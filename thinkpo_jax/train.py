@@ -124,7 +124,7 @@ def train_stage(run: Run, stage: Stage, examples: Examples) -> None:
             if (index + 1) % stage.checkpoint.every == 0 or index + 1 == len(batches) or stop:
                 checkpoints.save(state)
             if stop:
-                raise KeyboardInterrupt
+                break
     finish_stage(run, stage, state, batches, examples)
 
 
