@@ -6,11 +6,14 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
+from thinkpo_jax.architecture import Architecture
 from thinkpo_jax.data import Example, Segment
-from thinkpo_jax.model import Architecture, ComputeConfig, Transformer
+from thinkpo_jax.model import ComputeConfig, Transformer
 from thinkpo_jax.packing import BatchConfig, Batches
+from thinkpo_jax.rope import make_rope
 from thinkpo_jax.sharding import MeshConfig, make_mesh
 
+THETA = 10_000.0
 ARCH = Architecture(
     vocab_size=64,
     embed=32,
@@ -19,10 +22,11 @@ ARCH = Architecture(
     kv_heads=2,
     head_dim=8,
     mlp=48,
-    rope_theta=10_000.0,
+    rope=make_rope({"rope_theta": THETA}, 8),
     norm_eps=1e-6,
     max_positions=128,
     qkv_bias=True,
+    qk_norm=False,
     tied_head=False,
     init_std=0.2,
 )

@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 
 from thinkpo_jax.chat import Chat, Message
 from thinkpo_jax.config import UserError
-from thinkpo_jax.convert import find_model
 from thinkpo_jax.data import PairData, tokenize
+from thinkpo_jax.folder import find_model
 from thinkpo_jax.miniature import MiniatureData
 
 QUESTION: list[Message] = [{"role": "user", "content": "What is 2+2?"}]

@@ -10,8 +10,8 @@ import jax
 import pytest
 from small import mesh
 
-from thinkpo_jax.convert import abstract_model, expected_shapes, named, read_architecture
-from thinkpo_jax.model import Architecture
+from thinkpo_jax.architecture import Architecture, read_architecture
+from thinkpo_jax.convert import abstract_model, expected_shapes, named
 from thinkpo_jax.run import RunConfig, SftStage, ThinkpoStage, load_config
 from thinkpo_jax.sharding import shardings
 

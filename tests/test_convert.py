@@ -17,24 +17,28 @@ import small
 from safetensors.numpy import load_file, save_file
 
 from thinkpo_jax import convert
+from thinkpo_jax.architecture import Architecture, read_architecture
 from thinkpo_jax.config import UserError
-from thinkpo_jax.convert import abstract_model, find_model, load_model, named, read_architecture, save_model, stop_ids
-from thinkpo_jax.model import Architecture, Transformer
+from thinkpo_jax.convert import abstract_model, load_model, named, save_model
+from thinkpo_jax.folder import INDEX, find_model, stop_ids
+from thinkpo_jax.model import Transformer
+from thinkpo_jax.rope import make_rope
+from thinkpo_jax.run import check_folder
 
 MINIATURE = find_model("builtin:miniature")
 TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
-INDEX = "model.safetensors.index.json"
 VARIANTS = {
     "untied-bias": small.ARCH,
     "tied-bias": dataclasses.replace(small.ARCH, tied_head=True),
     "untied-plain": dataclasses.replace(small.ARCH, qkv_bias=False),
     "tied-plain": dataclasses.replace(small.ARCH, qkv_bias=False, tied_head=True),
+    "untied-norm": dataclasses.replace(small.ARCH, qkv_bias=False, qk_norm=True),
 }
 
 
 def _config(arch: Architecture) -> dict[str, Any]:
     return {
-        "model_type": "qwen2" if arch.qkv_bias else "llama",
+        "model_type": "qwen2" if arch.qkv_bias else "qwen3" if arch.qk_norm else "llama",
         "vocab_size": arch.vocab_size,
         "hidden_size": arch.embed,
         "num_hidden_layers": arch.layers,
@@ -44,7 +48,7 @@ def _config(arch: Architecture) -> dict[str, Any]:
         "intermediate_size": arch.mlp,
         "rms_norm_eps": arch.norm_eps,
         "max_position_embeddings": arch.max_positions,
-        "rope_theta": arch.rope_theta,
+        "rope_theta": small.THETA,
         "tie_word_embeddings": arch.tied_head,
         "initializer_range": arch.init_std,
         "eos_token_id": 1,
@@ -201,7 +205,7 @@ def test_a_truncated_file_is_named(tmp_path: Path) -> None:
 def test_a_missing_shard_is_named(sharded: Path) -> None:
     file = sorted(sharded.glob("*.safetensors"))[1]
     file.unlink()
-    assert _refused(sharded).startswith(f"{file}: cannot be read as safetensors")
+    assert _refused(sharded) == f"{sharded}: lacks {file.name}, which {INDEX} names. Download what is missing."
 
 
 def test_an_index_that_names_what_is_not_there_is_refused(sharded: Path) -> None:
@@ -219,29 +223,61 @@ def test_an_index_without_a_map_is_refused(sharded: Path, weight_map: Any) -> No
     assert _refused(sharded).startswith(f"{sharded / INDEX}: expected weight_map")
 
 
-@pytest.mark.parametrize("others", [(), ("pytorch_model.bin",)], ids=["nothing", "bin"])
-def test_only_safetensors_are_read(tmp_path: Path, others: tuple[str, ...]) -> None:
+@pytest.mark.parametrize(
+    ("other", "expected"),
+    [
+        (None, "no *.safetensors file"),
+        ("model.gguf", "no *.safetensors file. Other formats (GGUF"),
+        ("pytorch_model.bin", "has only pickled weights (pytorch_model.bin), which can run code and are never loaded"),
+    ],
+    ids=["nothing", "gguf", "bin"],
+)
+def test_only_safetensors_are_read(tmp_path: Path, other: str | None, expected: str) -> None:
     folder = _like(tmp_path)
-    for name in others:
-        (folder / name).write_bytes(b"pickle")
-    message = _refused(folder)
-    assert message.startswith(f"{folder}: no *.safetensors file")
-    assert ".bin" in message
+    if other is not None:
+        (folder / other).write_bytes(b"pickle")
+    assert _refused(folder).startswith(f"{folder}: {expected}")
 
 
+LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 REFUSED_CONFIGS = {
-    "family": ({"model_type": "gemma2"}, "model_type 'gemma2' is not supported; supported: qwen2, llama"),
+    "family": ({"model_type": "gemma2"}, "model_type 'gemma2' is not supported; supported: qwen2, qwen3, llama"),
     "no-family": ({"model_type": None}, "model_type None is not supported"),
     "quantised": ({"quantization_config": {"bits": 4}}, "use the unquantised one"),
     "remote-code": ({"auto_map": {"AutoModel": "x.Y"}}, "remote code, which is never run"),
-    "window": ({"use_sliding_window": True, "sliding_window": 8}, "sliding windows are not supported"),
-    "rope-scaling": ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "RoPE scaling 'yarn' is not supported"),
-    "old-rope-scaling": ({"rope_scaling": {"type": "linear", "factor": 4.0}}, "RoPE scaling 'linear'"),
-    "rope-parameters": ({"rope_parameters": {"rope_type": "llama3", "rope_theta": 5e5}}, "RoPE scaling 'llama3'"),
+    "window": ({"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1}, "(sliding windows) are not"),
+    "layers": ({"layer_types": ["full_attention", "chunked_attention"]}, "layers of chunked_attention"),
+    "rope-kind": ({"rope_scaling": {"rope_type": "dynamic", "factor": 4.0}}, "RoPE of type 'dynamic' is not supported"),
+    "old-rope-kind": ({"rope_scaling": {"type": "longrope"}}, "longrope"),
+    "rope-key": ({"rope_scaling": {"rope_type": "yarn"}}, "'factor'"),
+    "rope-number": ({"rope_scaling": {"rope_type": "yarn", "factor": "4"}}, "RoPE: factor is '4', expected a positive"),
+    "rope-theta": ({"rope_theta": -1.0}, "RoPE: rope_theta is -1.0, expected a positive number"),
+    "no-theta": ({"rope_theta": None}, "rope_theta is missing"),
+    "rope-part": ({"rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 0.5}}, "partial_rotary_factor is"),
+    "rope-order": ({"rope_scaling": LLAMA3 | {"low_freq_factor": 9.0}}, "low_freq_factor 9.0 must be below"),
+    "rope-list": ({"rope_scaling": [1]}, "rope_parameters"),
     "activation": ({"hidden_act": "gelu"}, "hidden_act 'gelu' is not supported; supported: silu"),
     "llama-bias": ({"model_type": "llama", "attention_bias": True}, "attention_bias is on"),
+    "qwen3-bias": ({"model_type": "qwen3", "attention_bias": True}, "attention_bias is on"),
+    "mlp-bias": ({"model_type": "llama", "mlp_bias": True}, "mlp_bias is on"),
+    "dropout": ({"attention_dropout": 0.1}, "attention_dropout 0.1 is not supported"),
     "field": ({"hidden_size": None}, "hidden_size is missing"),
+    "text": ({"vocab_size": "many"}, "Field 'vocab_size' expected int, got str (value: 'many')"),
+    "number": ({"tie_word_embeddings": 3}, "Field 'tie_word_embeddings' expected bool"),
+    "zero": ({"intermediate_size": 0}, "intermediate_size is 0, expected at least 1"),
+    "heads": ({"num_key_value_heads": 3}, "num_attention_heads 4 is no multiple of num_key_value_heads 3"),
+    "width": ({"head_dim": None, "hidden_size": 30}, "hidden_size 30 is no multiple of num_attention_heads 4"),
+    "odd": ({"head_dim": 7}, "even"),
+    "epsilon": ({"rms_norm_eps": -1e-6}, "rms_norm_eps is -1e-06"),
 }
+
+
+def _refused_config(folder: Path) -> str:
+    with pytest.raises(UserError) as caught:
+        read_architecture(folder)
+    message = str(caught.value)
+    assert message.startswith(f"{folder / 'config.json'}: ")
+    return message
 
 
 @pytest.mark.parametrize("case", REFUSED_CONFIGS)
@@ -249,50 +285,80 @@ def test_a_config_that_would_be_computed_wrongly_is_refused(tmp_path: Path, case
     changes, expected = REFUSED_CONFIGS[case]
     folder = _like(tmp_path)
     _edit(folder / "config.json", **changes)
-    message = _refused(folder)
+    message = _refused_config(folder)
     assert expected in message
-    assert message.startswith(str(folder / "config.json"))
     assert len(message.splitlines()) == 1
 
 
 def test_all_problems_of_a_config_are_reported_together(tmp_path: Path) -> None:
     folder = _like(tmp_path)
     _edit(folder / "config.json", vocab_size=None, rms_norm_eps=None, hidden_act="gelu")
-    message = _refused(folder)
+    message = _refused_config(folder)
     assert len(message.splitlines()) == 3
     for part in ("vocab_size is missing", "rms_norm_eps is missing", "hidden_act"):
         assert part in message
 
 
+def test_all_problems_of_a_folder_are_reported_together(sharded: Path) -> None:
+    _edit(sharded / "config.json", hidden_act="gelu")
+    file = sorted(sharded.glob("*.safetensors"))[1]
+    file.write_bytes(file.read_bytes()[:-1])
+    (sharded / "tokenizer.json").write_text("{")
+    with pytest.raises(UserError) as caught:
+        check_folder(sharded, weights=True)
+    for part in ("config.json: hidden_act 'gelu'", f"{file}: cannot be read as safetensors", "tokenizer"):
+        assert part in str(caught.value)
+
+
 def test_fields_that_have_a_default_may_be_left_out_or_null(tmp_path: Path) -> None:
     folder = _like(tmp_path)
-    _edit(folder / "config.json", num_key_value_heads=None, head_dim=None, tie_word_embeddings=None)
-    expected = dataclasses.replace(small.ARCH, kv_heads=small.ARCH.heads)
+    _edit(folder / "config.json", model_type="llama", head_dim=None, tie_word_embeddings=None, initializer_range=None)
+    expected = dataclasses.replace(small.ARCH, qkv_bias=False, init_std=0.02)
     assert read_architecture(folder) == expected
-    raw = json.loads((folder / "config.json").read_text()) | {"num_key_value_heads": None, "head_dim": None}
-    (folder / "config.json").write_text(json.dumps(raw | {"rope_scaling": None}))
-    assert read_architecture(folder) == expected
+    raw = json.loads((folder / "config.json").read_text())
+    raw |= {"num_key_value_heads": None, "head_dim": None, "rope_scaling": None}
+    (folder / "config.json").write_text(json.dumps(raw))
+    assert read_architecture(folder) == dataclasses.replace(expected, kv_heads=small.ARCH.heads)
 
 
-def test_the_newer_place_of_the_rope_base_is_read(tmp_path: Path) -> None:
-    folder = _like(tmp_path)
-    _edit(folder / "config.json", rope_theta=None, rope_parameters={"rope_type": "default", "rope_theta": 5e5})
-    assert read_architecture(folder).rope_theta == 500_000.0
+ROPES = {
+    "default": {},
+    "yarn": {"factor": 4.0, "original_max_position_embeddings": 32},
+    "linear": {"factor": 4.0},
+    "llama3": LLAMA3 | {"original_max_position_embeddings": 32},
+}
+
+
+@pytest.mark.parametrize("kind", ROPES)
+def test_all_spellings_of_the_rope_settings_are_one(tmp_path: Path, kind: str) -> None:
+    folder, settings = _like(tmp_path), ROPES[kind] | {"rope_type": kind}
+    _edit(folder / "config.json", rope_theta=None, rope_parameters=settings | {"rope_theta": 5e5})
+    newer = read_architecture(folder)
+    assert newer.rope == make_rope(settings | {"rope_theta": 5e5}, 8)
+    assert (newer.rope == make_rope({"rope_theta": 5e5}, 8)) == (kind == "default")
+    for older in (settings, {"type" if key == "rope_type" else key: value for key, value in settings.items()}):
+        _edit(folder / "config.json", rope_theta=5e5, rope_parameters=None, rope_scaling=older)
+        assert read_architecture(folder) == newer
 
 
 @pytest.mark.parametrize(
     ("content", "expected"),
-    [(None, "there is no such file"), (b"{'a': 1}", "as JSON"), (b"\xff\xfe", "as JSON"), (b"[]", "found list")],
-    ids=["absent", "python", "binary", "list"],
+    [
+        (None, "there is no such file"),
+        (b"{'a': 1}", "as JSON"),
+        (b"\xff\xfe", "as JSON"),
+        (b"[]", "found list"),
+        (b"[" * 100_000, "as JSON"),
+        (b'{"a": ' + b"1" * 10_000 + b"}", "as JSON"),
+    ],
+    ids=["absent", "python", "binary", "list", "deep", "long-number"],
 )
 def test_a_config_that_is_none_is_refused(tmp_path: Path, content: bytes | None, expected: str) -> None:
     file = _like(tmp_path) / "config.json"
     file.unlink()
     if content is not None:
         file.write_bytes(content)
-    message = _refused(file.parent)
-    assert message.startswith(f"{file}: ")
-    assert expected in message
+    assert expected in _refused_config(file.parent)
 
 
 @pytest.mark.parametrize("name", ["nothing", "", "../models/miniature", "."])

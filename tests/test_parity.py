@@ -1,6 +1,7 @@
 """The network is the one that transformers computes: logits, gradients, greedy answers, and the folder we write."""
 
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +12,7 @@ import small
 from checkpoints import tiny_checkpoint, torch_logits, torch_model
 
 from thinkpo_jax.attention import Places
-from thinkpo_jax.convert import load_model, named, save_model, table
+from thinkpo_jax.convert import entries, load_model, named, save_model
 from thinkpo_jax.model import Transformer
 from thinkpo_jax.sample import Generation, SamplingConfig, generate
 
@@ -19,14 +20,29 @@ pytest.importorskip("torch")
 pytestmark = pytest.mark.slow
 
 VOCABULARY = 128
-CASES = [(family, tied) for family in ("qwen2", "llama") for tied in (False, True)]
+ORIGINAL = 32  # tokens of the context that a stretched RoPE was first trained on; the tests go beyond
+LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+CASES: dict[str, dict[str, Any]] = {
+    "qwen2.5-7b": {"family": "qwen2"},
+    "qwen2.5-0.5b": {"family": "qwen2", "tie_word_embeddings": True},
+    "qwen2.5-yarn": {"family": "qwen2", "rope": {"rope_type": "yarn", "factor": 4.0}},
+    "qwen3-8b": {"family": "qwen3"},
+    "qwen3-0.6b": {"family": "qwen3", "tie_word_embeddings": True, "head_dim": 16},
+    "llama-3": {"family": "llama"},
+    "llama-3.1": {"family": "llama", "rope": LLAMA3},
+    "llama-3.2": {"family": "llama", "tie_word_embeddings": True, "rope": LLAMA3 | {"factor": 32.0}, "head_dim": 16},
+    "llama-linear": {"family": "llama", "rope": {"rope_type": "linear", "factor": 2.0}},
+    "smollm2": {"family": "llama", "hidden_size": 24, "num_attention_heads": 3, "num_key_value_heads": 1},
+}
 
 
-@pytest.fixture(scope="module", params=CASES, ids=lambda case: f"{case[0]}-{'tied' if case[1] else 'untied'}")
+@pytest.fixture(scope="module", params=CASES)
 def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    family, tied = request.param
-    out = tmp_path_factory.mktemp(family)
-    return tiny_checkpoint(out, family=family, tie_word_embeddings=tied)
+    case = dict(CASES[request.param])
+    rope = case.pop("rope", None)
+    if rope is not None:
+        case["rope_parameters"] = {"rope_theta": 1e4, "original_max_position_embeddings": ORIGINAL} | rope
+    return tiny_checkpoint(tmp_path_factory.mktemp(request.param), **case)
 
 
 @pytest.fixture(scope="module")
@@ -105,10 +121,9 @@ def test_gradients(folder: Path, model: Transformer) -> None:
     value, gradient = jax.jit(jax.value_and_grad(loss))(model)
     assert float(value) == pytest.approx(expected_loss.item(), rel=1e-5)
     ours = named(gradient)
-    for entry in table(model.arch):
+    for entry in entries(model):
         array = np.asarray(ours[entry.path])
-        for layer, part in enumerate(array if entry.layered else array[None]):
-            name = entry.hf.format(layer)
+        for name, part in zip(entry.names, array if entry.layered else array[None], strict=True):
             expected = gradients.pop(name)
             error = np.linalg.norm(entry.to_hf(part) - expected) / np.linalg.norm(expected)
             assert error < 1e-3, name
@@ -121,7 +136,7 @@ def test_greedy_answers(folder: Path, model: Transformer) -> None:
 
     prompts = [_tokens(1, length)[0].tolist() for length in (3, 17, 40)]
     reference = torch_model(folder)
-    settings = GenerationConfig(max_new_tokens=32, do_sample=False, eos_token_id=None, pad_token_id=0)
+    settings = GenerationConfig(max_new_tokens=64, do_sample=False, eos_token_id=None, pad_token_id=0)
     reference.generation_config = settings
     expected = []
     for prompt in prompts:
@@ -129,10 +144,10 @@ def test_greedy_answers(folder: Path, model: Transformer) -> None:
         kwargs = {"attention_mask": torch.ones_like(rows), "generation_config": settings}
         answer = reference.generate(rows, **kwargs)  # pyright: ignore[reportCallIssue] -- torch hides a module's methods
         expected.append(Generation(answer[0, len(prompt) :].tolist(), False))
-    assert [len(generation.ids) for generation in expected] == [32] * 3
+    assert [len(generation.ids) for generation in expected] == [64] * 3
     mesh = small.mesh()
     with jax.set_mesh(mesh):
-        config = SamplingConfig(temperature=0, max_new_tokens=32, batch_size=4)
+        config = SamplingConfig(temperature=0, max_new_tokens=64, batch_size=4)
         found = generate(model, prompts, config, stop_ids=(), vocabulary=VOCABULARY, seed=0, mesh=mesh)
     assert found == expected
 

@@ -4,11 +4,13 @@ YAML text -> dict -> ``--set a.b=c`` overrides -> a tree of `Section` objects. E
 section that it reads; `run.py` alone puts them together. Every problem of one file is reported at once.
 """
 
+import contextlib
 import difflib
+import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar, cast, get_args
+from typing import Any, ParamSpec, TypeVar, cast, get_args
 
 import pydantic
 import yaml
@@ -29,6 +31,38 @@ class Section(pydantic.BaseModel):
 
 
 SectionT = TypeVar("SectionT", bound=Section)
+ArgumentsT = ParamSpec("ArgumentsT")
+ResultT = TypeVar("ResultT")
+
+
+class _Attempt:
+    """Calls functions and keeps their user errors."""
+
+    def __init__(self) -> None:
+        self.errors: list[UserError] = []
+
+    def __call__(
+        self, function: Callable[ArgumentsT, ResultT], *args: ArgumentsT.args, **kwargs: ArgumentsT.kwargs
+    ) -> ResultT | None:
+        """What the function returns; None where it raised a `UserError`, which is kept."""
+        try:
+            return function(*args, **kwargs)
+        except UserError as error:
+            self.errors.append(error)
+            return None
+
+    def fail(self, message: str) -> None:
+        """Adds an error."""
+        self.errors.append(UserError(message))
+
+
+@contextlib.contextmanager
+def together() -> Iterator[_Attempt]:
+    """Within it `attempt(function, ...)` keeps user errors; at its end all of them are raised as one."""
+    attempt = _Attempt()
+    yield attempt
+    if attempt.errors:
+        raise UserError("\n".join(map(str, attempt.errors)))
 
 
 class _Loader(yaml.SafeLoader):
@@ -62,6 +96,19 @@ def read_yaml(path: Path) -> dict[str, Any]:
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: cannot be read as UTF-8 text: {error}") from None
     return _mapping(text, str(path))
+
+
+def read_json(path: Path, *, absent: str = "") -> dict[str, Any]:
+    """The object that a JSON file holds. Raises `UserError` for anything else; `absent`: advice where there is none."""
+    try:
+        loaded = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path}: there is no such file. {absent}".rstrip()) from None
+    except (OSError, ValueError, RecursionError) as error:  # ValueError: no UTF-8, no JSON, a number of many digits
+        raise UserError(f"{path}: cannot be read as JSON: {error}") from None
+    if not isinstance(loaded, dict):
+        raise UserError(f"{path}: expected a JSON object, found {type(loaded).__name__}.")
+    return loaded
 
 
 def _mapping(text: str, source: str) -> dict[str, Any]:

@@ -16,7 +16,7 @@ import jax
 
 from thinkpo_jax.benchmarks import TABLE, Question, digest, questions
 from thinkpo_jax.config import UserError
-from thinkpo_jax.convert import ModelConfig
+from thinkpo_jax.folder import ModelConfig
 from thinkpo_jax.log import Progress, say, write_whole
 from thinkpo_jax.model import Transformer
 from thinkpo_jax.report import ReportContents, StageSummary, terminal_summary, write_report

@@ -11,9 +11,10 @@ from typing import Literal
 
 import jax
 
+from thinkpo_jax.architecture import read_architecture
 from thinkpo_jax.checkpoint import Checkpoints
 from thinkpo_jax.config import UserError
-from thinkpo_jax.convert import abstract_model, read_architecture, save_model
+from thinkpo_jax.convert import abstract_model, save_model
 from thinkpo_jax.log import say
 from thinkpo_jax.run import Run, command, load_config, model_card, open_run
 from thinkpo_jax.sharding import MeshConfig, shardings

@@ -88,3 +88,8 @@ def say(text: str) -> None:
     """A line for the person who watches, beside a bar if there is one."""
     with tqdm.external_write_mode(file=sys.stderr):
         print(text, file=sys.stderr, flush=True)
+
+
+def warn(text: str) -> None:
+    """A line that starts with `warning:`."""
+    say(f"warning: {text}")

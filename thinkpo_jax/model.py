@@ -1,39 +1,21 @@
-"""What is the network? Qwen2 / Qwen2.5 and Llama decoders: one file, the families differ by data.
+"""What is the network? Qwen2 / Qwen2.5, Qwen3 and Llama decoders: one file, the families differ by data.
 
 Letters: B batch, T length, D embed, N query heads, K key/value heads, H head width, F mlp, V vocabulary, L layers,
 S slots of a key/value cache. Parameters are kept in float32 and cast to the compute dtype where they are used. The
 layers are stacked along a leading axis L and scanned.
 """
 
-from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from thinkpo_jax.architecture import Architecture
 from thinkpo_jax.attention import Places, attend
 from thinkpo_jax.config import Section
+from thinkpo_jax.rope import rotate
 from thinkpo_jax.sharding import constrain
-
-
-@dataclass(frozen=True)
-class Architecture:
-    """The shape of a decoder, as Hugging Face's config.json states it (`convert.read_architecture`)."""
-
-    vocab_size: int
-    embed: int
-    layers: int
-    heads: int
-    kv_heads: int
-    head_dim: int
-    mlp: int
-    rope_theta: float
-    norm_eps: float
-    max_positions: int
-    qkv_bias: bool
-    tied_head: bool
-    init_std: float = 0.02
 
 
 class ComputeConfig(Section):
@@ -67,6 +49,9 @@ class Blocks(nnx.Module):
         def bias(heads: int, axis: str) -> nnx.Param | None:
             return nnx.Param(jnp.zeros((L, heads, H)), axes=("layers", axis, "head_dim")) if arch.qkv_bias else None
 
+        def head_norm() -> nnx.Param | None:
+            return nnx.Param(jnp.ones((L, H)), axes=("layers", "head_dim")) if arch.qk_norm else None
+
         self.arch = arch
         self.attention_norm = nnx.Param(jnp.ones((L, D)), axes=("layers", "norm"))
         self.q = weight((D, "embed"), (N, "heads"), (H, "head_dim"))
@@ -75,6 +60,8 @@ class Blocks(nnx.Module):
         self.q_bias = nnx.data(bias(N, "heads"))
         self.k_bias = nnx.data(bias(K, "kv_heads"))
         self.v_bias = nnx.data(bias(K, "kv_heads"))
+        self.q_norm = nnx.data(head_norm())
+        self.k_norm = nnx.data(head_norm())
         self.o = weight((N, "heads"), (H, "head_dim"), (D, "embed"))
         self.mlp_norm = nnx.Param(jnp.ones((L, D)), axes=("layers", "norm"))
         self.gate = weight((D, "embed"), (F, "mlp"))
@@ -97,15 +84,19 @@ class Blocks(nnx.Module):
     def _attention(
         self, x_BTD: jax.Array, places: Places, cached: tuple[jax.Array, jax.Array] | None, cache: Cache | None
     ) -> tuple[jax.Array, tuple[jax.Array, jax.Array] | None]:
-        dtype = x_BTD.dtype
+        dtype, arch = x_BTD.dtype, self.arch
 
         def project(weight: nnx.Param, bias: nnx.Param | None) -> jax.Array:
             out = jnp.einsum("BTD,DNH->BTNH", x_BTD, weight[...].astype(dtype))
             out = out if bias is None else out + bias[...].astype(dtype)[None, None]
             return constrain(out, ("batch", "length", "activation_heads", "head_dim"))
 
-        q_BTNH = rotate(project(self.q, self.q_bias), places.positions, self.arch.rope_theta)
-        k_BTKH = rotate(project(self.k, self.k_bias), places.positions, self.arch.rope_theta)
+        def placed(x_BTNH: jax.Array, norm: nnx.Param | None) -> jax.Array:
+            x_BTNH = x_BTNH if norm is None else rms_norm(x_BTNH, norm, arch.norm_eps)
+            return rotate(x_BTNH, places.positions, arch.rope)
+
+        q_BTNH = placed(project(self.q, self.q_bias), self.q_norm)
+        k_BTKH = placed(project(self.k, self.k_bias), self.k_norm)
         v_BTKH = project(self.v, self.v_bias)
         keys = places
         if cache is not None and cached is not None:
@@ -174,13 +165,3 @@ def rms_norm(x: jax.Array, weight: nnx.Param, eps: float) -> jax.Array:
     x32 = x.astype(jnp.float32)
     normed = x32 * jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + eps)
     return (normed * jnp.expand_dims(weight[...], tuple(range(x.ndim - 1)))).astype(x.dtype)
-
-
-def rotate(x_BTNH: jax.Array, positions_BT: jax.Array, theta: float) -> jax.Array:
-    """Rotary position embedding (arXiv 2104.09864) on the two halves of the head width, as Hugging Face lays it out."""
-    half = x_BTNH.shape[-1] // 2
-    frequencies = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
-    angles = positions_BT[:, :, None, None].astype(jnp.float32) * jnp.reshape(frequencies, (1, 1, 1, half))
-    cos, sin = jnp.cos(angles), jnp.sin(angles)
-    first, second = jnp.split(x_BTNH.astype(jnp.float32), 2, axis=-1)
-    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x_BTNH.dtype)

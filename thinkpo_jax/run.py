@@ -19,23 +19,15 @@ import yaml
 from jax.sharding import Mesh
 
 from thinkpo_jax import __version__
+from thinkpo_jax.architecture import Architecture, read_architecture
 from thinkpo_jax.benchmarks import BenchmarkConfig
 from thinkpo_jax.chat import Chat
 from thinkpo_jax.checkpoint import CheckpointConfig
-from thinkpo_jax.config import RunError, Section, UserError, nearest, override, parse, read_yaml
-from thinkpo_jax.convert import (
-    ModelConfig,
-    abstract_model,
-    check_weights,
-    find_model,
-    fingerprint,
-    load_model,
-    random_model,
-    read_architecture,
-    stop_ids,
-)  # fmt: skip
+from thinkpo_jax.config import RunError, Section, UserError, nearest, override, parse, read_yaml, together
+from thinkpo_jax.convert import abstract_model, check_model, load_model, random_model
 from thinkpo_jax.data import PairData, SftData
-from thinkpo_jax.log import write_whole
+from thinkpo_jax.folder import ModelConfig, find_model, fingerprint, stop_ids
+from thinkpo_jax.log import warn, write_whole
 from thinkpo_jax.model import ComputeConfig, Transformer
 from thinkpo_jax.optimizer import OptimizerConfig
 from thinkpo_jax.packing import BatchConfig
@@ -252,24 +244,26 @@ def open_run(config: RunConfig) -> Run:
     """Checks what can be checked without training: the mesh, the start model, its tokenizer. Raises `UserError`."""
     mesh = make_mesh(config.mesh)
     folder = find_model(config.model.path)
-    arch = read_architecture(folder)
+    arch, chat = check_folder(folder, weights=config.model.weights == "pretrained")
     shardings(abstract_model(arch, config.compute), mesh)
-    if config.model.weights == "pretrained":
-        check_weights(folder)
-    chat = Chat.load(folder, stop_ids=stop_ids(folder))
+    for stage in config.stages:
+        if stage.batch.row_length > arch.max_positions:
+            name = f"stages.{stage.name}.batch.row_length"
+            warn(f"{name} is {stage.batch.row_length}, the model was made for up to {arch.max_positions} tokens.")
+    return Run(config, Path(config.run_dir).expanduser(), folder, chat, mesh)
+
+
+def check_folder(folder: Path, *, weights: bool) -> tuple[Architecture, Chat]:
+    """What a model's folder says of network and text. Raises one `UserError` with all that is wrong with it."""
+    with together() as attempt:
+        arch = attempt(lambda: check_model(folder)[0] if weights else read_architecture(folder))
+        chat = attempt(lambda: Chat.load(folder, stop_ids=stop_ids(folder)))
+    assert arch is not None and chat is not None  # noqa: PT018 -- `together` raised otherwise
     if len(chat.tokenizer) > arch.vocab_size:
         raise UserError(
             f"{folder}: the tokenizer has {len(chat.tokenizer)} tokens, the embedding only {arch.vocab_size} rows."
         )
-    for stage in config.stages:
-        if stage.batch.row_length > arch.max_positions:
-            name = f"stages.{stage.name}.batch.row_length"
-            _warn(f"{name} is {stage.batch.row_length}, the model was made for up to {arch.max_positions} tokens.")
-    return Run(config, Path(config.run_dir).expanduser(), folder, chat, mesh)
-
-
-def _warn(text: str) -> None:
-    print(f"warning: {text}", file=sys.stderr)
+    return arch, chat
 
 
 def config_arguments(parser: argparse.ArgumentParser, *, required: bool = True) -> None:
