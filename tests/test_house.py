@@ -16,7 +16,7 @@ FLOORS = (
     ("step", "reference"),
     ("checkpoint",),
     ("run", "report"),
-    ("evaluate", "export"),
+    ("evaluate", "export", "bench"),
     ("train",),
 )
 FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}

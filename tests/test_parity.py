@@ -1,5 +1,6 @@
 """The network is the one that transformers computes: logits, gradients, greedy answers, and the folder we write."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ import numpy as np
 import optax
 import pytest
 import small
-from checkpoints import tiny_checkpoint, torch_logits, torch_model
+from checkpoints import DATA, needs_data, tiny_checkpoint, torch_logits, torch_model
 
 from thinkpo_jax.attention import Places
 from thinkpo_jax.convert import entries, load_model, named, save_model
@@ -70,6 +71,18 @@ def test_logits(folder: Path, model: Transformer) -> None:
     expected = torch_logits(folder, tokens_BT)
     assert expected.std() > 0.1
     np.testing.assert_allclose(_logits(model, jnp.array(tokens_BT), _rows(tokens_BT)), expected, atol=1e-4)
+
+
+@needs_data
+@pytest.mark.parametrize(("family", "tokenizer"), [("qwen2", "qwen2_5"), ("qwen3", "qwen3"), ("llama", "llama3_2")])
+def test_logits_of_real_text_under_real_vocabularies(family: str, tokenizer: str, tmp_path: Path) -> None:
+    from transformers import AutoTokenizer
+
+    folder = tiny_checkpoint(tmp_path / "model", family=family, tokenizer=DATA / "tokenizers" / tokenizer)
+    row = json.loads((DATA / "pairs" / "math500_pairs.jsonl").read_text(encoding="utf-8").split("\n")[0])
+    tokens_BT = np.array([AutoTokenizer.from_pretrained(folder)(row["long"])["input_ids"][:200]], np.int32)
+    found = _logits(load_model(folder, small.FLOAT32, small.mesh()), jnp.array(tokens_BT), _rows(tokens_BT))
+    np.testing.assert_allclose(found, torch_logits(folder, tokens_BT), atol=1e-4)
 
 
 def test_logits_at_any_positions(folder: Path, model: Transformer) -> None:

@@ -1,23 +1,32 @@
-"""The real thing in few steps: SmolLM2's weights, real questions, long and short answers, GSM8K."""
+"""The real thing in few steps: SmolLM2's weights, real questions, long and short answers, GSM8K, a real server."""
 
+import contextlib
 import json
 import os
+import socket
 import subprocess
 import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import small
-from checkpoints import DATA, needs_data, torch_logits
+from checkpoints import DATA, needs_data, torch_logits, torch_model
 
 from thinkpo_jax.attention import Places
+from thinkpo_jax.chat import Chat
 from thinkpo_jax.checkpoint import Checkpoints
-from thinkpo_jax.convert import load_model
+from thinkpo_jax.convert import load_model, save_model
 from thinkpo_jax.log import read_metrics
 from thinkpo_jax.model import Transformer
+from thinkpo_jax.sample import Generation, SamplingConfig, generate
 
 pytestmark = [pytest.mark.slow, needs_data]
 ROOT = Path(__file__).resolve().parents[1]
@@ -81,6 +90,71 @@ def test_logits_equal_those_of_transformers(smollm2: Path) -> None:
     tokens = np.array([AutoTokenizer.from_pretrained(smollm2)(text)["input_ids"][:256]])
     found = _logits(load_model(smollm2, small.FLOAT32, small.mesh()), tokens)
     np.testing.assert_allclose(found, torch_logits(smollm2, tokens), atol=1e-3)
+
+
+def _questions(count: int) -> list[str]:
+    lines = (DATA / "gsm8k" / "test.jsonl").read_text(encoding="utf-8").split("\n")
+    return [json.loads(line)["question"] for line in lines[:count]]
+
+
+def _greedy(folder: Path, prompts: list[list[int]], tokens: int) -> list[Generation]:
+    chat, mesh = Chat.load(folder), small.mesh()
+    config = SamplingConfig(temperature=0, max_new_tokens=tokens, batch_size=len(prompts))
+    with jax.set_mesh(mesh):
+        model, vocabulary = load_model(folder, small.FLOAT32, mesh), len(chat.tokenizer)
+        return generate(model, prompts, config, stop_ids=chat.stop_ids, vocabulary=vocabulary, seed=0, mesh=mesh)
+
+
+def test_greedy_answers_to_real_questions_are_those_of_transformers(smollm2: Path) -> None:
+    torch = pytest.importorskip("torch")
+    from transformers import GenerationConfig
+
+    chat = Chat.load(smollm2)
+    prompts = [chat.prompt_ids([{"role": "user", "content": question}]) for question in _questions(10)]
+    found = _greedy(smollm2, prompts, 64)
+    reference: Any = torch_model(smollm2)
+    reference.generation_config = GenerationConfig(
+        max_new_tokens=64, do_sample=False, eos_token_id=list(chat.stop_ids), pad_token_id=0
+    )
+    for prompt, generation in zip(prompts, found, strict=True):
+        rows = torch.tensor([prompt])
+        answer = reference.generate(rows, attention_mask=torch.ones_like(rows))[0, len(prompt) :].tolist()
+        assert generation.ids == [token for token in answer if token not in chat.stop_ids]
+
+
+@contextlib.contextmanager
+def _server(folder: Path) -> Iterator[str]:
+    """`transformers serve` for a folder; gives its address."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    program = str(Path(sys.executable).with_name("transformers"))
+    arguments = [program, "serve", str(folder), "--host", "127.0.0.1", "--port", port, "--device", "cpu"]
+    server = subprocess.Popen(arguments, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        for _ in range(240):
+            assert server.poll() is None, "the server ended"
+            with contextlib.suppress(urllib.error.URLError):
+                urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5)
+                break
+            time.sleep(0.5)
+        yield f"http://127.0.0.1:{port}"
+    finally:
+        server.terminate()
+        server.wait(timeout=60)
+
+
+def test_a_server_answers_with_what_we_export_as_our_own_sampler_does(smollm2: Path, tmp_path: Path) -> None:
+    openai = pytest.importorskip("openai")
+    pytest.importorskip("torch")
+    out = tmp_path / "exported"
+    save_model(load_model(smollm2, small.FLOAT32, small.mesh()), out, like=smollm2, dtype="float32", card="")
+    chat, messages = Chat.load(smollm2), [{"role": "user", "content": _questions(1)[0]}]
+    expected = _greedy(smollm2, [chat.prompt_ids([{"role": "user", "content": _questions(1)[0]}])], 32)[0]
+    with _server(out) as address:
+        client = openai.OpenAI(base_url=f"{address}/v1", api_key="none", timeout=240)
+        told = client.chat.completions.create(model=str(out), messages=messages, temperature=0, max_tokens=32)
+    assert told.choices[0].message.content.strip() == chat.text(expected.ids).strip()
 
 
 def test_the_first_thinkpo_loss_is_ln_2_and_losses_fall(run: Path) -> None:

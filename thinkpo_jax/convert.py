@@ -4,6 +4,7 @@ import json
 import math
 import shutil
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -76,11 +77,6 @@ class Entry:
         split = [axis for group in self.groups for axis in group]
         return array.transpose([self.axes.index(axis) for axis in split]).reshape(self.hf_shape)
 
-    def hf_sharding(self, ours: NamedSharding) -> NamedSharding:
-        """The layout of the Hugging Face tensor under which `to_ours` moves nothing between devices."""
-        spec = dict(zip(self.axes, ours.spec[1:] if self.layered else ours.spec, strict=True))
-        return NamedSharding(ours.mesh, PartitionSpec(*(spec[group[0]] for group in self.groups)))
-
 
 def entries(abstract: Transformer) -> list[Entry]:
     """The lines of the table that a model has, in the table's order."""
@@ -121,50 +117,56 @@ def random_model(folder: Path, compute: ComputeConfig, mesh: Mesh, *, seed: int)
 
 
 def load_model(folder: Path, compute: ComputeConfig, mesh: Mesh) -> Transformer:
-    """The folder's weights as float32 parameters on the mesh, one Hugging Face tensor at a time.
+    """The folder's weights as float32 parameters on the mesh, one Hugging Face tensor at a time, in the files' order.
 
-    Each process reads the slices that its devices hold. Raises one `UserError` with all that is wrong with the folder;
-    warns of weights that are not finite.
+    Each process reads the slices that its devices hold; parameters are filled in place, so that beside them one tensor
+    is in memory. Raises one `UserError` with all that is wrong with the folder; warns of weights that are not finite.
     """
     arch, tensors = check_model(folder)
     abstract = abstract_model(arch, compute)
-    layout = named(shardings(abstract, mesh))
+    layout, shapes = named(shardings(abstract, mesh)), named(abstract)
+    parts = {name: (entry, layer) for entry in entries(abstract) for layer, name in enumerate(entry.names)}
+    largest = max(tensors[name].nbytes for name in parts)
     loaded: dict[str, jax.Array] = {}
-    broken: list[str] = []
-    for entry in entries(abstract):
-        loaded[entry.path], finite = _load(entry, tensors, layout[entry.path])
-        broken += [name for name, whole in zip(entry.names, finite, strict=True) if not whole]
-    if broken:
+    zeros: dict[str, jax.Array] = {}  # 0 for each tensor that is finite; ready when its copy on the device is done with
+    before = None
+    for name in sorted(parts, key=lambda name: (tensors[name].file, tensors[name].begin)):
+        entry, layer = parts[name]
+        whole = layout[entry.path]
+        part = NamedSharding(mesh, PartitionSpec(*whole.spec[1:])) if entry.layered else whole
+        if entry.layered and entry.path not in loaded:
+            loaded[entry.path] = _zeros(shapes[entry.path].shape, whole)
+        if jax.process_count() == 1:  # several processes read a part each
+            tensors[name].prefetch()
+        if before is not None and tensors[before].nbytes + tensors[name].nbytes > largest:
+            zeros[before].block_until_ready()
+        view = entry.to_ours(tensors[name].mapped())  # transposed on the way to the device, which is fast
+        tensor = jax.make_array_from_callback(view.shape, part, view.__getitem__)
+        if before is not None:
+            zeros[before].block_until_ready()
+        loaded[entry.path], zeros[name] = _fill(loaded.get(entry.path), tensor, np.int32(layer), layout=whole)
+        del tensor
+        before = name
+    if broken := [name for name, zero in zeros.items() if not np.isfinite(zero)]:
         warn(f"{folder}: NaN or infinite weights in {len(broken)} tensor(s): {some(broken, ', ')}.")
-    return jax.tree.unflatten(jax.tree.structure(abstract), [loaded[path] for path in named(abstract)])
+    return jax.tree.unflatten(jax.tree.structure(abstract), [loaded[path] for path in shapes])
 
 
-def _load(entry: Entry, tensors: dict[str, Tensor], layout: NamedSharding) -> tuple[jax.Array, list[bool]]:
-    """A parameter, and for each of its Hugging Face tensors whether it is finite.
+@partial(jax.jit, static_argnames=("shape", "layout"))
+def _zeros(shape: tuple[int, ...], layout: NamedSharding) -> jax.Array:
+    return jax.lax.with_sharding_constraint(jnp.zeros(shape, jnp.float32), layout)
 
-    The parameter is filled in place, so that beside it one tensor is in memory, in the dtype of its file.
-    """
-    source = entry.hf_sharding(layout)
-    whole = NamedSharding(layout.mesh, PartitionSpec())
-    shape = tuple(entry.sizes[axis] for axis in entry.axes)
-    shape = (len(entry.names), *shape) if entry.layered else shape
 
-    def fill(parameter: jax.Array, tensor: jax.Array, layer: jax.Array) -> tuple[jax.Array, jax.Array]:
-        value = entry.to_ours(tensor).astype(jnp.float32)
-        value, start = (value[None], (layer,)) if entry.layered else (value, ())
-        filled = jax.lax.dynamic_update_slice(parameter, value, start + (0,) * (parameter.ndim - len(start)))
-        return filled, jnp.isfinite(tensor).all()
-
-    filling = jax.jit(fill, donate_argnums=0, out_shardings=(layout, whole))
-    parameter = jax.jit(lambda: jnp.zeros(shape, jnp.float32), out_shardings=layout)()
-    finite: list[bool] = []
-    for layer, name in enumerate(entry.names):
-        mapped = tensors[name].mapped()
-        tensor = jax.make_array_from_callback(mapped.shape, source, mapped.__getitem__)
-        parameter, sound = filling(parameter, tensor, np.int32(layer))
-        finite.append(bool(sound))  # waits: at most one tensor is under way
-        tensor.delete()
-    return parameter, finite
+@partial(jax.jit, donate_argnums=0, static_argnames="layout")
+def _fill(
+    parameter: jax.Array | None, tensor: jax.Array, layer: jax.Array, *, layout: NamedSharding
+) -> tuple[jax.Array, jax.Array]:
+    """The parameter with the tensor as its layer (without a parameter: the tensor itself), and 0 or, if broken, NaN."""
+    value = jnp.copy(tensor.astype(jnp.float32))
+    if parameter is not None:
+        value = jax.lax.dynamic_update_index_in_dim(parameter, value, layer, 0)
+    zero = jnp.sum(tensor.astype(jnp.float32) * 0)  # NaN where one number is NaN or infinite
+    return jax.lax.with_sharding_constraint(value, layout), zero
 
 
 def check_model(folder: Path) -> tuple[Architecture, dict[str, Tensor]]:

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import math
+import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -16,6 +17,7 @@ import safetensors
 from thinkpo_jax.config import Section, UserError, read_json, together
 
 _SAMPLED_BYTES = 2**22
+_AHEAD_BYTES = 2**26
 _PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 BUILTIN = "builtin:"
 MODELS = Path(__file__).parent / "models"
@@ -41,9 +43,20 @@ class Tensor:
     dtype: str
     shape: tuple[int, ...]
 
+    @property
+    def nbytes(self) -> int:
+        """Its size in the file, in bytes."""
+        return math.prod(self.shape) * DTYPES[self.dtype].itemsize
+
     def mapped(self) -> np.ndarray:
         """The tensor as a view of the file: what is read of it is read when it is used."""
         return np.memmap(self.file, DTYPES[self.dtype], mode="r", offset=self.begin, shape=self.shape)
+
+    def prefetch(self) -> None:
+        """Asks the system to read the tensor, and a little of what follows, ahead of its use."""
+        if hasattr(os, "posix_fadvise"):  # not on macOS
+            with self.file.open("rb") as opened:
+                os.posix_fadvise(opened.fileno(), self.begin, self.nbytes + _AHEAD_BYTES, os.POSIX_FADV_WILLNEED)
 
 
 def find_model(path: str) -> Path:
@@ -169,7 +182,7 @@ def _read_header(file: Path) -> dict[str, Tensor]:
     wrong = sorted(f"{name} is {tensor.dtype}" for name, tensor in tensors.items() if tensor.dtype not in DTYPES)
     if wrong:
         raise UserError(f"{file}: {some(wrong, ', ')}; expected {', '.join(DTYPES)}. Take the unquantised checkpoint.")
-    stored = sum(math.prod(tensor.shape) * DTYPES[tensor.dtype].itemsize for tensor in tensors.values())
+    stored = sum(tensor.nbytes for tensor in tensors.values())
     if 8 + length + stored != file.stat().st_size:
         raise UserError(f"{file}: its tensors have {stored} bytes, the file {file.stat().st_size}. Download it again.")
     return tensors
