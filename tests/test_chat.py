@@ -280,7 +280,7 @@ def test_a_tokenizer_without_chat_template_is_an_error_with_its_folder(tmp_path:
 def test_a_folder_without_a_tokenizer_is_an_error_with_its_name(files: dict[str, str], tmp_path: Path):
     for file, text in files.items():
         (tmp_path / file).write_text(text, encoding="utf-8")
-    with pytest.raises(UserError, match="no usable tokenizer") as error:
+    with pytest.raises(UserError, match=r"no usable tokenizer|no tokenizer: expected") as error:
         Chat.load(tmp_path)
     assert str(error.value).startswith(f"{tmp_path}: ")
 

@@ -184,6 +184,23 @@ def test_parquet_gives_the_same_examples_as_jsonl(tmp_path: Path, chat: Chat):
 
 
 @pytest.mark.usefixtures("hub_cache")
+@pytest.mark.usefixtures("hub_cache")
+def test_a_path_is_a_name_and_no_pattern(tmp_path: Path, chat: Chat):
+    from datasets import Dataset
+
+    for name, count in (("a*b.parquet", 2), ("aXb.parquet", 3), ("a[1].parquet", 4)):
+        Dataset.from_list([ROW] * count).to_parquet(tmp_path / name)
+    for name, count in (("a*b.parquet", 2), ("a[1].parquet", 4)):
+        found = tokenize(SftData(path=str(tmp_path / name)), chat, row_length=512, seed=0)
+        assert found.rows == count
+
+
+def test_a_key_given_twice_in_a_row_is_an_error(tmp_path: Path, chat: Chat):
+    (tmp_path / "rows.jsonl").write_text('{"prompt": "a", "response": "b", "response": "c"}\n')
+    with pytest.raises(UserError, match="line 1: cannot be read as JSON: the key 'response' is given twice"):
+        tokenize(SftData(path=str(tmp_path / "rows.jsonl")), chat, row_length=512, seed=0)
+
+
 def test_a_bad_row_of_a_parquet_file_is_named_and_so_is_a_broken_file(tmp_path: Path, chat: Chat):
     from datasets import Dataset
 

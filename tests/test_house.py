@@ -8,7 +8,8 @@ import pytest
 PACKAGE = Path(__file__).resolve().parents[1] / "thinkpo_jax"
 # Each room imports only from floors above it in this list (the ground floor comes first).
 FLOORS = (
-    ("config", "losses", "log", "rope"),
+    ("config", "losses", "rope"),
+    ("log",),
     ("architecture", "folder", "sharding", "chat", "optimizer", "logprobs", "attention", "miniature", "answers"),
     ("model", "data"),
     ("convert", "packing", "sample", "benchmarks"),
@@ -22,7 +23,7 @@ FLOORS = (
 FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
 FILES = sorted(path for path in PACKAGE.glob("*.py") if path.stem != "__init__")
 MAX_FILE, MAX_FUNCTION, MAX_PARAMETERS = 400, 60, 8
-MAX_PACKAGE = 4500  # all lines of the package; raise it in the commit that needs it, with the reason
+MAX_PACKAGE = 4700  # all lines of the package; raise it in the commit that needs it, with the reason
 
 
 def _imports(path: Path) -> set[str]:

@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import safetensors.numpy
+from filelock import FileLock
 
 from thinkpo_jax import evaluate, export, train
 from thinkpo_jax.log import read_metrics
@@ -112,7 +113,7 @@ def test_a_retrained_stage_asks_for_what_stands_on_it(
     before = json.loads((folder / "evaluation" / "control" / "miniature.json").read_text())["settings"]["model"]
     shutil.rmtree(folder / "sft")
     assert _train(folder, "seed=0", "stages.sft.optimizer.learning_rate=3e-3") == 2
-    assert "start.fingerprint" in capsys.readouterr().err
+    assert "there is no model, and stage 'thinkpo' was trained from it" in capsys.readouterr().err
     shutil.rmtree(folder / "thinkpo")
     shutil.rmtree(folder / "control")
     assert _train(folder, "stages.sft.optimizer.learning_rate=3e-3") == 0
@@ -209,8 +210,17 @@ def test_any_model_can_be_evaluated(straight: Path, tmp_path: Path) -> None:
     assert theirs == ours
 
 
-def test_pooling_two_runs(straight: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert command(evaluate.main, ["--pool", str(straight), str(straight)]) == 0
+def test_pooling_two_runs(straight: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    other = tmp_path / "seed1"
+    shutil.copytree(straight, other)
+    config = (other / "config.yaml").read_text()
+    assert command(evaluate.main, ["--pool", str(straight), str(other)]) == 2
+    assert "have the same seed, 0" in capsys.readouterr().err
+    (other / "config.yaml").write_text(config.replace("seed: 0", "seed: 1").replace("beta: 0.1", "beta: 0.2"))
+    assert command(evaluate.main, ["--pool", str(straight), str(other)]) == 2
+    assert "stages differ from" in capsys.readouterr().err
+    (other / "config.yaml").write_text(config.replace("seed: 0", "seed: 1"))
+    assert command(evaluate.main, ["--pool", str(straight), str(other)]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 4
     assert "sft -> thinkpo, 2 runs, 24 paired questions" in lines[1]
@@ -232,6 +242,15 @@ ERRORS = {
     "no effect": (["evaluation.sampling={temperature: 0, samples: 4}"], "have no effect"),
     "run_dir is a file": (["run_dir={empty}/row.jsonl"], "run_dir"),
     "mesh": (["mesh={data: 3, fsdp: 1, tensor: 1}"], "does not fit 8"),
+    "seed": (["seed=1000000000000000000000000000000"], "seed"),
+    "rows beyond all memory": (["stages.sft.batch.row_length=1000000000000"], "stages.0.batch.row_length"),
+    "epochs without end": (["stages.sft.epochs=1.0e+300"], "stages.0.epochs"),
+    "too many questions": (["evaluation.benchmarks=[{name: miniature, questions: 200000}]"], "questions"),
+    "no path": (["model.path=''"], "model.path: expected a path or a name, found an empty text"),
+    "long path": ([f"model.path={'x' * 300}"], "longer than 255 bytes"),
+    "no home": (["model.path=~no-such-user/model"], "model.path: cannot be a path"),
+    "no date": (["title=2026-13-45"], "not valid YAML"),
+    "a name of the run's": (["stages.thinkpo.name=report.md"], "is taken"),
     "second stage is checked first": (["stages.control.data={path: nowhere.jsonl}"], "stage control: nowhere.jsonl"),
 }  # fmt: skip
 
@@ -251,6 +270,79 @@ def test_a_users_error_is_one_message_and_nothing_is_written(
     assert expected in error
     assert "Traceback" not in error
     assert not folder.exists()
+
+
+def test_a_run_has_one_writer(straight: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with FileLock(straight / ".lock"):
+        assert _train(straight) == 2
+    assert f"another process writes to {straight}" in capsys.readouterr().err
+
+
+DAMAGED = {
+    "record": ("sft/stage.json", "{}", "sft/stage.json: damaged: settings, summary is not there"),
+    "answers": ("evaluation/sft/miniature.json", "{", "miniature.json: cannot be read as JSON"),
+    "metrics": ("thinkpo/metrics.jsonl", "{\n", "thinkpo/metrics.jsonl: damaged"),
+}
+
+
+@pytest.mark.parametrize("case", DAMAGED)
+def test_a_damaged_file_of_a_run_is_named(
+    case: str, straight: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    name, content, expected = DAMAGED[case]
+    folder = tmp_path / "run"
+    shutil.copytree(straight, folder)
+    (folder / name).write_text(content)
+    assert _train(folder) == 2
+    assert expected in capsys.readouterr().err
+
+
+def test_a_damaged_checkpoint_is_named(straight: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = tmp_path / "run"
+    shutil.copytree(straight, folder)
+    (folder / "thinkpo" / "checkpoints" / "9").mkdir()
+    arguments = ["--run", str(folder), "--stage", "thinkpo", "--out", str(tmp_path / "out")]
+    assert command(export.main, arguments) == 2
+    assert "checkpoints/9: the checkpoint cannot be read" in capsys.readouterr().err
+    assert command(export.main, [*arguments, "--step", "4"]) == 0
+
+
+def test_export_leaves_other_folders_alone(straight: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    mine = tmp_path / ".out.partial" / "thesis.txt"
+    mine.parent.mkdir()
+    mine.write_text("mine")
+    assert command(export.main, ["--run", str(straight), "--out", str(tmp_path / "out")]) == 2
+    assert mine.read_text() == "mine"
+    assert command(export.main, ["--run", str(straight), "--out", str(mine / "out")]) == 2
+    assert command(export.main, ["--run", str(straight), "--stage", "../sft", "--out", str(tmp_path / "other")]) == 2
+    assert command(export.main, ["--run", str(tmp_path / "nowhere"), "--out", str(tmp_path / "other")]) == 2
+    errors = capsys.readouterr().err
+    for part in ("left by an export", "cannot be written", "there is no stage '../sft'", "no config.yaml there"):
+        assert part in errors
+
+
+def test_trouble_with_the_disk_is_exit_status_1(straight: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    folder = tmp_path / "run"
+    shutil.copytree(straight, folder)
+    shutil.rmtree(folder / "plots")
+    (folder / "plots").write_text("a file where a folder should be")
+    assert _train(folder) == 1
+    assert capsys.readouterr().err.splitlines()[-1].startswith("error: [Errno")
+
+
+def test_ctrl_c_while_answers_are_sampled_ends_as_it_should(straight: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    shutil.copytree(straight, folder)
+    many = "evaluation.benchmarks=[{name: miniature, questions: 100000}]"
+    arguments = [sys.executable, "-m", "thinkpo_jax.evaluate", *_arguments(folder, many)]
+    with subprocess.Popen(arguments, cwd=ROOT, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True) as process:
+        assert process.stderr is not None
+        for line in process.stderr:
+            if line.startswith("base on miniature: answer"):
+                process.send_signal(signal.SIGINT)
+                break
+        assert "goes on from what is saved" in process.stderr.read()
+        assert process.wait(timeout=60) == 130
 
 
 def test_a_missing_config_file_is_exit_status_2() -> None:

@@ -8,7 +8,6 @@ import gc
 import json
 import os
 import statistics
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -23,7 +22,7 @@ from thinkpo_jax.architecture import read_architecture
 from thinkpo_jax.convert import expected_shapes, load_model
 from thinkpo_jax.folder import WEIGHTS
 from thinkpo_jax.model import ComputeConfig
-from thinkpo_jax.run import command, versions
+from thinkpo_jax.run import program, versions
 from thinkpo_jax.sharding import MeshConfig, make_mesh
 
 LAYER_BYTES = 31_461_376  # of the model below, in bfloat16
@@ -106,4 +105,4 @@ def main(arguments: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(command(main))
+    program(main)

@@ -10,7 +10,7 @@ import pydantic
 
 from thinkpo_jax.answers import boxed_answers, marked_answers
 from thinkpo_jax.chat import Message
-from thinkpo_jax.config import Section, UserError
+from thinkpo_jax.config import PathText, Section, UserError
 from thinkpo_jax.data import DataConfig, is_file, read_rows
 from thinkpo_jax.miniature import MiniatureData
 
@@ -51,8 +51,8 @@ class BenchmarkConfig(Section):
     """One benchmark to run: its row of the table, where its questions are (default: the Hub), and how many."""
 
     name: Literal["miniature", "gsm8k", "math500"]
-    path: str | None = None
-    questions: int | None = pydantic.Field(default=None, ge=1)
+    path: PathText | None = None
+    questions: int | None = pydantic.Field(default=None, ge=1, le=100_000)
     system: str | None = None
 
     @pydantic.model_validator(mode="after")

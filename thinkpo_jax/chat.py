@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypedDict
 
-import jinja2
 from transformers import AutoTokenizer
 
 from thinkpo_jax.config import UserError
@@ -19,6 +18,8 @@ from thinkpo_jax.config import UserError
 # Llama 3's template writes today's date unless it is told one; this is its own default.
 TEMPLATE_DATE = "26 Jul 2024"
 _MARK = "ANSWER"
+_QUESTION = "?"
+TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json")
 _THINK = "<think>"
 
 
@@ -44,11 +45,13 @@ class Chat:
     @classmethod
     def load(cls, folder: Path, *, stop_ids: Sequence[int] = ()) -> "Chat":
         """The tokenizer of a Hugging Face folder. Raises `UserError` where it or its chat template is missing."""
+        if not any((folder / name).is_file() for name in TOKENIZERS):
+            raise UserError(f"{folder}: no tokenizer: expected {' or '.join(TOKENIZERS)}.")
         try:
             tokenizer = AutoTokenizer.from_pretrained(
                 folder, trust_remote_code=False, clean_up_tokenization_spaces=False
             )
-        except (OSError, ValueError, KeyError) as error:
+        except Exception as error:  # whatever a malformed file makes of the code that reads it
             raise UserError(f"{folder}: no usable tokenizer: {error}") from None
         if tokenizer.chat_template is None:
             raise UserError(
@@ -95,7 +98,7 @@ def _render(tokenizer: Any, messages: Sequence[Message], *, add_generation_promp
         return tokenizer.apply_chat_template(
             messages, tokenize=False, add_generation_prompt=add_generation_prompt, date_string=TEMPLATE_DATE
         )
-    except jinja2.TemplateError as error:
+    except Exception as error:  # a template is a program
         roles = [message["role"] for message in messages]
         raise UserError(f"the chat template refuses a conversation with the roles {roles}: {error}") from None
 
@@ -110,8 +113,11 @@ def _without_opening(answer: str, prompt: str) -> str:
 
 def _end_of_turn(tokenizer: Any, folder: Path) -> int:
     """The token that the template writes after an assistant's answer; the tokenizer's EOS where it writes none."""
-    messages: list[Message] = [{"role": "user", "content": "?"}, {"role": "assistant", "content": _MARK}]
-    after = _render(tokenizer, messages, add_generation_prompt=False).rpartition(_MARK)[2]
+    messages: list[Message] = [{"role": "user", "content": _QUESTION}, {"role": "assistant", "content": _MARK}]
+    whole = _render(tokenizer, messages, add_generation_prompt=False)
+    if not (_MARK in whole and _QUESTION in whole):
+        raise UserError(f"{folder}: the chat template leaves out what the user or the assistant says; mend it.")
+    after = whole.rpartition(_MARK)[2]
     first = _ids(tokenizer, after)[:1]
     if first and first[0] in tokenizer.added_tokens_decoder:
         return first[0]

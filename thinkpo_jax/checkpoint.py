@@ -7,14 +7,16 @@ parameter to its array. The position in the data is the step itself (`packing.Ba
 from pathlib import Path
 from typing import Any, TypeVar
 
+import absl.logging
 import jax
 import orbax.checkpoint as ocp
 import pydantic
 
-from thinkpo_jax.config import Section, UserError
+from thinkpo_jax.config import RunError, Section, UserError
 from thinkpo_jax.step import TrainState
 
 TreeT = TypeVar("TreeT")
+absl.logging.set_verbosity(absl.logging.ERROR)  # Orbax tells a reader of checkpoints what readers do not need
 
 
 class CheckpointConfig(Section):
@@ -39,7 +41,10 @@ class Checkpoints:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._manager.close()
+        try:
+            self._manager.close()  # waits for the checkpoint that is being written
+        except (ValueError, RuntimeError) as error:
+            raise RunError(f"{self.folder}: the last checkpoint cannot be written: {_first_line(error)}") from None
 
     def latest(self) -> int | None:
         """The last step that was saved whole; None where there is none."""
@@ -50,12 +55,14 @@ class Checkpoints:
         step = int(state.step)
         if step not in self._manager.all_steps():
             training = (state.optimizer, state.step)
-            self._manager.save(
-                step,
-                args=ocp.args.Composite(
-                    model=ocp.args.StandardSave(_flat(state.model)), training=ocp.args.StandardSave(_flat(training))
-                ),
-            )
+            items = {
+                "model": ocp.args.StandardSave(_flat(state.model)),
+                "training": ocp.args.StandardSave(_flat(training)),
+            }
+            try:
+                self._manager.save(step, args=ocp.args.Composite(**items))
+            except (ValueError, RuntimeError) as error:  # OSError speaks for itself
+                raise RunError(f"{self.folder}: checkpoint {step} cannot be written: {_first_line(error)}") from None
 
     def restore(self, like: TrainState, step: int | None = None) -> TrainState:
         """The state of `step` (default: the latest), laid out like `like`."""
@@ -75,8 +82,19 @@ class Checkpoints:
                 f"{self.folder}: there is no checkpoint {chosen if step is not None else ''}; there are: {steps}."
             )
         targets = jax.tree.map(ocp.utils.to_shape_dtype_struct, _flat(like))
-        restored = self._manager.restore(chosen, args=ocp.args.Composite(**{item: ocp.args.StandardRestore(targets)}))
+        try:
+            args = ocp.args.Composite(**{item: ocp.args.StandardRestore(targets)})
+            restored = self._manager.restore(chosen, args=args)
+        except Exception as error:  # Orbax and TensorStore raise of many kinds over damaged files
+            raise UserError(
+                f"{self.folder / str(chosen)}: the checkpoint cannot be read: {_first_line(error)} Remove that folder "
+                "to go on from an earlier checkpoint, or from the start of the stage."
+            ) from None
         return jax.tree.unflatten(jax.tree.structure(like), list(restored[item].values()))
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def _flat(tree: Any) -> dict[str, Any]:

@@ -7,10 +7,11 @@ section that it reads; `run.py` alone puts them together. Every problem of one f
 import contextlib
 import difflib
 import json
+import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, ParamSpec, TypeVar, cast, get_args
+from typing import Annotated, Any, ParamSpec, TypeVar, cast, get_args
 
 import pydantic
 import yaml
@@ -30,6 +31,19 @@ class Section(pydantic.BaseModel):
     model_config = pydantic.ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
+def _usable_path(text: str) -> str:
+    if not text.strip():
+        raise ValueError("expected a path or a name, found an empty text")
+    try:
+        too_long = any(len(os.fsencode(part)) > 255 for part in Path(text).expanduser().parts)
+    except (RuntimeError, UnicodeEncodeError) as error:
+        raise ValueError(f"cannot be a path: {error}") from None
+    if too_long or "\0" in text:
+        raise ValueError("cannot be a path: a name in it is longer than 255 bytes, or holds a null character")
+    return text
+
+
+PathText = Annotated[str, pydantic.AfterValidator(_usable_path)]  # a path as the user wrote it
 SectionT = TypeVar("SectionT", bound=Section)
 ArgumentsT = ParamSpec("ArgumentsT")
 ResultT = TypeVar("ResultT")
@@ -114,7 +128,7 @@ def read_json(path: Path, *, absent: str = "") -> dict[str, Any]:
 def _mapping(text: str, source: str) -> dict[str, Any]:
     try:
         loaded = yaml.load(text, Loader=_Loader)
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: a date or number that is none
         raise UserError(f"{source}: not valid YAML: {_without_source(error)}") from None
     if not isinstance(loaded, dict):
         found = "an empty file" if loaded is None else f"a {type(loaded).__name__}"
@@ -122,7 +136,7 @@ def _mapping(text: str, source: str) -> dict[str, Any]:
     return loaded
 
 
-def _without_source(error: yaml.YAMLError) -> str:
+def _without_source(error: Exception) -> str:
     return str(error).replace('"<unicode string>", ', "")  # the name that PyYAML gives to any text
 
 
@@ -137,7 +151,7 @@ def override(raw: dict[str, Any], assignments: Sequence[str]) -> dict[str, Any]:
             raise UserError(f"--set {assignment}: expected the form dotted.key=value.")
         try:
             value = yaml.load(text, Loader=_Loader)
-        except yaml.YAMLError as error:
+        except (yaml.YAMLError, ValueError, RecursionError) as error:
             raise UserError(f"--set {assignment}: the value is not valid YAML: {_without_source(error)}") from None
         raw = _assign(raw, dotted.split("."), value, assignment)
     return raw
@@ -148,7 +162,9 @@ def _assign(node: Any, keys: list[str], value: Any, assignment: str) -> Any:
         return value
     key, rest = keys[0], keys[1:]
     if isinstance(node, list):
-        names = [item["name"] if isinstance(item, dict) and "name" in item else str(i) for i, item in enumerate(node)]
+        names = [
+            str(item["name"]) if isinstance(item, dict) and "name" in item else str(i) for i, item in enumerate(node)
+        ]
         index = names.index(key) if key in names else int(key) if key.isdecimal() else -1
         if not 0 <= index < len(node):
             raise UserError(f"--set {assignment}: no element {key!r}{nearest(key, names)}; there are: {names}.")
@@ -167,6 +183,8 @@ def parse(section: type[SectionT], raw: Mapping[str, Any], *, source: str) -> Se
     except pydantic.ValidationError as error:
         problems = [_problem(section, raw, detail) for detail in error.errors() if not _follows(detail)]
         raise UserError("\n".join(f"{source}: {problem}" for problem in problems)) from None
+    except RecursionError:
+        raise UserError(f"{source}: nested too deeply, or an alias that holds itself. Write the values out.") from None
 
 
 def _tuples(node: Any) -> Any:

@@ -198,11 +198,16 @@ def expected_shapes(arch: Architecture) -> dict[str, tuple[int, ...]]:
     return {name: entry.hf_shape for entry in entries(abstract_model(arch, ComputeConfig())) for name in entry.names}
 
 
+def partial_folder(folder: Path) -> Path:
+    """Where a model is written before it is whole, beside the folder that it becomes."""
+    return folder.with_name(f".{folder.name}.partial")
+
+
 def save_model(
     model: Transformer, folder: Path, *, like: Path, dtype: Literal["float32", "bfloat16"], card: str
 ) -> None:
     """Writes a Hugging Face folder; config, tokenizer and template come from the folder `like`. Appears all at once."""
-    partial = folder.with_name(folder.name + ".partial")
+    partial = partial_folder(folder)
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     _save_weights(model, partial, DTYPES[dtype])

@@ -3,6 +3,7 @@
 An example is a tuple of segments that stay together: one for SFT, two (chosen, rejected) for a preference pair.
 """
 
+import glob
 import hashlib
 import itertools
 import json
@@ -17,7 +18,7 @@ import numpy as np
 import pydantic
 
 from thinkpo_jax.chat import Chat, Message
-from thinkpo_jax.config import Section, UserError, nearest
+from thinkpo_jax.config import PathText, Section, UserError, nearest
 from thinkpo_jax.miniature import MiniatureData
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
@@ -33,7 +34,7 @@ def is_file(path: str) -> bool:
 class DataConfig(Section):
     """Where rows come from (`path`: a .jsonl or .parquet file or a Hub id; or `generate`), and which columns."""
 
-    path: str | None = None
+    path: PathText | None = None
     split: str = "train"
     subset: str | None = None
     generate: MiniatureData | None = None
@@ -128,7 +129,10 @@ def _all_rows(config: DataConfig, seed: int) -> Iterator[tuple[str, Mapping[str,
     if path.suffix == ".jsonl":
         yield from _jsonl_rows(path)
         return
-    yield from ((f"{config.path}, row {i}", row) for i, row in enumerate(_dataset(config, path)))
+    try:
+        yield from ((f"{config.path}, row {i}", row) for i, row in enumerate(_dataset(config, path)))
+    except UnicodeDecodeError as error:
+        raise UserError(f"{config.path}: holds a text that is not valid UTF-8: {error}. Write it again.") from None
 
 
 def _jsonl_rows(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
@@ -143,7 +147,7 @@ def _jsonl_rows(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
 
 def _json_object(line: bytes, place: str) -> Mapping[str, Any]:
     try:
-        row = json.loads(line.decode("utf-8-sig"))
+        row = json.loads(line.decode("utf-8-sig"), object_pairs_hook=_unique)
     except UnicodeDecodeError as error:
         raise UserError(f"{place}: not valid UTF-8: {error}. Convert the file to UTF-8.") from None
     except json.JSONDecodeError as error:
@@ -157,6 +161,14 @@ def _json_object(line: bytes, place: str) -> Mapping[str, Any]:
     return row
 
 
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        twice = sorted(key for key, count in Counter(key for key, _ in pairs).items() if count > 1)
+        raise ValueError(f"the key {twice[0]!r} is given twice")
+    return found
+
+
 def _dataset(config: DataConfig, path: Path) -> Any:
     import datasets  # slow to import, and only this branch needs it
     from datasets.exceptions import DatasetsError
@@ -167,11 +179,12 @@ def _dataset(config: DataConfig, path: Path) -> Any:
         raise UserError(f"{config.path}: expected a .jsonl or .parquet file or a Hub id (owner/name), found {found}.")
     try:
         if parquet:
-            return datasets.load_dataset("parquet", data_files=str(path), split="train")
+            return datasets.load_dataset("parquet", data_files=glob.escape(str(path)), split="train")
         return datasets.load_dataset(str(config.path), config.subset, split=config.split)
     except (OSError, ValueError, RuntimeError, DatasetsError) as error:
         advice = "" if parquet else " Without a network, download it first and set `path` to the file."
-        raise UserError(f"{config.path}: cannot be loaded as a data set: {str(error).rstrip('.')}.{advice}") from None
+        reason = str(error.__cause__ or error).rstrip(".")  # the cause says what datasets' own error hides
+        raise UserError(f"{config.path}: cannot be loaded as a data set: {reason}.{advice}") from None
 
 
 def tokenize(config: SftData | PairData, chat: Chat, *, row_length: int, seed: int) -> Examples:

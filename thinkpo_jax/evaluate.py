@@ -7,7 +7,6 @@ import argparse
 import dataclasses
 import itertools
 import json
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -24,10 +23,10 @@ from thinkpo_jax.run import (
     BASE,
     EvaluationConfig,
     Run,
-    command,
     config_arguments,
     load_config,
     open_run,
+    program,
     read_record,
     versions,
 )  # fmt: skip
@@ -88,7 +87,7 @@ def _evaluate_model(run: Run, config: EvaluationConfig, asked: Asked, name: str)
             "model": run.fingerprint(name),
             "questions": digest(asked[benchmark.name]),
         }
-        record = read_record(path)
+        record = read_record(path, "settings", "items")
         if record is None or record["settings"] != settings:
             if model is None:
                 model = run.load(name)
@@ -133,7 +132,7 @@ def ask(run: Run, model: Transformer, asked: Sequence[Question], *, benchmark: s
 def _stage_summaries(run: Run) -> list[StageSummary]:
     found: list[StageSummary] = []
     for stage in run.config.stages:
-        record = read_record(run.folder / stage.name / "stage.json")
+        record = read_record(run.folder / stage.name / "stage.json", "summary")
         if record is not None and record["summary"] is not None:
             summary = record["summary"]
             start, notes = run.start_of(stage), tuple(summary["notes"])
@@ -154,6 +153,7 @@ def _settings(run: Run) -> dict[str, str]:
 
 def pool_runs(folders: Sequence[Path]) -> str:
     """The comparisons of several runs (seeds) of one configuration, their questions pooled, as a table in words."""
+    _check_pool(folders)
     lines: list[str] = []
     first = _report(folders[0])
     for row in first["comparisons"]:
@@ -171,15 +171,34 @@ def pool_runs(folders: Sequence[Path]) -> str:
     return "\n".join(lines)
 
 
+def _check_pool(folders: Sequence[Path]) -> None:
+    """Raises `UserError` unless the runs are of one configuration and of as many seeds as there are runs."""
+    if missing := [folder for folder in folders if not (folder / "config.yaml").is_file()]:
+        raise UserError(f"{missing[0]}: no config.yaml. Give the folders of finished runs.")
+    configs = [load_config(folder / "config.yaml").model_dump(mode="json") for folder in folders]
+    seeds: dict[int, Path] = {}
+    for folder, config in zip(folders, configs, strict=True):
+        if (seed := config.pop("seed")) in seeds:
+            raise UserError(
+                f"{seeds[seed]} and {folder} have the same seed, {seed}: their answers are no new evidence."
+            )
+        seeds[seed] = folder
+        different = [key for key in config if key not in ("run_dir", "title") and config[key] != configs[0][key]]
+        if different:
+            raise UserError(
+                f"{folder}: {', '.join(different)} differ from {folders[0]}. Pool runs of one configuration."
+            )
+
+
 def _report(folder: Path) -> dict[str, Any]:
-    record = read_record(folder / "report.json")
+    record = read_record(folder / "report.json", "comparisons")
     if record is None:
         raise UserError(f"{folder}: no report.json. Give the folders of finished runs.")
     return record
 
 
 def _read_items(folder: Path, model: str, benchmark: str) -> list[Item]:
-    record = read_record(folder / "evaluation" / model / f"{benchmark}.json")
+    record = read_record(folder / "evaluation" / model / f"{benchmark}.json", "items")
     if record is None:
         raise UserError(f"{folder}: model {model!r} was not evaluated on {benchmark}. Pool runs of one configuration.")
     return [_item(item) for item in record["items"]]
@@ -226,10 +245,9 @@ def main(arguments: Sequence[str]) -> None:
     asked = read_questions(run)
     for stage in config.stages:
         run.finished(stage.name)  # raises where the folder holds a stage with other settings
-    run.write_config()
-    with jax.set_mesh(run.mesh):
+    with run.writing(), jax.set_mesh(run.mesh):
         evaluate_run(run, asked)
 
 
 if __name__ == "__main__":
-    sys.exit(command(main))
+    program(main)

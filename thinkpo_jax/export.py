@@ -4,7 +4,6 @@ Example: python -m thinkpo_jax.export --run runs/quickstart --stage thinkpo --ou
 """
 
 import argparse
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
@@ -14,9 +13,9 @@ import jax
 from thinkpo_jax.architecture import read_architecture
 from thinkpo_jax.checkpoint import Checkpoints
 from thinkpo_jax.config import UserError
-from thinkpo_jax.convert import abstract_model, save_model
+from thinkpo_jax.convert import abstract_model, partial_folder, save_model
 from thinkpo_jax.log import say
-from thinkpo_jax.run import Run, command, load_config, model_card, open_run
+from thinkpo_jax.run import Run, load_config, model_card, open_run, program
 from thinkpo_jax.sharding import MeshConfig, shardings
 
 
@@ -24,6 +23,12 @@ def export(run: Run, stage: str, *, step: int | None, out: Path, dtype: Literal[
     """Writes the checkpoint `step` (default: the latest) of a stage to `out`. Raises `UserError`."""
     if out.exists():
         raise UserError(f"{out} exists already. Choose another folder with --out.")
+    if partial_folder(out).exists():
+        raise UserError(
+            f"{partial_folder(out)}: left by an export that was stopped. Remove it, or choose another --out."
+        )
+    if stage not in run.models()[1:]:
+        raise UserError(f"{run.folder}: there is no stage {stage!r}; stages of the run: {run.models()[1:]}.")
     folder = run.folder / stage / "checkpoints"
     if not folder.is_dir():
         raise UserError(f"{run.folder}: stage {stage!r} has no checkpoints; stages of the run: {run.models()[1:]}.")
@@ -35,7 +40,10 @@ def export(run: Run, stage: str, *, step: int | None, out: Path, dtype: Literal[
     with Checkpoints(folder, read_only=True) as checkpoints:
         model = checkpoints.restore_model(like, step)
         chosen = checkpoints.latest() if step is None else step
-    save_model(model, out, like=run.start_folder, dtype=dtype, card=model_card(run, stage))
+    try:
+        save_model(model, out, like=run.start_folder, dtype=dtype, card=model_card(run, stage))
+    except OSError as error:
+        raise UserError(f"--out {out}: cannot be written: {error}.") from None
     say(f"{out}: stage {stage}, update {chosen}, {dtype}")
 
 
@@ -61,6 +69,8 @@ def main(arguments: Sequence[str]) -> None:
     )
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="default: bfloat16")
     parsed = parser.parse_args(arguments)
+    if not (parsed.run / "config.yaml").is_file():
+        raise UserError(f"--run {parsed.run}: no config.yaml there. Give the folder of a run.")
     config = load_config(parsed.run / "config.yaml")
     # The mesh of the training need not be the one of this machine, and the folder may have been moved.
     run = open_run(config.model_copy(update={"mesh": MeshConfig(), "run_dir": str(parsed.run)}))
@@ -71,4 +81,4 @@ def main(arguments: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(command(main))
+    program(main)

@@ -14,7 +14,7 @@ import ml_dtypes
 import numpy as np
 import safetensors
 
-from thinkpo_jax.config import Section, UserError, read_json, together
+from thinkpo_jax.config import PathText, Section, UserError, read_json, together
 
 _SAMPLED_BYTES = 2**22
 _AHEAD_BYTES = 2**26
@@ -30,7 +30,7 @@ DTYPES = {"F32": np.dtype(np.float32), "BF16": np.dtype(ml_dtypes.bfloat16), "F1
 class ModelConfig(Section):
     """The start model: a Hugging Face folder, a Hub id or `builtin:NAME`. `random` takes its shape, not its weights."""
 
-    path: str
+    path: PathText
     weights: Literal["pretrained", "random"] = "pretrained"
 
 

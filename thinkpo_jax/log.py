@@ -9,6 +9,8 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from thinkpo_jax.config import UserError
+
 PLAIN_LINE_SECONDS = 10.0
 
 
@@ -49,7 +51,10 @@ def read_metrics(path: Path) -> list[dict[str, float]]:
     if not path.exists():
         return []
     lines = path.read_text(encoding="utf-8").split("\n")
-    return [json.loads(line) for line in lines[:-1] if line]
+    try:
+        return [json.loads(line) for line in lines[:-1] if line]
+    except ValueError as error:
+        raise UserError(f"{path}: damaged: {error}. Remove the stage's folder to train it again.") from None
 
 
 class Progress:

@@ -30,7 +30,7 @@ class BatchConfig(Section):
     """
 
     size: int = pydantic.Field(ge=1)
-    row_length: int = pydantic.Field(ge=2)
+    row_length: int = pydantic.Field(ge=2, le=2**20)
     pack: bool = True
     rows_per_device: int | None = pydantic.Field(default=None, ge=1)
 

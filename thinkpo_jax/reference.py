@@ -35,7 +35,12 @@ def reference_logprobs(
         logprobs[batch.examples[real]] = np.asarray(score(model, put_batch(batch, mesh)))[real]
         if progress is not None:
             progress(index + 1)
-    assert np.isfinite(logprobs).all(), "an example without reference log-probs"
+    if not np.isfinite(logprobs).all():
+        example = int(np.flatnonzero(~np.isfinite(logprobs).all(axis=-1))[0])
+        raise RunError(
+            f"the start model's log-probs of example {example} are {logprobs[example].tolist()}: its weights are "
+            "broken, or too large for the compute dtype."
+        )
     return logprobs
 
 

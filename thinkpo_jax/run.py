@@ -3,7 +3,9 @@
 import argparse
 import contextlib
 import importlib.metadata
+import io
 import json
+import os
 import re
 import signal
 import subprocess
@@ -11,8 +13,9 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NoReturn
 
+import filelock
 import jax
 import pydantic
 import yaml
@@ -23,7 +26,18 @@ from thinkpo_jax.architecture import Architecture, read_architecture
 from thinkpo_jax.benchmarks import BenchmarkConfig
 from thinkpo_jax.chat import Chat
 from thinkpo_jax.checkpoint import CheckpointConfig
-from thinkpo_jax.config import RunError, Section, UserError, nearest, override, parse, read_yaml, together
+from thinkpo_jax.config import (
+    PathText,
+    RunError,
+    Section,
+    UserError,
+    nearest,
+    override,
+    parse,
+    read_json,
+    read_yaml,
+    together,
+)
 from thinkpo_jax.convert import abstract_model, check_model, load_model, random_model
 from thinkpo_jax.data import PairData, SftData
 from thinkpo_jax.folder import ModelConfig, find_model, fingerprint, stop_ids
@@ -34,8 +48,9 @@ from thinkpo_jax.packing import BatchConfig
 from thinkpo_jax.sample import SamplingConfig
 from thinkpo_jax.sharding import MeshConfig, make_mesh, shardings
 
+STOPPED = 130  # the exit status after Ctrl-C
 BASE = "base"  # the name of the start model among the models of a run
-RESERVED = (BASE, "evaluation", "plots")
+RESERVED = (BASE, "evaluation", "plots", "config.yaml", "report.md", "report.json")
 
 
 class _Stage(Section):
@@ -44,7 +59,7 @@ class _Stage(Section):
     name: str = pydantic.Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")
     start: str | None = None
     steps: int | None = pydantic.Field(default=None, ge=1)
-    epochs: float | None = pydantic.Field(default=None, gt=0)
+    epochs: float | None = pydantic.Field(default=None, gt=0, le=1000)
     batch: BatchConfig
     optimizer: OptimizerConfig
     checkpoint: CheckpointConfig = CheckpointConfig()
@@ -85,9 +100,9 @@ class EvaluationConfig(Section):
 class RunConfig(Section):
     """One run: a start model, a mesh, an ordered list of stages, and the evaluation at its end."""
 
-    run_dir: str
+    run_dir: PathText
     title: str = "ThinkPO run"
-    seed: int = pydantic.Field(default=0, ge=0)
+    seed: int = pydantic.Field(default=0, ge=0, lt=2**31)
     model: ModelConfig
     compute: ComputeConfig = ComputeConfig()
     mesh: MeshConfig = MeshConfig()
@@ -156,9 +171,15 @@ class Run:
 
     def finished(self, name: str) -> bool:
         """Whether a stage is done. Raises `UserError` where the folder holds a stage with other settings."""
-        record = read_record(self.folder / name / "stage.json")
+        record = read_record(self.folder / name / "stage.json", "settings", "summary")
         if record is None:
             return False
+        start = self.start_of(next(stage for stage in self.config.stages if stage.name == name))
+        if self.fingerprint(start) is None:
+            raise UserError(
+                f"{self.model_folder(start)}: there is no model, and stage {name!r} was trained from it. Put it back, "
+                f"or remove {self.folder / name} to train both again."
+            )
         changed = _differences(record["settings"], json.loads(json.dumps(self.settings(name))))
         if changed:
             raise UserError(
@@ -167,12 +188,27 @@ class Run:
             )
         return record["summary"] is not None and self.model_folder(name).is_dir()
 
-    def write_config(self) -> None:
-        """Makes the run folder and writes the resolved configuration, with versions as comments, as config.yaml."""
+    @contextlib.contextmanager
+    def writing(self) -> Iterator[None]:
+        """Makes the run folder and writes config.yaml; within it no other process can do the same."""
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise UserError(f"run_dir: {self.folder} cannot be made: {error}. Set run_dir to a folder.") from None
+        lock = filelock.FileLock(self.folder / ".lock", blocking=False)
+        with contextlib.ExitStack() as stack:
+            if jax.process_index() == 0:
+                try:
+                    stack.enter_context(lock)
+                except filelock.Timeout:
+                    raise UserError(
+                        f"run_dir: another process writes to {self.folder}. Wait for it, or choose another run_dir."
+                    ) from None
+            self._write_config()
+            yield
+
+    def _write_config(self) -> None:
+        """Writes the resolved configuration, with versions as comments."""
         head = "".join(f"# {name}: {version}\n" for name, version in versions().items())
         text = yaml.safe_dump(self.config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
         write_whole(self.folder / "config.yaml", (head + text).encode())
@@ -184,9 +220,12 @@ def _differences(old: Any, new: Any, path: str = "") -> list[str]:
     return [] if old == new else [f"{path.lstrip('.')} was {old!r}, is {new!r}"]
 
 
-def read_record(path: Path) -> dict[str, Any] | None:
-    """A JSON object that the run wrote; None where there is none yet."""
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+def read_record(path: Path, *keys: str) -> dict[str, Any] | None:
+    """A JSON object with these keys that the run wrote; None where there is none yet. Raises `UserError`."""
+    record = read_json(path) if path.exists() else None
+    if record is not None and (lacking := [key for key in keys if key not in record]):
+        raise UserError(f"{path}: damaged: {', '.join(lacking)} is not there. Remove the file; it is made again.")
+    return record
 
 
 def versions() -> dict[str, str]:
@@ -277,15 +316,34 @@ def config_arguments(parser: argparse.ArgumentParser, *, required: bool = True) 
 
 def command(main: Callable[[Sequence[str]], None], arguments: Sequence[str] | None = None) -> int:
     """Runs a command and gives its exit status: 0 done, 1 a failed run, 2 a user's error, 130 Ctrl-C."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # a terminal that lacks a character stops nothing
     try:
         main(sys.argv[1:] if arguments is None else arguments)
+        sys.stdout.flush()
     except (UserError, RunError) as error:
         print(re.sub(r"(?m)^", "error: ", str(error)), file=sys.stderr)
         return 2 if isinstance(error, UserError) else 1
+    except BrokenPipeError:  # whoever read the output has left
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except OSError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
-        print("\nStopped. Run the same command again to go on from the last checkpoint.", file=sys.stderr)
-        return 130
+        print("\nStopped. Run the same command again: it goes on from what is saved.", file=sys.stderr)
+        return STOPPED
     return 0
+
+
+def program(main: Callable[[Sequence[str]], None]) -> NoReturn:
+    """Runs a command as this process and ends it with the command's exit status."""
+    status = command(main)
+    if status == STOPPED:  # computations may be under way, and would crash in an interpreter that is taken down
+        sys.stderr.flush()
+        os._exit(status)
+    sys.exit(status)
 
 
 @contextlib.contextmanager

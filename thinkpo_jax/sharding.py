@@ -47,7 +47,10 @@ class MeshConfig(Section):
 
 def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
     """A mesh over the devices (default: all). Raises `UserError` where the sizes do not fit the device count."""
-    devices = jax.devices() if devices is None else devices
+    try:
+        devices = jax.devices() if devices is None else devices
+    except RuntimeError as error:
+        raise UserError(f"{error} Install jax for this machine's devices (README), or unset JAX_PLATFORMS.") from None
     sizes = [config.data, config.fsdp, config.tensor]
     shown = ", ".join(f"{axis}: {size}" for axis, size in zip(MESH_AXES, sizes, strict=True))
     if sizes.count(-1) > 1 or any(size == 0 or size < -1 for size in sizes):

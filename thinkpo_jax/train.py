@@ -5,10 +5,10 @@ Example: python -m thinkpo_jax.train --config configs/quickstart.yaml --set seed
 
 import argparse
 import json
-import sys
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack, closing
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -30,11 +30,11 @@ from thinkpo_jax.run import (
     RunConfig,
     Stage,
     ThinkpoStage,
-    command,
     config_arguments,
     load_config,
     model_card,
     open_run,
+    program,
     read_record,
     stop_requests,
 )  # fmt: skip
@@ -49,8 +49,7 @@ def run_all(config: RunConfig) -> Run:
     # All that is read, before anything is written: what is wrong with the last stage shows before the first one trains.
     examples = {stage.name: read_examples(run, stage) for stage in stages}
     asked = read_questions(run)
-    run.write_config()
-    with jax.set_mesh(run.mesh):
+    with run.writing(), jax.set_mesh(run.mesh):
         for stage in stages:
             train_stage(run, stage, examples.pop(stage.name))
         evaluate_run(run, asked)
@@ -63,7 +62,7 @@ def read_examples(run: Run, stage: Stage) -> Examples:
         found = tokenize(stage.data, run.chat, row_length=stage.batch.row_length, seed=run.config.seed)
     except UserError as error:
         raise UserError(f"stage {stage.name}: {error}") from None
-    record = read_record(run.folder / stage.name / "stage.json")
+    record = read_record(run.folder / stage.name / "stage.json", "data")
     if record is not None and record["data"] != found.digest():
         raise UserError(
             f"stage {stage.name} was begun with other data. Remove {run.folder / stage.name} to train it from its "
@@ -116,7 +115,8 @@ def train_stage(run: Run, stage: Stage, examples: Examples) -> None:
             if not line.pop("finite"):
                 raise RunError(
                     f"stage {stage.name}, update {index + 1}: loss {line['loss']}, gradient norm {line['grad_norm']}; "
-                    f"the update was not applied. Its examples: {sorted(batch.examples[batch.examples >= 0].tolist())}."
+                    "the update was not applied. A lower learning rate may help. Its examples: "
+                    f"{sorted(batch.examples[batch.examples >= 0].tolist())}."
                 )
             metrics_file.write(line)
             progress.update(index + 1, shown(line))
@@ -141,13 +141,24 @@ def stage_reference(run: Run, stage: Stage, batches: Batches, model: Transformer
     """The start model's log-probs of a stage's answers; kept in its folder, so that a resumed stage has the same."""
     path = run.folder / stage.name / "reference.npy"
     if path.exists():
-        return np.load(path, allow_pickle=False)
+        return _cached_reference(path, batches)
     progress = Progress(f"{stage.name} reference", len(batches.first_epoch()), unit="batch")
     found = reference_logprobs(model, batches, run.mesh, progress=progress.update)
     progress.close()
     partial = path.with_suffix(".partial.npy")
     np.save(partial, found)
     partial.rename(path)
+    return found
+
+
+def _cached_reference(path: Path, batches: Batches) -> np.ndarray:
+    expected = (len(batches.examples), batches.answers)
+    try:
+        found = np.load(path, allow_pickle=False)
+    except (ValueError, EOFError) as error:
+        raise UserError(f"{path}: damaged: {error}. Remove it; it is computed again.") from None
+    if found.shape != expected:
+        raise UserError(f"{path}: has the shape {found.shape}, expected {expected}. Remove it; it is computed again.")
     return found
 
 
@@ -201,4 +212,4 @@ def main(arguments: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(command(main))
+    program(main)
