@@ -55,13 +55,13 @@ def _config(arch: Architecture) -> dict[str, Any]:
     }
 
 
-def _model(arch: Architecture = small.ARCH) -> Transformer:
+def random_model(arch: Architecture = small.ARCH) -> Transformer:
     rng = np.random.default_rng(0)
     abstract = abstract_model(arch, small.FLOAT32)
     return jax.tree.map(lambda leaf: jnp.array(rng.normal(size=leaf.shape), leaf.dtype), abstract)
 
 
-def _like(tmp_path: Path, arch: Architecture = small.ARCH) -> Path:
+def like(tmp_path: Path, arch: Architecture = small.ARCH) -> Path:
     """A folder with everything but weights."""
     folder = tmp_path / "like"
     folder.mkdir()
@@ -73,7 +73,7 @@ def _like(tmp_path: Path, arch: Architecture = small.ARCH) -> Path:
 
 
 def _saved(tmp_path: Path, arch: Architecture = small.ARCH, dtype: Literal["float32", "bfloat16"] = "float32") -> Path:
-    save_model(_model(arch), tmp_path / "saved", like=_like(tmp_path, arch), dtype=dtype, card="# A card\n")
+    save_model(random_model(arch), tmp_path / "saved", like=like(tmp_path, arch), dtype=dtype, card="# A card\n")
     return tmp_path / "saved"
 
 
@@ -95,13 +95,13 @@ def _assert_equal(found: Transformer, expected: Transformer) -> None:
 def test_import_undoes_export_bit_for_bit(tmp_path: Path, variant: str) -> None:
     folder = _saved(tmp_path, VARIANTS[variant])
     assert read_architecture(folder) == VARIANTS[variant]
-    _assert_equal(load_model(folder, small.FLOAT32, small.mesh()), _model(VARIANTS[variant]))
+    _assert_equal(load_model(folder, small.FLOAT32, small.mesh()), random_model(VARIANTS[variant]))
 
 
 def test_import_onto_a_mesh_reads_the_same_numbers(tmp_path: Path) -> None:
     model = load_model(_saved(tmp_path), small.FLOAT32, small.mesh(data=2, fsdp=2, tensor=2))
     assert not model.blocks.q[...].sharding.is_fully_replicated
-    _assert_equal(model, _model())
+    _assert_equal(model, random_model())
     save_model(model, tmp_path / "again", like=tmp_path / "like", dtype="float32", card="")
     assert (tmp_path / "again" / "model.safetensors").read_bytes() == (
         tmp_path / "saved" / "model.safetensors"
@@ -110,7 +110,7 @@ def test_import_onto_a_mesh_reads_the_same_numbers(tmp_path: Path) -> None:
 
 def test_bfloat16_export_rounds_and_says_so(tmp_path: Path) -> None:
     folder = _saved(tmp_path, dtype="bfloat16")
-    rounded = jax.tree.map(lambda leaf: np.asarray(leaf).astype(ml_dtypes.bfloat16).astype(np.float32), _model())
+    rounded = jax.tree.map(lambda leaf: np.asarray(leaf).astype(ml_dtypes.bfloat16).astype(np.float32), random_model())
     _assert_equal(load_model(folder, small.FLOAT32, small.mesh()), rounded)
     assert {array.dtype for array in load_file(folder / "model.safetensors").values()} == {np.dtype("bfloat16")}
     assert json.loads((folder / "config.json").read_text())["dtype"] == "bfloat16"
@@ -126,7 +126,7 @@ def test_shards_load_as_one_file_does(sharded: Path) -> None:
     files = sorted(file.name for file in sharded.glob("*.safetensors"))
     assert len(files) > 2
     assert set(json.loads((sharded / INDEX).read_text())["weight_map"].values()) == set(files)
-    _assert_equal(load_model(sharded, small.FLOAT32, small.mesh()), _model())
+    _assert_equal(load_model(sharded, small.FLOAT32, small.mesh()), random_model())
 
 
 def test_all_files_can_be_read_by_others(sharded: Path) -> None:
@@ -150,16 +150,16 @@ def test_everything_beside_the_weights_is_carried_over(tmp_path: Path) -> None:
 def test_export_replaces_a_folder_and_leaves_nothing_behind(tmp_path: Path) -> None:
     folder = _saved(tmp_path)
     (folder / "model-00001-of-00002.safetensors").write_bytes(b"of an earlier export")
-    save_model(_model(), folder, like=tmp_path / "like", dtype="float32", card="")
-    _assert_equal(load_model(folder, small.FLOAT32, small.mesh()), _model())
+    save_model(random_model(), folder, like=tmp_path / "like", dtype="float32", card="")
+    _assert_equal(load_model(folder, small.FLOAT32, small.mesh()), random_model())
     assert sorted(found.name for found in tmp_path.iterdir()) == ["like", "saved"]
 
 
 def test_stop_ids_fall_back_to_config_json(tmp_path: Path) -> None:
-    folder = _like(tmp_path)
+    folder = like(tmp_path)
     _edit(folder / "generation_config.json", eos_token_id=None)
     assert stop_ids(folder) == [1]
-    save_model(_model(), tmp_path / "saved", like=folder, dtype="float32", card="")
+    save_model(random_model(), tmp_path / "saved", like=folder, dtype="float32", card="")
     written = json.loads((tmp_path / "saved" / "generation_config.json").read_text())
     assert written == {"eos_token_id": [1], "temperature": 0.6}
     _edit(folder / "config.json", eos_token_id=None)
@@ -171,7 +171,7 @@ def test_a_copy_of_the_tied_head_is_left_alone(tmp_path: Path) -> None:
     file = _saved(tmp_path, arch) / "model.safetensors"
     tensors = load_file(file)
     save_file(tensors | {"lm_head.weight": tensors["model.embed_tokens.weight"]}, file)
-    _assert_equal(load_model(file.parent, small.FLOAT32, small.mesh()), _model(arch))
+    _assert_equal(load_model(file.parent, small.FLOAT32, small.mesh()), random_model(arch))
 
 
 def _refused(folder: Path) -> str:
@@ -233,7 +233,7 @@ def test_an_index_without_a_map_is_refused(sharded: Path, weight_map: Any) -> No
     ids=["nothing", "gguf", "bin"],
 )
 def test_only_safetensors_are_read(tmp_path: Path, other: str | None, expected: str) -> None:
-    folder = _like(tmp_path)
+    folder = like(tmp_path)
     if other is not None:
         (folder / other).write_bytes(b"pickle")
     assert _refused(folder).startswith(f"{folder}: {expected}")
@@ -283,7 +283,7 @@ def _refused_config(folder: Path) -> str:
 @pytest.mark.parametrize("case", REFUSED_CONFIGS)
 def test_a_config_that_would_be_computed_wrongly_is_refused(tmp_path: Path, case: str) -> None:
     changes, expected = REFUSED_CONFIGS[case]
-    folder = _like(tmp_path)
+    folder = like(tmp_path)
     _edit(folder / "config.json", **changes)
     message = _refused_config(folder)
     assert expected in message
@@ -291,7 +291,7 @@ def test_a_config_that_would_be_computed_wrongly_is_refused(tmp_path: Path, case
 
 
 def test_all_problems_of_a_config_are_reported_together(tmp_path: Path) -> None:
-    folder = _like(tmp_path)
+    folder = like(tmp_path)
     _edit(folder / "config.json", vocab_size=None, rms_norm_eps=None, hidden_act="gelu")
     message = _refused_config(folder)
     assert len(message.splitlines()) == 3
@@ -311,7 +311,7 @@ def test_all_problems_of_a_folder_are_reported_together(sharded: Path) -> None:
 
 
 def test_fields_that_have_a_default_may_be_left_out_or_null(tmp_path: Path) -> None:
-    folder = _like(tmp_path)
+    folder = like(tmp_path)
     _edit(folder / "config.json", model_type="llama", head_dim=None, tie_word_embeddings=None, initializer_range=None)
     expected = dataclasses.replace(small.ARCH, qkv_bias=False, init_std=0.02)
     assert read_architecture(folder) == expected
@@ -331,7 +331,7 @@ ROPES = {
 
 @pytest.mark.parametrize("kind", ROPES)
 def test_all_spellings_of_the_rope_settings_are_one(tmp_path: Path, kind: str) -> None:
-    folder, settings = _like(tmp_path), ROPES[kind] | {"rope_type": kind}
+    folder, settings = like(tmp_path), ROPES[kind] | {"rope_type": kind}
     _edit(folder / "config.json", rope_theta=None, rope_parameters=settings | {"rope_theta": 5e5})
     newer = read_architecture(folder)
     assert newer.rope == make_rope(settings | {"rope_theta": 5e5}, 8)
@@ -354,7 +354,7 @@ def test_all_spellings_of_the_rope_settings_are_one(tmp_path: Path, kind: str) -
     ids=["absent", "python", "binary", "list", "deep", "long-number"],
 )
 def test_a_config_that_is_none_is_refused(tmp_path: Path, content: bytes | None, expected: str) -> None:
-    file = _like(tmp_path) / "config.json"
+    file = like(tmp_path) / "config.json"
     file.unlink()
     if content is not None:
         file.write_bytes(content)

@@ -200,6 +200,39 @@ def test_export_writes_a_checkpoint_as_a_model(straight: Path, tmp_path: Path) -
     for name, array in expected.items():
         np.testing.assert_array_equal(found[name], array)
     assert command(export.main, arguments) == 2  # never over a folder that is there
+    card = (out / "README.md").read_text()
+    for part in (
+        "base_model: builtin:miniature",
+        "beta: 0.1",
+        "examples",
+        "digest of the tokenised data",
+        "Metrics of update 4",
+        "rewards/margins",
+        "miniature: accuracy",
+        "jax: ",
+    ):
+        assert part in card
+
+
+def test_every_checkpoint_of_a_mesh_exports_on_one_device(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    assert _train(folder, "stages.sft.checkpoint={every: 2, keep: 3}", "evaluation=null") == 0
+    environment = {**os.environ, "XLA_FLAGS": ""}
+    for step in (2, 4, 6):
+        out = tmp_path / f"step{step}"
+        arguments = ["--run", str(folder), "--stage", "sft", "--step", str(step), "--out", str(out)]
+        told = subprocess.run(
+            [sys.executable, "-m", "thinkpo_jax.export", *arguments, "--dtype", "float32"],
+            env=environment, cwd=ROOT, capture_output=True, text=True,
+        )  # fmt: skip
+        assert told.returncode == 0, told.stderr
+        assert told.stderr == f"{out}: stage sft, update {step}, float32\n"
+    last, end = (
+        safetensors.numpy.load_file(path / "model.safetensors") for path in (tmp_path / "step6", folder / "sft/model")
+    )
+    first = safetensors.numpy.load_file(tmp_path / "step2" / "model.safetensors")
+    assert all(np.array_equal(last[name], end[name]) for name in end)
+    assert any(not np.array_equal(first[name], end[name]) for name in end)
 
 
 def test_any_model_can_be_evaluated(straight: Path, tmp_path: Path) -> None:

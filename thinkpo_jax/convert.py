@@ -3,6 +3,8 @@
 import json
 import math
 import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -24,6 +26,7 @@ from thinkpo_jax.log import warn
 from thinkpo_jax.model import ComputeConfig, Transformer
 from thinkpo_jax.sharding import shardings
 
+_AHEAD = 8  # tensors that are read before they are used
 MAX_SHARD = "5GB"  # of one safetensors file; larger models are written as several, with an index
 NOT_TOKENIZER = ("config.json", "generation_config.json", INDEX)
 DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
@@ -126,18 +129,17 @@ def load_model(folder: Path, compute: ComputeConfig, mesh: Mesh) -> Transformer:
     abstract = abstract_model(arch, compute)
     layout, shapes = named(shardings(abstract, mesh)), named(abstract)
     parts = {name: (entry, layer) for entry in entries(abstract) for layer, name in enumerate(entry.names)}
-    largest = max(tensors[name].nbytes for name in parts)
+    order = sorted(parts, key=lambda name: (tensors[name].file, tensors[name].begin))
+    largest = max(tensors[name].nbytes for name in order)
     loaded: dict[str, jax.Array] = {}
     zeros: dict[str, jax.Array] = {}  # 0 for each tensor that is finite; ready when its copy on the device is done with
     before = None
-    for name in sorted(parts, key=lambda name: (tensors[name].file, tensors[name].begin)):
+    for name in _read_ahead(order, tensors):
         entry, layer = parts[name]
         whole = layout[entry.path]
         part = NamedSharding(mesh, PartitionSpec(*whole.spec[1:])) if entry.layered else whole
         if entry.layered and entry.path not in loaded:
             loaded[entry.path] = _zeros(shapes[entry.path].shape, whole)
-        if jax.process_count() == 1:  # several processes read a part each
-            tensors[name].prefetch()
         if before is not None and tensors[before].nbytes + tensors[name].nbytes > largest:
             zeros[before].block_until_ready()
         view = entry.to_ours(tensors[name].mapped())  # transposed on the way to the device, which is fast
@@ -150,6 +152,20 @@ def load_model(folder: Path, compute: ComputeConfig, mesh: Mesh) -> Transformer:
     if broken := [name for name, zero in zeros.items() if not np.isfinite(zero)]:
         warn(f"{folder}: NaN or infinite weights in {len(broken)} tensor(s): {some(broken, ', ')}.")
     return jax.tree.unflatten(jax.tree.structure(abstract), [loaded[path] for path in shapes])
+
+
+def _read_ahead(order: Sequence[str], tensors: Mapping[str, Tensor]) -> Iterator[str]:
+    """The names in their order, while a thread reads a few tensors ahead; several processes read a part each."""
+    if jax.process_count() > 1:
+        yield from order
+        return
+    with ThreadPoolExecutor(1) as pool:
+        ahead = [pool.submit(tensors[name].touch) for name in order[:_AHEAD]]
+        for index, name in enumerate(order):
+            ahead.pop(0).result()
+            if index + _AHEAD < len(order):
+                ahead.append(pool.submit(tensors[order[index + _AHEAD]].touch))
+            yield name
 
 
 @partial(jax.jit, static_argnames=("shape", "layout"))

@@ -15,7 +15,7 @@ from thinkpo_jax.checkpoint import Checkpoints
 from thinkpo_jax.config import UserError
 from thinkpo_jax.convert import abstract_model, partial_folder, save_model
 from thinkpo_jax.log import say
-from thinkpo_jax.run import Run, load_config, model_card, open_run, program
+from thinkpo_jax.run import Run, load_config, model_card, open_run, program, read_record
 from thinkpo_jax.sharding import MeshConfig, shardings
 
 
@@ -38,10 +38,13 @@ def export(run: Run, stage: str, *, step: int | None, out: Path, dtype: Literal[
         lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), abstract, layout
     )
     with Checkpoints(folder, read_only=True) as checkpoints:
-        model = checkpoints.restore_model(like, step)
-        chosen = checkpoints.latest() if step is None else step
+        chosen = (checkpoints.latest() or 0) if step is None else step
+        model = checkpoints.restore_model(like, chosen)
+    record = read_record(run.folder / stage / "stage.json", "summary")
+    notes = record["summary"]["notes"] if record and record["summary"] else ["the stage is not finished"]
+    card = model_card(run, stage, step=chosen, notes=notes)
     try:
-        save_model(model, out, like=run.start_folder, dtype=dtype, card=model_card(run, stage))
+        save_model(model, out, like=run.start_folder, dtype=dtype, card=card)
     except OSError as error:
         raise UserError(f"--out {out}: cannot be written: {error}.") from None
     say(f"{out}: stage {stage}, update {chosen}, {dtype}")

@@ -3,7 +3,6 @@
 import hashlib
 import json
 import math
-import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -17,7 +16,7 @@ import safetensors
 from thinkpo_jax.config import PathText, Section, UserError, read_json, together
 
 _SAMPLED_BYTES = 2**22
-_AHEAD_BYTES = 2**26
+_TOUCH_BYTES = 2**20
 _PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 BUILTIN = "builtin:"
 MODELS = Path(__file__).parent / "models"
@@ -52,11 +51,14 @@ class Tensor:
         """The tensor as a view of the file: what is read of it is read when it is used."""
         return np.memmap(self.file, DTYPES[self.dtype], mode="r", offset=self.begin, shape=self.shape)
 
-    def prefetch(self) -> None:
-        """Asks the system to read the tensor, and a little of what follows, ahead of its use."""
-        if hasattr(os, "posix_fadvise"):  # not on macOS
-            with self.file.open("rb") as opened:
-                os.posix_fadvise(opened.fileno(), self.begin, self.nbytes + _AHEAD_BYTES, os.POSIX_FADV_WILLNEED)
+    def touch(self) -> None:
+        """Reads the tensor from end to end and forgets it, so that the system has it at hand when it is used."""
+        buffer = memoryview(bytearray(_TOUCH_BYTES))
+        with self.file.open("rb", buffering=0) as opened:
+            opened.seek(self.begin)
+            left = self.nbytes
+            while left > 0 and (count := opened.readinto(buffer[: min(left, _TOUCH_BYTES)])):
+                left -= count
 
 
 def find_model(path: str) -> Path:

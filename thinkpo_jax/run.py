@@ -41,7 +41,7 @@ from thinkpo_jax.config import (
 from thinkpo_jax.convert import abstract_model, check_model, load_model, random_model
 from thinkpo_jax.data import PairData, SftData
 from thinkpo_jax.folder import ModelConfig, find_model, fingerprint, stop_ids
-from thinkpo_jax.log import warn, write_whole
+from thinkpo_jax.log import read_metrics, warn, write_whole
 from thinkpo_jax.model import ComputeConfig, Transformer
 from thinkpo_jax.optimizer import OptimizerConfig
 from thinkpo_jax.packing import BatchConfig
@@ -257,20 +257,42 @@ def _commit() -> str:
     return told.stdout.strip() if told.returncode == 0 else "unknown"
 
 
-def model_card(run: Run, name: str) -> str:
-    """The README.md of a model of the run: from what, with what data and settings it was trained."""
+def model_card(run: Run, name: str, *, step: int, notes: Sequence[str]) -> str:
+    """The README.md of a model of the run: from what, with what data and settings it was trained, and how it did.
+
+    `notes` say what the data came to; the metrics are those of update `step`, the scores those of the run's report.
+    """
     stage = next(stage for stage in run.config.stages if stage.name == name)
     head = {
         "library_name": "transformers",
         "base_model": run.config.model.path,
         "tags": ["thinkpo_jax", stage.objective],
     }
+    lines = [line for line in read_metrics(run.folder / name / "metrics.jsonl") if line["step"] == step]
+    record = read_record(run.folder / name / "stage.json", "data", "summary") or {"data": None, "summary": None}
+    report = (
+        read_record(run.folder / "report.json", "models") if (record["summary"] or {}).get("steps") == step else None
+    )
+    scores = report["models"].get(name, {}) if report else {}
+    sections = {
+        "Data": [*notes, f"digest of the tokenised data: {record['data']}"],
+        f"Metrics of update {step}": [f"{key}: {value:.6g}" for line in lines for key, value in line.items()],
+        "Evaluation": [
+            f"{benchmark}: accuracy {100 * score['accuracy']:.1f} % (95 % interval {100 * score['ci95'][0]:.1f} to "
+            f"{100 * score['ci95'][1]:.1f}, {score['num_questions']} questions), mean response "
+            f"{score['mean_response_tokens']:.1f} tokens, {100 * score['truncation_rate']:.1f} % cut off"
+            for benchmark, score in scores.items()
+        ],
+        "Made with": [f"{what}: {version}" for what, version in versions().items()],
+    }
     settings = yaml.safe_dump(run.settings(name), sort_keys=False, allow_unicode=True)
-    made_with = "\n".join(f"- {what}: {version}" for what, version in versions().items())
+    listed = "".join(
+        f"\n## {title}\n\n" + "".join(f"- {line}\n" for line in lines) for title, lines in sections.items() if lines
+    )
     return (
         f"---\n{yaml.safe_dump(head, sort_keys=False)}---\n\n# {run.config.title}: {name}\n\n"
         f"Trained with thinkpo_jax from `{run.config.model.path}`, stage `{name}` ({stage.objective}), which started "
-        f"from `{run.start_of(stage)}`.\n\n## Settings\n\n```yaml\n{settings}```\n\n## Made with\n\n{made_with}\n"
+        f"from `{run.start_of(stage)}`.\n\n## Settings\n\n```yaml\n{settings}```\n{listed}"
     )
 
 

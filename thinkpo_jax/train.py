@@ -186,9 +186,10 @@ def finish_stage(run: Run, stage: Stage, state: TrainState, batches: Batches, ex
     """Exports the stage's end and marks the stage as finished."""
     folder = run.folder / stage.name
     lines = read_metrics(folder / "metrics.jsonl")
-    save_model(state.model, folder / "model", like=run.start_folder, dtype="float32", card=model_card(run, stage.name))
     notes = [f"{len(examples.examples)} examples", describe(batches)]
     notes += [f"{count} examples left out: {reason}" for reason, count in examples.dropped.items()]
+    card = model_card(run, stage.name, step=len(batches), notes=notes)
+    save_model(state.model, folder / "model", like=run.start_folder, dtype="float32", card=card)
     summary = {"steps": len(batches), "seconds": sum(line["seconds"] for line in lines), "notes": notes}
     write_record(run, stage, examples, summary)
 
