@@ -306,8 +306,17 @@ def test_all_problems_of_a_folder_are_reported_together(sharded: Path) -> None:
     (sharded / "tokenizer.json").write_text("{")
     with pytest.raises(UserError) as caught:
         check_folder(sharded, weights=True)
-    for part in ("config.json: hidden_act 'gelu'", f"{file}: cannot be read as safetensors", "tokenizer"):
+    for part in ("config.json: hidden_act 'gelu'", f"{file}: cannot be read as safetensors", "no usable tokenizer"):
         assert part in str(caught.value)
+
+
+def test_a_tokenizer_larger_than_the_embedding_is_refused_beside_other_problems(tmp_path: Path) -> None:
+    folder = like(tmp_path)
+    _edit(folder / "config.json", vocab_size=3)
+    with pytest.raises(UserError) as caught:
+        check_folder(folder, weights=True)
+    assert "no *.safetensors file" in str(caught.value)
+    assert "the embedding only 3 rows" in str(caught.value)
 
 
 def test_fields_that_have_a_default_may_be_left_out_or_null(tmp_path: Path) -> None:

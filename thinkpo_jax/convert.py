@@ -189,11 +189,20 @@ def check_model(folder: Path) -> tuple[Architecture, dict[str, Tensor]]:
     """What config.json says, and where each tensor that it asks for lies. Raises one `UserError` with all problems."""
     with together() as attempt:
         arch = attempt(read_architecture, folder)
-        tensors = attempt(read_headers, folder)
-        if arch is not None and tensors is not None:
-            attempt(_check_tensors, folder, expected_shapes(arch), tensors)
+        tensors = attempt(check_weights, folder, arch)
     assert arch is not None and tensors is not None  # noqa: PT018 -- `together` raised otherwise
     return arch, tensors
+
+
+def check_weights(folder: Path, arch: Architecture | None) -> dict[str, Tensor]:
+    """Where each tensor lies. Raises one `UserError` with all problems of the files, and of the names and shapes.
+
+    Without an architecture (its config.json has problems of its own) the files alone are checked.
+    """
+    tensors = read_headers(folder)
+    if arch is not None:
+        _check_tensors(folder, expected_shapes(arch), tensors)
+    return tensors
 
 
 def _check_tensors(folder: Path, expected: dict[str, tuple[int, ...]], found: dict[str, Tensor]) -> None:

@@ -38,7 +38,7 @@ from thinkpo_jax.config import (
     read_yaml,
     together,
 )
-from thinkpo_jax.convert import abstract_model, check_model, load_model, random_model
+from thinkpo_jax.convert import abstract_model, check_weights, load_model, random_model
 from thinkpo_jax.data import PairData, SftData
 from thinkpo_jax.folder import ModelConfig, find_model, fingerprint, stop_ids
 from thinkpo_jax.log import read_metrics, warn, write_whole
@@ -317,13 +317,16 @@ def open_run(config: RunConfig) -> Run:
 def check_folder(folder: Path, *, weights: bool) -> tuple[Architecture, Chat]:
     """What a model's folder says of network and text. Raises one `UserError` with all that is wrong with it."""
     with together() as attempt:
-        arch = attempt(lambda: check_model(folder)[0] if weights else read_architecture(folder))
+        arch = attempt(read_architecture, folder)
+        if weights:
+            attempt(check_weights, folder, arch)
         chat = attempt(lambda: Chat.load(folder, stop_ids=stop_ids(folder)))
+        if arch is not None and chat is not None and len(chat.tokenizer) > arch.vocab_size:
+            attempt.fail(
+                f"{folder}: the tokenizer has {len(chat.tokenizer)} tokens, the embedding only {arch.vocab_size} rows; "
+                "take the tokenizer that belongs to the weights."
+            )
     assert arch is not None and chat is not None  # noqa: PT018 -- `together` raised otherwise
-    if len(chat.tokenizer) > arch.vocab_size:
-        raise UserError(
-            f"{folder}: the tokenizer has {len(chat.tokenizer)} tokens, the embedding only {arch.vocab_size} rows."
-        )
     return arch, chat
 
 
