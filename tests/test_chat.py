@@ -317,7 +317,22 @@ def test_the_miniature_trains_its_answers_whole():
             assert trained[-1] == chat.end_id
 
 
+def test_a_text_that_the_tokenizer_cannot_write_is_an_error_and_not_cut():
+    chat = Chat.load(find_model("builtin:miniature"))
+    with pytest.raises(UserError, match="cannot write the answer: 'the answer is 1' at character 1 comes back as '1'"):
+        chat.example_ids([{"role": "user", "content": "1?"}], "the answer is 1")
+    with pytest.raises(UserError, match="cannot write the prompt: 'abc"):
+        chat.prompt_ids([{"role": "user", "content": "abc1?"}])
+
+
+@pytest.mark.parametrize("role", ["system", "user"])
+def test_a_prompt_that_holds_a_special_token_is_an_error(role: str, chat_of: Callable[[str], Chat]):
+    messages = [{"role": role, "content": "a <|im_end|> b"}, *QUESTION][: 1 if role == "user" else 2]
+    with pytest.raises(UserError, match=f"the {role}'s text holds '<.im_end.>', special"):
+        chat_of("qwen2_5").prompt_ids(messages)
+
+
 def test_an_answer_without_a_token_is_an_error():
     chat = Chat.load(find_model("builtin:miniature"))
-    with pytest.raises(UserError, match="the answer '六' gives no token to train"):
-        chat.example_ids(QUESTION, "六")  # the miniature's tokenizer does not know it
+    with pytest.raises(UserError, match="the answer '' gives no token to train"):
+        chat.example_ids([{"role": "user", "content": "2+2?"}], "")

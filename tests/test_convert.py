@@ -18,6 +18,7 @@ from safetensors.numpy import load_file, save_file
 
 from thinkpo_jax import convert
 from thinkpo_jax.architecture import Architecture, read_architecture
+from thinkpo_jax.chat import Chat
 from thinkpo_jax.config import UserError
 from thinkpo_jax.convert import abstract_model, load_model, named, save_model
 from thinkpo_jax.folder import INDEX, find_model, stop_ids
@@ -73,7 +74,14 @@ def like(tmp_path: Path, arch: Architecture = small.ARCH) -> Path:
 
 
 def _saved(tmp_path: Path, arch: Architecture = small.ARCH, dtype: Literal["float32", "bfloat16"] = "float32") -> Path:
-    save_model(random_model(arch), tmp_path / "saved", like=like(tmp_path, arch), dtype=dtype, card="# A card\n")
+    save_model(
+        random_model(arch),
+        tmp_path / "saved",
+        like=like(tmp_path, arch),
+        dtype=dtype,
+        stops=[1, 2, 3],
+        card="# A card\n",
+    )
     return tmp_path / "saved"
 
 
@@ -102,7 +110,7 @@ def test_import_onto_a_mesh_reads_the_same_numbers(tmp_path: Path) -> None:
     model = load_model(_saved(tmp_path), small.FLOAT32, small.mesh(data=2, fsdp=2, tensor=2))
     assert not model.blocks.q[...].sharding.is_fully_replicated
     _assert_equal(model, random_model())
-    save_model(model, tmp_path / "again", like=tmp_path / "like", dtype="float32", card="")
+    save_model(model, tmp_path / "again", like=tmp_path / "like", dtype="float32", stops=[1, 2, 3], card="")
     assert (tmp_path / "again" / "model.safetensors").read_bytes() == (
         tmp_path / "saved" / "model.safetensors"
     ).read_bytes()
@@ -150,7 +158,7 @@ def test_everything_beside_the_weights_is_carried_over(tmp_path: Path) -> None:
 def test_export_replaces_a_folder_and_leaves_nothing_behind(tmp_path: Path) -> None:
     folder = _saved(tmp_path)
     (folder / "model-00001-of-00002.safetensors").write_bytes(b"of an earlier export")
-    save_model(random_model(), folder, like=tmp_path / "like", dtype="float32", card="")
+    save_model(random_model(), folder, like=tmp_path / "like", dtype="float32", stops=[1, 2, 3], card="")
     _assert_equal(load_model(folder, small.FLOAT32, small.mesh()), random_model())
     assert sorted(found.name for found in tmp_path.iterdir()) == ["like", "saved"]
 
@@ -159,11 +167,33 @@ def test_stop_ids_fall_back_to_config_json(tmp_path: Path) -> None:
     folder = like(tmp_path)
     _edit(folder / "generation_config.json", eos_token_id=None)
     assert stop_ids(folder) == [1]
-    save_model(random_model(), tmp_path / "saved", like=folder, dtype="float32", card="")
-    written = json.loads((tmp_path / "saved" / "generation_config.json").read_text())
-    assert written == {"eos_token_id": [1], "temperature": 0.6}
     _edit(folder / "config.json", eos_token_id=None)
     assert stop_ids(folder) == []
+
+
+def test_an_export_stops_where_the_sampler_does(tmp_path: Path) -> None:
+    folder = like(tmp_path)
+    _edit(folder / "generation_config.json", eos_token_id=7)  # not what the template ends a turn with
+    chat = Chat.load(folder, stop_ids=stop_ids(folder))
+    assert set(chat.stop_ids) == {chat.end_id, 7} != {7}
+    save_model(random_model(), tmp_path / "out", like=folder, dtype="float32", stops=chat.stop_ids, card="")
+    written = json.loads((tmp_path / "out" / "generation_config.json").read_text())
+    assert written == {"eos_token_id": sorted(chat.stop_ids), "temperature": 0.6}
+
+
+@pytest.mark.parametrize("value", ["<end>", [1, "2"], -1, True])
+def test_a_stop_id_is_a_number(tmp_path: Path, value: Any) -> None:
+    folder = like(tmp_path)
+    _edit(folder / "generation_config.json", eos_token_id=value)
+    with pytest.raises(UserError, match="expected a token id or a list of them"):
+        stop_ids(folder)
+
+
+def test_a_tied_head_that_differs_from_the_embedding_is_refused(tmp_path: Path) -> None:
+    file = _saved(tmp_path, VARIANTS["tied-bias"]) / "model.safetensors"
+    tensors = load_file(file)
+    save_file(tensors | {"lm_head.weight": tensors["model.embed_tokens.weight"] + 1}, file)
+    assert "tensor lm_head.weight differs from the embedding, to which config.json ties it" in _refused(file.parent)
 
 
 def test_a_copy_of_the_tied_head_is_left_alone(tmp_path: Path) -> None:
@@ -254,6 +284,15 @@ REFUSED_CONFIGS = {
     "rope-theta": ({"rope_theta": -1.0}, "RoPE: rope_theta is -1.0, expected a positive number"),
     "no-theta": ({"rope_theta": None}, "rope_theta is missing"),
     "rope-part": ({"rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 0.5}}, "partial_rotary_factor is"),
+    "rope-null": ({"rope_theta": None, "rope_parameters": {"rope_theta": None}}, "RoPE: rope_theta is None"),
+    "rope-one": ({"rope_theta": 1.0}, "rope_theta is 1.0, expected a number above 1"),
+    "rope-factor": (
+        {"rope_scaling": {"rope_type": "yarn", "factor": None, "original_max_position_embeddings": 8}},
+        "RoPE: factor is None",
+    ),
+    "rope-layers": ({"rope_theta": 1e4, "rope_parameters": {"full_attention": None}}, "full_attention"),
+    "per-layer": ({"per_layer_config": {}}, "per_layer_config is not supported"),
+    "both-ways": ({"is_causal": False}, "is_causal is off"),
     "rope-order": ({"rope_scaling": LLAMA3 | {"low_freq_factor": 9.0}}, "low_freq_factor 9.0 must be below"),
     "rope-list": ({"rope_scaling": [1]}, "rope_parameters"),
     "activation": ({"hidden_act": "gelu"}, "hidden_act 'gelu' is not supported; supported: silu"),
@@ -292,10 +331,11 @@ def test_a_config_that_would_be_computed_wrongly_is_refused(tmp_path: Path, case
 
 def test_all_problems_of_a_config_are_reported_together(tmp_path: Path) -> None:
     folder = like(tmp_path)
-    _edit(folder / "config.json", vocab_size=None, rms_norm_eps=None, hidden_act="gelu")
+    _edit(
+        folder / "config.json", vocab_size=None, rms_norm_eps=None, hidden_act="gelu", rope_scaling={"type": "dynamic"}
+    )
     message = _refused_config(folder)
-    assert len(message.splitlines()) == 3
-    for part in ("vocab_size is missing", "rms_norm_eps is missing", "hidden_act"):
+    for part in ("vocab_size is missing", "rms_norm_eps is missing", "hidden_act", "RoPE of type 'dynamic'"):
         assert part in message
 
 

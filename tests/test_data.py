@@ -184,7 +184,6 @@ def test_parquet_gives_the_same_examples_as_jsonl(tmp_path: Path, chat: Chat):
 
 
 @pytest.mark.usefixtures("hub_cache")
-@pytest.mark.usefixtures("hub_cache")
 def test_a_path_is_a_name_and_no_pattern(tmp_path: Path, chat: Chat):
     from datasets import Dataset
 
@@ -201,6 +200,7 @@ def test_a_key_given_twice_in_a_row_is_an_error(tmp_path: Path, chat: Chat):
         tokenize(SftData(path=str(tmp_path / "rows.jsonl")), chat, row_length=512, seed=0)
 
 
+@pytest.mark.usefixtures("hub_cache")
 def test_a_bad_row_of_a_parquet_file_is_named_and_so_is_a_broken_file(tmp_path: Path, chat: Chat):
     from datasets import Dataset
 

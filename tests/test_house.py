@@ -23,7 +23,9 @@ FLOORS = (
 FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
 FILES = sorted(path for path in PACKAGE.glob("*.py") if path.stem != "__init__")
 MAX_FILE, MAX_FUNCTION, MAX_PARAMETERS = 400, 60, 8
-MAX_PACKAGE = 4700  # all lines of the package; raise it in the commit that needs it, with the reason
+# All lines of the package; raised where it is needed, with the reason. 4700: Qwen3, stretched RoPE, checks of a model
+# folder, streamed loading, the lock and the error messages of damaged runs.
+MAX_PACKAGE = 4700
 
 
 def _imports(path: Path) -> set[str]:

@@ -90,7 +90,7 @@ def test_narrow_files_become_float32_parameters(dtype: type, tmp_path: Path) -> 
 
 
 def saved(tmp_path: Path) -> Path:
-    save_model(random_model(), tmp_path / "saved", like=like(tmp_path), dtype="float32", card="")
+    save_model(random_model(), tmp_path / "saved", like=like(tmp_path), dtype="float32", stops=[1, 2, 3], card="")
     return tmp_path / "saved"
 
 
@@ -193,7 +193,15 @@ def change_index(folder: Path, rng: np.random.Generator) -> None:
 
 def change_config(folder: Path, rng: np.random.Generator) -> None:
     raw = json.loads((folder / "config.json").read_text())
-    keys = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim")
+    keys = (
+        "vocab_size",
+        "hidden_size",
+        "num_hidden_layers",
+        "num_attention_heads",
+        "num_key_value_heads",
+        "head_dim",
+        "rope_theta",
+    )
     values = [0, -1, 3, 10**30, "8", None, [], 2.5, True]
     raw[rng.choice(keys)] = values[rng.integers(len(values))]
     (folder / "config.json").write_text(json.dumps(raw))
@@ -216,17 +224,26 @@ def _read_independently(folder: Path) -> dict[str, np.ndarray]:
 
 def _holds(model: Transformer, tensors: dict[str, np.ndarray]) -> bool:
     """Whether the parameters are the tensors of the files, compared without the code that loads them."""
-    parameters = named(model)
-    q = np.stack([tensors[f"model.layers.{i}.self_attn.q_proj.weight"] for i in range(small.ARCH.layers)])
-    down = np.stack([tensors[f"model.layers.{i}.mlp.down_proj.weight"] for i in range(small.ARCH.layers)])
     same = {
         "embedding": tensors["model.embed_tokens.weight"],
         "untied_head": tensors["lm_head.weight"].T,
         "final_norm": tensors["model.norm.weight"],
-        "blocks.q": q.transpose(0, 2, 1).reshape(parameters["blocks.q"].shape),
-        "blocks.down": down.transpose(0, 2, 1),
     }
-    return all(np.array_equal(parameters[path], array, equal_nan=True) for path, array in same.items())
+    for path, module in {
+        "attention_norm": "input_layernorm", "mlp_norm": "post_attention_layernorm", "q": "self_attn.q_proj",
+        "k": "self_attn.k_proj", "v": "self_attn.v_proj", "o": "self_attn.o_proj", "gate": "mlp.gate_proj",
+        "up": "mlp.up_proj", "down": "mlp.down_proj",
+    }.items():  # fmt: skip
+        for ours, theirs in ((f"blocks.{path}", f"{module}.weight"), (f"blocks.{path}_bias", f"{module}.bias")):
+            layers = [tensors[name] for i in range(2) if (name := f"model.layers.{i}.{theirs}") in tensors]
+            if layers:
+                same[ours] = np.stack([layer.T for layer in layers])
+    parameters = named(model)
+    assert parameters.keys() == same.keys()
+    return all(
+        np.array_equal(parameters[path], array.reshape(parameters[path].shape), equal_nan=True)
+        for path, array in same.items()
+    )
 
 
 @pytest.mark.parametrize("mutate", MUTATIONS, ids=lambda mutate: mutate.__name__)

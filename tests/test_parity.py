@@ -166,6 +166,6 @@ def test_greedy_answers(folder: Path, model: Transformer) -> None:
 
 
 def test_what_we_write_transformers_reads(folder: Path, model: Transformer, tmp_path: Path) -> None:
-    save_model(model, tmp_path / "out", like=folder, dtype="float32", card="")
+    save_model(model, tmp_path / "out", like=folder, dtype="float32", stops=[1, 2, 3], card="")
     tokens_BT = _tokens(3, 40)
     np.testing.assert_array_equal(torch_logits(tmp_path / "out", tokens_BT), torch_logits(folder, tokens_BT))

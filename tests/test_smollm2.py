@@ -148,7 +148,7 @@ def test_a_server_answers_with_what_we_export_as_our_own_sampler_does(smollm2: P
     openai = pytest.importorskip("openai")
     pytest.importorskip("torch")
     out = tmp_path / "exported"
-    save_model(load_model(smollm2, small.FLOAT32, small.mesh()), out, like=smollm2, dtype="float32", card="")
+    save_model(load_model(smollm2, small.FLOAT32, small.mesh()), out, like=smollm2, dtype="float32", stops=[2], card="")
     chat, messages = Chat.load(smollm2), [{"role": "user", "content": _questions(1)[0]}]
     expected = _greedy(smollm2, [chat.prompt_ids([{"role": "user", "content": _questions(1)[0]}])], 32)[0]
     with _server(out) as address:

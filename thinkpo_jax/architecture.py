@@ -63,19 +63,21 @@ def _architecture(raw: Mapping[str, Any]) -> Architecture:
     problems = list(_unreadable(raw))
     if raw.get("model_type") not in FAMILIES:
         raise _ConfigError(*problems)
+    if "per_layer_config" in raw:
+        raise _ConfigError(*problems)
     try:
         config = _as_transformers_reads(raw)
     except _ConfigError as error:
         raise _ConfigError(*problems, *error.args) from None
     problems += _unsupported(config)
-    if problems:
-        raise _ConfigError(*problems)
     heads = config.num_attention_heads
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
+    rope, head_dim = None, getattr(config, "head_dim", None) or config.hidden_size // max(heads, 1)
     try:
-        rope = make_rope(config.rope_parameters, head_dim)
+        rope = make_rope(config.rope_parameters or {}, head_dim)
     except ValueError as error:
-        raise _ConfigError(error) from None
+        problems.append(str(error))
+    if problems or rope is None:
+        raise _ConfigError(*problems)
     return Architecture(
         vocab_size=config.vocab_size,
         embed=config.hidden_size,
@@ -100,6 +102,8 @@ def _unreadable(raw: Mapping[str, Any]) -> Iterable[str]:
         yield f"model_type {raw.get('model_type')!r} is not supported; supported: {', '.join(FAMILIES)}"
     if "quantization_config" in raw:
         yield "the checkpoint is quantised; use the unquantised one"
+    if "per_layer_config" in raw:
+        yield "per_layer_config is not supported: all layers are alike here"
     if "auto_map" in raw:
         yield "auto_map asks for remote code, which is never run; use a checkpoint of a standard architecture"
     for key in REQUIRED:
@@ -142,5 +146,7 @@ def _unsupported(config: PretrainedConfig) -> Iterable[str]:
     for key in ("attention_bias", "mlp_bias"):
         if getattr(config, key, False):
             yield f"{key} is on, and is not supported"
+    if getattr(config, "is_causal", True) is False:
+        yield "is_causal is off, and attention in both directions is not supported"
     if config.attention_dropout:
         yield f"attention_dropout {config.attention_dropout} is not supported; set it to 0"

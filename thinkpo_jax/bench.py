@@ -28,7 +28,7 @@ from thinkpo_jax.sharding import MeshConfig, make_mesh
 LAYER_BYTES = 31_461_376  # of the model below, in bfloat16
 SHAPE = {
     "model_type": "llama",
-    "vocab_size": 64_000,
+    "vocab_size": 151_936,
     "hidden_size": 1024,
     "num_attention_heads": 16,
     "num_key_value_heads": 4,
@@ -45,7 +45,8 @@ def bench_load(gib: float, repeats: int) -> None:
         folder = Path(name)
         size = write_checkpoint(folder, gib)
         mesh = make_mesh(MeshConfig())
-        print(f"checkpoint: {size / 2**30:.2f} GiB; the first load compiles and is not counted")
+        cache = "emptied before each" if hasattr(os, "posix_fadvise") else "cannot be emptied on this system"
+        print(f"checkpoint: {size / 2**30:.2f} GiB; the first load compiles and is not counted; page cache {cache}")
         seconds(lambda: load_model(folder, ComputeConfig(), mesh), folder)
         ratios: list[float] = []
         for _ in range(repeats):
@@ -100,6 +101,8 @@ def main(arguments: Sequence[str]) -> None:
     parser.add_argument("--gib", type=float, default=1.0, help="size of the checkpoint (default: 1)")
     parser.add_argument("--repeats", type=int, default=5, help="how often each side is timed (default: 5)")
     parsed = parser.parse_args(arguments)
+    if not 0 < parsed.gib < 1000 or parsed.repeats < 1:
+        parser.error("--gib is a positive number of GiB, --repeats at least 1")
     print("; ".join(f"{name} {version}" for name, version in versions().items()))
     bench_load(parsed.gib, parsed.repeats)
 

@@ -18,7 +18,7 @@ from thinkpo_jax.config import UserError
 # Llama 3's template writes today's date unless it is told one; this is its own default.
 TEMPLATE_DATE = "26 Jul 2024"
 _MARK = "ANSWER"
-_QUESTION = "?"
+_QUESTION = "QUESTION"
 TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json")
 _THINK = "<think>"
 
@@ -63,17 +63,29 @@ class Chat:
         return cls(tokenizer, end_id, tuple(sorted({end_id, *stop_ids})), frozenset(special_ids | {end_id}))
 
     def prompt_ids(self, messages: Sequence[Message]) -> list[int]:
-        """Ids of the rendered conversation up to where the assistant's answer begins."""
-        return _ids(self.tokenizer, _render(self.tokenizer, messages, add_generation_prompt=True))
+        """Ids of the rendered conversation up to where the assistant's answer begins. Raises `UserError` as below."""
+        return self._prompt(messages)[1]
+
+    def _prompt(self, messages: Sequence[Message]) -> tuple[str, list[int]]:
+        """The rendered conversation and its ids."""
+        tokens = self.tokenizer.convert_ids_to_tokens(sorted(self.special_ids))
+        for message in messages:
+            if found := [token for token in tokens if token in message["content"]]:
+                raise UserError(
+                    f"the {message['role']}'s text holds {', '.join(map(repr, found))}, special to this tokenizer: it "
+                    "would end the turn, or begin one. Remove it from the data."
+                )
+        prompt = _render(self.tokenizer, messages, add_generation_prompt=True)
+        return prompt, _ids(self.tokenizer, prompt, "prompt")
 
     def example_ids(self, messages: Sequence[Message], answer: str) -> tuple[list[int], list[int]]:
         """Ids of the prompt, which is read, and of the answer with its end token, which is trained.
 
-        Raises `UserError` where nothing of the answer has a token, and where the answer holds a special token as text:
-        it would end, or begin, in its middle.
+        Raises `UserError` where a text has no ids that give it back, and where it holds a special token as text: a turn
+        would end, or begin, in its middle.
         """
-        prompt = _render(self.tokenizer, messages, add_generation_prompt=True)
-        answer_ids = _ids(self.tokenizer, _without_opening(answer, prompt))
+        prompt, prompt_ids = self._prompt(messages)
+        answer_ids = _ids(self.tokenizer, _without_opening(answer, prompt), "answer")
         if not answer_ids:
             raise UserError(f"the answer {answer!r:.60} gives no token to train; remove the row from the data.")
         if special := self.special_ids.intersection(answer_ids):
@@ -82,15 +94,26 @@ class Chat:
                 f"the answer holds {found}, special to this tokenizer. Remove it from the data: the end token is added "
                 "by itself."
             )
-        return _ids(self.tokenizer, prompt), [*answer_ids, self.end_id]
+        return prompt_ids, [*answer_ids, self.end_id]
 
     def text(self, ids: Sequence[int]) -> str:
         """The text of generated ids, without special tokens."""
         return self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
 
-def _ids(tokenizer: Any, text: str) -> list[int]:
-    return tokenizer(text, add_special_tokens=False)["input_ids"]  # the template writes BOS where there is one
+def _ids(tokenizer: Any, text: str, what: str) -> list[int]:
+    """The ids of a text, once it is seen that they give it back."""
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]  # the template writes BOS where there is one
+    back = tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+    normalizer = tokenizer.backend_tokenizer.normalizer if tokenizer.is_fast else None
+    whole = text if normalizer is None else normalizer.normalize_str(text)
+    if back != whole:
+        same = next((i for i, (a, b) in enumerate(zip(back, whole, strict=False)) if a != b), len(back))
+        raise UserError(
+            f"the tokenizer cannot write the {what}: {whole[same : same + 20]!r} at character {same + 1} comes back as "
+            f"{back[same : same + 20]!r}. Take the tokenizer that belongs to the model, or remove the row."
+        )
+    return ids
 
 
 def _render(tokenizer: Any, messages: Sequence[Message], *, add_generation_prompt: bool) -> str:
@@ -116,9 +139,12 @@ def _end_of_turn(tokenizer: Any, folder: Path) -> int:
     messages: list[Message] = [{"role": "user", "content": _QUESTION}, {"role": "assistant", "content": _MARK}]
     whole = _render(tokenizer, messages, add_generation_prompt=False)
     if not (_MARK in whole and _QUESTION in whole):
-        raise UserError(f"{folder}: the chat template leaves out what the user or the assistant says; mend it.")
+        raise UserError(
+            f"{folder}: the chat template leaves out what the user or the assistant says. Take the "
+            "template that belongs to the model."
+        )
     after = whole.rpartition(_MARK)[2]
-    first = _ids(tokenizer, after)[:1]
+    first = _ids(tokenizer, after, "end of a turn")[:1]
     if first and first[0] in tokenizer.added_tokens_decoder:
         return first[0]
     if tokenizer.eos_token_id is None:

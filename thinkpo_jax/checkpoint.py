@@ -13,10 +13,10 @@ import orbax.checkpoint as ocp
 import pydantic
 
 from thinkpo_jax.config import RunError, Section, UserError
+from thinkpo_jax.log import warn
 from thinkpo_jax.step import TrainState
 
 TreeT = TypeVar("TreeT")
-absl.logging.set_verbosity(absl.logging.ERROR)  # Orbax tells a reader of checkpoints what readers do not need
 
 
 class CheckpointConfig(Section):
@@ -34,17 +34,21 @@ class Checkpoints:
         options = ocp.CheckpointManagerOptions(
             max_to_keep=None if read_only else keep, cleanup_tmp_directories=not read_only, read_only=read_only
         )
+        absl.logging.set_verbosity(absl.logging.ERROR)  # Orbax warns a reader of the options that readers have
         self._manager = ocp.CheckpointManager(folder.absolute(), options=options)
         self.folder = folder
 
     def __enter__(self) -> "Checkpoints":
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: object, *_: object) -> None:
         try:
             self._manager.close()  # waits for the checkpoint that is being written
         except (ValueError, RuntimeError) as error:
-            raise RunError(f"{self.folder}: the last checkpoint cannot be written: {_first_line(error)}") from None
+            problem = f"{self.folder}: the last checkpoint cannot be written: {_first_line(error)}"
+            if kind is None:
+                raise RunError(problem) from None
+            warn(problem)  # beside the error that is on its way
 
     def latest(self) -> int | None:
         """The last step that was saved whole; None where there is none."""
@@ -87,8 +91,8 @@ class Checkpoints:
             restored = self._manager.restore(chosen, args=args)
         except Exception as error:  # Orbax and TensorStore raise of many kinds over damaged files
             raise UserError(
-                f"{self.folder / str(chosen)}: the checkpoint cannot be read: {_first_line(error)} Remove that folder "
-                "to go on from an earlier checkpoint, or from the start of the stage."
+                f"{self.folder / str(chosen)}: the checkpoint cannot be read: {_first_line(error)} If its files are "
+                "damaged, move that folder away to go on from an earlier checkpoint, or from the start of the stage."
             ) from None
         return jax.tree.unflatten(jax.tree.structure(like), list(restored[item].values()))
 

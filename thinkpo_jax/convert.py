@@ -21,7 +21,7 @@ from safetensors.numpy import save_file
 
 from thinkpo_jax.architecture import Architecture, read_architecture
 from thinkpo_jax.config import UserError, read_json, together
-from thinkpo_jax.folder import INDEX, MODEL_FILES, Tensor, read_headers, some, stop_ids
+from thinkpo_jax.folder import INDEX, MODEL_FILES, Tensor, read_headers, some
 from thinkpo_jax.log import warn
 from thinkpo_jax.model import ComputeConfig, Transformer
 from thinkpo_jax.sharding import shardings
@@ -159,13 +159,16 @@ def _read_ahead(order: Sequence[str], tensors: Mapping[str, Tensor]) -> Iterator
     if jax.process_count() > 1:
         yield from order
         return
-    with ThreadPoolExecutor(1) as pool:
+    pool = ThreadPoolExecutor(1)
+    try:
         ahead = [pool.submit(tensors[name].touch) for name in order[:_AHEAD]]
         for index, name in enumerate(order):
             ahead.pop(0).result()
             if index + _AHEAD < len(order):
                 ahead.append(pool.submit(tensors[order[index + _AHEAD]].touch))
             yield name
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
 
 
 @partial(jax.jit, static_argnames=("shape", "layout"))
@@ -209,6 +212,13 @@ def _check_tensors(folder: Path, expected: dict[str, tuple[int, ...]], found: di
     problems = [f"tensor {name} is missing" for name in sorted(expected.keys() - found.keys())]
     ignored = {"lm_head.weight"} if "lm_head.weight" not in expected else set()  # a copy of the tied embedding
     problems += [f"tensor {name} is not known here" for name in sorted(found.keys() - expected.keys() - ignored)]
+    embedding = found.get("model.embed_tokens.weight")
+    for name in ignored & found.keys():
+        if embedding is not None and not np.array_equal(found[name].mapped(), embedding.mapped(), equal_nan=False):
+            problems.append(
+                f"tensor {name} differs from the embedding, to which config.json ties it; set tie_word_embeddings to "
+                "false there, or remove the tensor"
+            )
     for name in sorted(expected.keys() & found.keys()):
         if found[name].shape != expected[name]:
             problems.append(
@@ -229,9 +239,18 @@ def partial_folder(folder: Path) -> Path:
 
 
 def save_model(
-    model: Transformer, folder: Path, *, like: Path, dtype: Literal["float32", "bfloat16"], card: str
+    model: Transformer,
+    folder: Path,
+    *,
+    like: Path,
+    dtype: Literal["float32", "bfloat16"],
+    stops: Sequence[int],
+    card: str,
 ) -> None:
-    """Writes a Hugging Face folder; config, tokenizer and template come from the folder `like`. Appears all at once."""
+    """Writes a Hugging Face folder; config, tokenizer and template come from the folder `like`. Appears all at once.
+
+    `stops` are the ids that end a generation (`chat.Chat.stop_ids`); others then stop where our sampler does.
+    """
     partial = partial_folder(folder)
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
@@ -243,7 +262,7 @@ def save_model(
             if file.suffix != ".safetensors" and file.name not in NOT_TOKENIZER:
                 shutil.copyfile(file, partial / file.name)
     generation = read_json(like / "generation_config.json") if (like / "generation_config.json").exists() else {}
-    generation |= {"eos_token_id": stop_ids(like)} if stop_ids(like) else {}
+    generation |= {"eos_token_id": list(stops)} if stops else {}
     (partial / "generation_config.json").write_text(json.dumps(generation, indent=2) + "\n", encoding="utf-8")
     (partial / "README.md").write_text(card, encoding="utf-8")
     shutil.rmtree(folder, ignore_errors=True)

@@ -44,7 +44,7 @@ def export(run: Run, stage: str, *, step: int | None, out: Path, dtype: Literal[
     notes = record["summary"]["notes"] if record and record["summary"] else ["the stage is not finished"]
     card = model_card(run, stage, step=chosen, notes=notes)
     try:
-        save_model(model, out, like=run.start_folder, dtype=dtype, card=card)
+        save_model(model, out, like=run.start_folder, dtype=dtype, stops=run.chat.stop_ids, card=card)
     except OSError as error:
         raise UserError(f"--out {out}: cannot be written: {error}.") from None
     say(f"{out}: stage {stage}, update {chosen}, {dtype}")

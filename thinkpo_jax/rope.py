@@ -25,17 +25,21 @@ def make_rope(parameters: Mapping[str, Any], head_dim: int) -> Rope:
     all (default), nothing (linear), short waves (llama3, arXiv 2407.21783; yarn, arXiv 2309.00071, equations 17 to 19).
     """
     kind = parameters.get("rope_type", "default")
-    if kind not in _KEEP:
+    if not isinstance(kind, str) or kind not in _KEEP:
         raise ValueError(f"RoPE of type {kind!r} is not supported; supported: {', '.join(_KEEP)}")
     if parameters.get("partial_rotary_factor", 1.0) != 1.0:
         raise ValueError("partial_rotary_factor is not 1, and rotating a part of a head is not supported")
-    for name, value in parameters.items():
-        numeric = name not in ("rope_type", "type", "truncate") and value is not None
-        if numeric and (isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf):
+    optional = ("rope_type", "type", "truncate", *_YARN_OPTIONAL)
+    for name, value in {"rope_theta": None, **parameters}.items():
+        if name in optional and (value is None or name not in _YARN_OPTIONAL):
+            continue
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
             raise ValueError(f"RoPE: {name} is {value!r}, expected a positive number")
+    if parameters["rope_theta"] <= 1:
+        raise ValueError(f"RoPE: rope_theta is {parameters['rope_theta']!r}, expected a number above 1")
     if head_dim % 2:
         raise ValueError(f"the width of a head is {head_dim}, and RoPE needs an even one")
-    theta, factor = float(parameters["rope_theta"]), float(parameters.get("factor") or 1.0)
+    theta, factor = float(parameters["rope_theta"]), float(parameters.get("factor", 1.0))
     plain = theta ** (-np.arange(head_dim // 2) * 2 / head_dim)
     keep = _KEEP[kind](plain, parameters)
     scaled = plain * (keep + (1 - keep) / factor)
@@ -76,6 +80,7 @@ def _yarn_scale(parameters: Mapping[str, Any], factor: float) -> float:
     return stretch(top) / stretch(bottom) if top and bottom else stretch(1.0)
 
 
+_YARN_OPTIONAL = ("attention_factor", "mscale", "mscale_all_dim", "beta_fast", "beta_slow")
 _KEEP = {
     "default": lambda plain, _: np.ones_like(plain),
     "linear": lambda plain, _: np.zeros_like(plain),

@@ -48,6 +48,7 @@ from thinkpo_jax.packing import BatchConfig
 from thinkpo_jax.sample import SamplingConfig
 from thinkpo_jax.sharding import MeshConfig, make_mesh, shardings
 
+STAGE_RECORD = "stage.json"
 STOPPED = 130  # the exit status after Ctrl-C
 BASE = "base"  # the name of the start model among the models of a run
 RESERVED = (BASE, "evaluation", "plots", "config.yaml", "report.md", "report.json")
@@ -171,7 +172,7 @@ class Run:
 
     def finished(self, name: str) -> bool:
         """Whether a stage is done. Raises `UserError` where the folder holds a stage with other settings."""
-        record = read_record(self.folder / name / "stage.json", "settings", "summary")
+        record = read_record(self.folder / name / STAGE_RECORD, "settings", "summary")
         if record is None:
             return False
         start = self.start_of(next(stage for stage in self.config.stages if stage.name == name))
@@ -195,15 +196,15 @@ class Run:
             self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise UserError(f"run_dir: {self.folder} cannot be made: {error}. Set run_dir to a folder.") from None
-        lock = filelock.FileLock(self.folder / ".lock", blocking=False)
         with contextlib.ExitStack() as stack:
-            if jax.process_index() == 0:
-                try:
-                    stack.enter_context(lock)
-                except filelock.Timeout:
-                    raise UserError(
-                        f"run_dir: another process writes to {self.folder}. Wait for it, or choose another run_dir."
-                    ) from None
+            try:
+                stack.enter_context(filelock.FileLock(self.folder / ".lock", blocking=False))
+            except filelock.Timeout:
+                raise UserError(
+                    f"run_dir: another process writes to {self.folder}. Wait for it, or choose another run_dir."
+                ) from None
+            except (OSError, NotImplementedError) as error:
+                warn(f"{self.folder} cannot be locked ({error}): see to it that no other process writes there.")
             self._write_config()
             yield
 
@@ -222,9 +223,15 @@ def _differences(old: Any, new: Any, path: str = "") -> list[str]:
 
 def read_record(path: Path, *keys: str) -> dict[str, Any] | None:
     """A JSON object with these keys that the run wrote; None where there is none yet. Raises `UserError`."""
-    record = read_json(path) if path.exists() else None
-    if record is not None and (lacking := [key for key in keys if key not in record]):
-        raise UserError(f"{path}: damaged: {', '.join(lacking)} is not there. Remove the file; it is made again.")
+    if not path.exists():
+        return None
+    remedy = f"Remove {path.parent} to train the stage again." if path.name == STAGE_RECORD else "Remove the file."
+    try:
+        record = read_json(path)
+    except UserError as error:
+        raise UserError(f"{error} {remedy}") from None
+    if lacking := [key for key in keys if key not in record]:
+        raise UserError(f"{path}: damaged: {', '.join(lacking)} is not there. {remedy}")
     return record
 
 
@@ -269,15 +276,19 @@ def model_card(run: Run, name: str, *, step: int, notes: Sequence[str]) -> str:
         "tags": ["thinkpo_jax", stage.objective],
     }
     lines = [line for line in read_metrics(run.folder / name / "metrics.jsonl") if line["step"] == step]
-    record = read_record(run.folder / name / "stage.json", "data", "summary") or {"data": None, "summary": None}
+    record = read_record(run.folder / name / STAGE_RECORD, "data", "summary") or {"data": None, "summary": None}
     report = (
         read_record(run.folder / "report.json", "models") if (record["summary"] or {}).get("steps") == step else None
     )
-    scores = report["models"].get(name, {}) if report else {}
+    scores = {
+        benchmark: score
+        for benchmark, score in (report["models"].get(name, {}) if report else {}).items()
+        if _is_of(run, name, benchmark)
+    }
     sections = {
         "Data": [*notes, f"digest of the tokenised data: {record['data']}"],
         f"Metrics of update {step}": [f"{key}: {value:.6g}" for line in lines for key, value in line.items()],
-        "Evaluation": [
+        "Evaluation of the float32 model": [
             f"{benchmark}: accuracy {100 * score['accuracy']:.1f} % (95 % interval {100 * score['ci95'][0]:.1f} to "
             f"{100 * score['ci95'][1]:.1f}, {score['num_questions']} questions), mean response "
             f"{score['mean_response_tokens']:.1f} tokens, {100 * score['truncation_rate']:.1f} % cut off"
@@ -294,6 +305,12 @@ def model_card(run: Run, name: str, *, step: int, notes: Sequence[str]) -> str:
         f"Trained with thinkpo_jax from `{run.config.model.path}`, stage `{name}` ({stage.objective}), which started "
         f"from `{run.start_of(stage)}`.\n\n## Settings\n\n```yaml\n{settings}```\n{listed}"
     )
+
+
+def _is_of(run: Run, name: str, benchmark: str) -> bool:
+    """Whether the answers to a benchmark are those of the model as it is now."""
+    record = read_record(run.folder / "evaluation" / name / f"{benchmark}.json", "settings")
+    return record is not None and record["settings"]["model"] == run.fingerprint(name)
 
 
 def load_config(path: Path, assignments: Sequence[str] = ()) -> RunConfig:
@@ -351,10 +368,12 @@ def command(main: Callable[[Sequence[str]], None], arguments: Sequence[str] | No
         print(re.sub(r"(?m)^", "error: ", str(error)), file=sys.stderr)
         return 2 if isinstance(error, UserError) else 1
     except BrokenPipeError:  # whoever read the output has left
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        with contextlib.suppress(OSError):  # a stream without a descriptor
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except OSError as error:
-        print(f"error: {error}", file=sys.stderr)
+        remedy = "Mend it (space, permissions, a name that is taken) and run the same command again: it goes on."
+        print(f"error: {error}. {remedy}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("\nStopped. Run the same command again: it goes on from what is saved.", file=sys.stderr)

@@ -51,7 +51,9 @@ def run_all(config: RunConfig) -> Run:
     asked = read_questions(run)
     with run.writing(), jax.set_mesh(run.mesh):
         for stage in stages:
-            train_stage(run, stage, examples.pop(stage.name))
+            if not run.finished(stage.name):  # asked again: another process may have written before this one could
+                check_data(run, stage, examples[stage.name])
+                train_stage(run, stage, examples.pop(stage.name))
         evaluate_run(run, asked)
     return run
 
@@ -62,15 +64,20 @@ def read_examples(run: Run, stage: Stage) -> Examples:
         found = tokenize(stage.data, run.chat, row_length=stage.batch.row_length, seed=run.config.seed)
     except UserError as error:
         raise UserError(f"stage {stage.name}: {error}") from None
+    check_data(run, stage, found)
+    left_out = "".join(f"; {count} left out: {reason}" for reason, count in found.dropped.items())
+    say(f"{stage.name}: {len(found.examples)} of {found.rows} examples{left_out}")
+    return found
+
+
+def check_data(run: Run, stage: Stage, examples: Examples) -> None:
+    """Raises `UserError` where a stage was begun with other data than these."""
     record = read_record(run.folder / stage.name / "stage.json", "data")
-    if record is not None and record["data"] != found.digest():
+    if record is not None and record["data"] != examples.digest():
         raise UserError(
             f"stage {stage.name} was begun with other data. Remove {run.folder / stage.name} to train it from its "
             "start, or restore the data."
         )
-    left_out = "".join(f"; {count} left out: {reason}" for reason, count in found.dropped.items())
-    say(f"{stage.name}: {len(found.examples)} of {found.rows} examples{left_out}")
-    return found
 
 
 def train_stage(run: Run, stage: Stage, examples: Examples) -> None:
@@ -189,7 +196,8 @@ def finish_stage(run: Run, stage: Stage, state: TrainState, batches: Batches, ex
     notes = [f"{len(examples.examples)} examples", describe(batches)]
     notes += [f"{count} examples left out: {reason}" for reason, count in examples.dropped.items()]
     card = model_card(run, stage.name, step=len(batches), notes=notes)
-    save_model(state.model, folder / "model", like=run.start_folder, dtype="float32", card=card)
+    stops = run.chat.stop_ids
+    save_model(state.model, folder / "model", like=run.start_folder, dtype="float32", stops=stops, card=card)
     summary = {"steps": len(batches), "seconds": sum(line["seconds"] for line in lines), "notes": notes}
     write_record(run, stage, examples, summary)
 
