@@ -270,6 +270,7 @@ def test_only_safetensors_are_read(tmp_path: Path, other: str | None, expected: 
 
 
 LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+DYNAMIC = {"type": "dynamic", "factor": 2.0}
 REFUSED_CONFIGS = {
     "family": ({"model_type": "gemma2"}, "model_type 'gemma2' is not supported; supported: qwen2, qwen3, llama"),
     "no-family": ({"model_type": None}, "model_type None is not supported"),
@@ -290,7 +291,7 @@ REFUSED_CONFIGS = {
         {"rope_scaling": {"rope_type": "yarn", "factor": None, "original_max_position_embeddings": 8}},
         "RoPE: factor is None",
     ),
-    "rope-layers": ({"rope_theta": 1e4, "rope_parameters": {"full_attention": None}}, "full_attention"),
+    "rope-layers": ({"rope_theta": 1e4, "rope_parameters": {"full_attention": None}}, "RoPE: "),
     "per-layer": ({"per_layer_config": {}}, "per_layer_config is not supported"),
     "both-ways": ({"is_causal": False}, "is_causal is off"),
     "rope-order": ({"rope_scaling": LLAMA3 | {"low_freq_factor": 9.0}}, "low_freq_factor 9.0 must be below"),
@@ -300,12 +301,16 @@ REFUSED_CONFIGS = {
     "qwen3-bias": ({"model_type": "qwen3", "attention_bias": True}, "attention_bias is on"),
     "mlp-bias": ({"model_type": "llama", "mlp_bias": True}, "mlp_bias is on"),
     "dropout": ({"attention_dropout": 0.1}, "attention_dropout 0.1 is not supported"),
+    "endless": (
+        {"num_hidden_layers": 10**30},
+        "0000000, expected at most 100000",
+    ),
     "field": ({"hidden_size": None}, "hidden_size is missing"),
     "text": ({"vocab_size": "many"}, "Field 'vocab_size' expected int, got str (value: 'many')"),
     "number": ({"tie_word_embeddings": 3}, "Field 'tie_word_embeddings' expected bool"),
     "zero": ({"intermediate_size": 0}, "intermediate_size is 0, expected at least 1"),
     "heads": ({"num_key_value_heads": 3}, "num_attention_heads 4 is no multiple of num_key_value_heads 3"),
-    "width": ({"head_dim": None, "hidden_size": 30}, "hidden_size 30 is no multiple of num_attention_heads 4"),
+    "width": ({"head_dim": None, "hidden_size": 34}, "hidden_size 34 is no multiple of num_attention_heads 4"),
     "odd": ({"head_dim": 7}, "even"),
     "epsilon": ({"rms_norm_eps": -1e-6}, "rms_norm_eps is -1e-06"),
 }
@@ -331,9 +336,7 @@ def test_a_config_that_would_be_computed_wrongly_is_refused(tmp_path: Path, case
 
 def test_all_problems_of_a_config_are_reported_together(tmp_path: Path) -> None:
     folder = like(tmp_path)
-    _edit(
-        folder / "config.json", vocab_size=None, rms_norm_eps=None, hidden_act="gelu", rope_scaling={"type": "dynamic"}
-    )
+    _edit(folder / "config.json", vocab_size=None, rms_norm_eps=None, hidden_act="gelu", rope_scaling=DYNAMIC)
     message = _refused_config(folder)
     for part in ("vocab_size is missing", "rms_norm_eps is missing", "hidden_act", "RoPE of type 'dynamic'"):
         assert part in message

@@ -16,8 +16,8 @@ import safetensors.numpy
 from filelock import FileLock
 
 from thinkpo_jax import evaluate, export, train
+from thinkpo_jax.commands import command
 from thinkpo_jax.log import read_metrics
-from thinkpo_jax.run import command
 
 ROOT = Path(__file__).resolve().parents[1]
 QUICKSTART = str(ROOT / "configs" / "quickstart.yaml")

@@ -63,7 +63,7 @@ def _architecture(raw: Mapping[str, Any]) -> Architecture:
     problems = list(_unreadable(raw))
     if raw.get("model_type") not in FAMILIES:
         raise _ConfigError(*problems)
-    if "per_layer_config" in raw:
+    if "per_layer_config" in raw or any(_too_large(raw)):
         raise _ConfigError(*problems)
     try:
         config = _as_transformers_reads(raw)
@@ -109,9 +109,17 @@ def _unreadable(raw: Mapping[str, Any]) -> Iterable[str]:
     for key in REQUIRED:
         if key not in raw:
             yield f"{key} is missing"
+    yield from _too_large(raw)
     places = (raw, raw.get("rope_parameters"), raw.get("rope_scaling"))
     if not any(isinstance(place, Mapping) and "rope_theta" in place for place in places):
         yield "rope_theta is missing, at the top or in rope_parameters; add it (models before 2023-08: 10000.0)"
+
+
+def _too_large(raw: Mapping[str, Any]) -> Iterable[str]:
+    """Sizes beyond any model; transformers would make a list of so many layers."""
+    for key, most in {**dict.fromkeys(REQUIRED, 2**40), "num_hidden_layers": 100_000}.items():
+        if isinstance(raw.get(key), int) and raw[key] > most:
+            yield f"{key} is {raw[key]}, expected at most {most}"
 
 
 def _as_transformers_reads(raw: Mapping[str, Any]) -> PretrainedConfig:

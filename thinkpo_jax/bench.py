@@ -19,10 +19,11 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from thinkpo_jax.architecture import read_architecture
+from thinkpo_jax.commands import program
 from thinkpo_jax.convert import expected_shapes, load_model
 from thinkpo_jax.folder import WEIGHTS
 from thinkpo_jax.model import ComputeConfig
-from thinkpo_jax.run import program, versions
+from thinkpo_jax.run import versions
 from thinkpo_jax.sharding import MeshConfig, make_mesh
 
 LAYER_BYTES = 31_461_376  # of the model below, in bfloat16

@@ -14,6 +14,7 @@ from typing import Any
 import jax
 
 from thinkpo_jax.benchmarks import TABLE, Question, digest, questions
+from thinkpo_jax.commands import config_arguments, program
 from thinkpo_jax.config import UserError
 from thinkpo_jax.folder import ModelConfig
 from thinkpo_jax.log import Progress, say, write_whole
@@ -23,10 +24,8 @@ from thinkpo_jax.run import (
     BASE,
     EvaluationConfig,
     Run,
-    config_arguments,
     load_config,
     open_run,
-    program,
     read_record,
     versions,
 )  # fmt: skip

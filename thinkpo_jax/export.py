@@ -12,10 +12,11 @@ import jax
 
 from thinkpo_jax.architecture import read_architecture
 from thinkpo_jax.checkpoint import Checkpoints
+from thinkpo_jax.commands import program
 from thinkpo_jax.config import UserError
 from thinkpo_jax.convert import abstract_model, partial_folder, save_model
 from thinkpo_jax.log import say
-from thinkpo_jax.run import Run, load_config, model_card, open_run, program, read_record
+from thinkpo_jax.run import Run, load_config, model_card, open_run, read_record
 from thinkpo_jax.sharding import MeshConfig, shardings
 
 

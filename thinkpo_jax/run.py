@@ -1,19 +1,14 @@
 """What do the commands share? The composed configuration, the run folder, and how commands start and end."""
 
-import argparse
 import contextlib
 import importlib.metadata
-import io
 import json
-import os
-import re
-import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, NoReturn
+from typing import Annotated, Any, Literal
 
 import filelock
 import jax
@@ -28,7 +23,6 @@ from thinkpo_jax.chat import Chat
 from thinkpo_jax.checkpoint import CheckpointConfig
 from thinkpo_jax.config import (
     PathText,
-    RunError,
     Section,
     UserError,
     nearest,
@@ -49,7 +43,6 @@ from thinkpo_jax.sample import SamplingConfig
 from thinkpo_jax.sharding import MeshConfig, make_mesh, shardings
 
 STAGE_RECORD = "stage.json"
-STOPPED = 130  # the exit status after Ctrl-C
 BASE = "base"  # the name of the start model among the models of a run
 RESERVED = (BASE, "evaluation", "plots", "config.yaml", "report.md", "report.json")
 
@@ -345,71 +338,3 @@ def check_folder(folder: Path, *, weights: bool) -> tuple[Architecture, Chat]:
             )
     assert arch is not None and chat is not None  # noqa: PT018 -- `together` raised otherwise
     return arch, chat
-
-
-def config_arguments(parser: argparse.ArgumentParser, *, required: bool = True) -> None:
-    """Adds --config and --set to a command."""
-    parser.add_argument("--config", type=Path, required=required, metavar="FILE", help="the YAML file of the run")
-    parser.add_argument(
-        "--set", action="extend", nargs="+", default=[], metavar="KEY=VALUE", dest="assignments",
-        help="override a key of the file: --set seed=1 stages.sft.steps=20 mesh.fsdp=8",
-    )  # fmt: skip
-
-
-def command(main: Callable[[Sequence[str]], None], arguments: Sequence[str] | None = None) -> int:
-    """Runs a command and gives its exit status: 0 done, 1 a failed run, 2 a user's error, 130 Ctrl-C."""
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")  # a terminal that lacks a character stops nothing
-    try:
-        main(sys.argv[1:] if arguments is None else arguments)
-        sys.stdout.flush()
-    except (UserError, RunError) as error:
-        print(re.sub(r"(?m)^", "error: ", str(error)), file=sys.stderr)
-        return 2 if isinstance(error, UserError) else 1
-    except BrokenPipeError:  # whoever read the output has left
-        with contextlib.suppress(OSError):  # a stream without a descriptor
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
-    except OSError as error:
-        remedy = "Mend it (space, permissions, a name that is taken) and run the same command again: it goes on."
-        print(f"error: {error}. {remedy}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("\nStopped. Run the same command again: it goes on from what is saved.", file=sys.stderr)
-        return STOPPED
-    return 0
-
-
-def program(main: Callable[[Sequence[str]], None]) -> NoReturn:
-    """Runs a command as this process and ends it with the command's exit status."""
-    status = command(main)
-    if status == STOPPED:  # computations may be under way, and would crash in an interpreter that is taken down
-        sys.stderr.flush()
-        os._exit(status)
-    sys.exit(status)
-
-
-@contextlib.contextmanager
-def stop_requests() -> Iterator[Callable[[], bool]]:
-    """Within it the first Ctrl-C (or SIGTERM) only asks: the function it gives says whether one came.
-
-    So an update is never cut in two. Leaving it after one came raises `KeyboardInterrupt`; a second one does at once.
-    """
-    asked: list[int] = []
-
-    def handle(number: int, _: Any) -> None:
-        if asked:
-            raise KeyboardInterrupt
-        asked.append(number)
-        print("\nStopping after this update; Ctrl-C again stops at once.", file=sys.stderr)
-
-    numbers = (signal.SIGINT, signal.SIGTERM)
-    before = {number: signal.signal(number, handle) for number in numbers}
-    try:
-        yield lambda: bool(asked)
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-    if asked:
-        raise KeyboardInterrupt

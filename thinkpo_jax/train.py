@@ -15,6 +15,7 @@ import jax
 import numpy as np
 
 from thinkpo_jax.checkpoint import Checkpoints
+from thinkpo_jax.commands import config_arguments, program, stop_requests
 from thinkpo_jax.config import RunError, UserError
 from thinkpo_jax.convert import save_model
 from thinkpo_jax.data import Examples, tokenize
@@ -30,13 +31,10 @@ from thinkpo_jax.run import (
     RunConfig,
     Stage,
     ThinkpoStage,
-    config_arguments,
     load_config,
     model_card,
     open_run,
-    program,
     read_record,
-    stop_requests,
 )  # fmt: skip
 from thinkpo_jax.sharding import data_shards, put_batch
 from thinkpo_jax.step import TrainState, initial_state, make_step

@@ -1,0 +1,84 @@
+"""How do commands start and end? Their arguments, their exit status, and what Ctrl-C means."""
+
+import argparse
+import contextlib
+import io
+import os
+import re
+import signal
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+from thinkpo_jax.config import RunError, UserError
+
+STOPPED = 130  # the exit status after Ctrl-C
+
+
+def config_arguments(parser: argparse.ArgumentParser, *, required: bool = True) -> None:
+    """Adds --config and --set to a command."""
+    parser.add_argument("--config", type=Path, required=required, metavar="FILE", help="the YAML file of the run")
+    parser.add_argument(
+        "--set", action="extend", nargs="+", default=[], metavar="KEY=VALUE", dest="assignments",
+        help="override a key of the file: --set seed=1 stages.sft.steps=20 mesh.fsdp=8",
+    )  # fmt: skip
+
+
+def command(main: Callable[[Sequence[str]], None], arguments: Sequence[str] | None = None) -> int:
+    """Runs a command and gives its exit status: 0 done, 1 a failed run, 2 a user's error, 130 Ctrl-C."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # a terminal that lacks a character stops nothing
+    try:
+        main(sys.argv[1:] if arguments is None else arguments)
+        sys.stdout.flush()
+    except (UserError, RunError) as error:
+        print(re.sub(r"(?m)^", "error: ", str(error)), file=sys.stderr)
+        return 2 if isinstance(error, UserError) else 1
+    except BrokenPipeError:  # whoever read the output has left
+        with contextlib.suppress(OSError):  # a stream without a descriptor
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except OSError as error:
+        remedy = "Mend it (space, permissions, a name that is taken) and run the same command again: it goes on."
+        print(f"error: {error}. {remedy}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("\nStopped. Run the same command again: it goes on from what is saved.", file=sys.stderr)
+        return STOPPED
+    return 0
+
+
+def program(main: Callable[[Sequence[str]], None]) -> NoReturn:
+    """Runs a command as this process and ends it with the command's exit status."""
+    status = command(main)
+    if status == STOPPED:  # computations may be under way, and would crash in an interpreter that is taken down
+        sys.stderr.flush()
+        os._exit(status)
+    sys.exit(status)
+
+
+@contextlib.contextmanager
+def stop_requests() -> Iterator[Callable[[], bool]]:
+    """Within it the first Ctrl-C (or SIGTERM) only asks: the function it gives says whether one came.
+
+    So an update is never cut in two. Leaving it after one came raises `KeyboardInterrupt`; a second one does at once.
+    """
+    asked: list[int] = []
+
+    def handle(number: int, _: Any) -> None:
+        if asked:
+            raise KeyboardInterrupt
+        asked.append(number)
+        print("\nStopping after this update; Ctrl-C again stops at once.", file=sys.stderr)
+
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    before = {number: signal.signal(number, handle) for number in numbers}
+    try:
+        yield lambda: bool(asked)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    if asked:
+        raise KeyboardInterrupt
