@@ -31,10 +31,10 @@ class Checkpoints:
 
     def __init__(self, folder: Path, *, keep: int = 1, read_only: bool = False) -> None:
         """`read_only` leaves alone what a training beside it is writing."""
+        absl.logging.set_verbosity(absl.logging.ERROR)  # Orbax warns a reader of the options that readers have
         options = ocp.CheckpointManagerOptions(
             max_to_keep=None if read_only else keep, cleanup_tmp_directories=not read_only, read_only=read_only
         )
-        absl.logging.set_verbosity(absl.logging.ERROR)  # Orbax warns a reader of the options that readers have
         self._manager = ocp.CheckpointManager(folder.absolute(), options=options)
         self.folder = folder
 
