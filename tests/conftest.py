@@ -25,3 +25,11 @@ def smollm2(tmp_path_factory: pytest.TempPathFactory) -> Path:
         root = root.parent  # the workers' common folder
     with FileLock(root / "smollm2.lock"):
         return smollm2_folder(root / "smollm2")
+
+
+@pytest.fixture(autouse=True)
+def own_caches(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No test finds what another one, or an earlier version of the code, has prepared."""
+    cache = tmp_path_factory.mktemp("cache")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(cache))
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(cache / "datasets"))

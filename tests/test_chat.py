@@ -14,8 +14,9 @@ from hypothesis import strategies as st
 
 from thinkpo_jax.chat import Chat, Message
 from thinkpo_jax.config import UserError
-from thinkpo_jax.data import PairData, tokenize
+from thinkpo_jax.data import prepare
 from thinkpo_jax.folder import find_model
+from thinkpo_jax.forms import PairData
 from thinkpo_jax.miniature import MiniatureData
 
 QUESTION: list[Message] = [{"role": "user", "content": "What is 2+2?"}]
@@ -112,6 +113,12 @@ def chat_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Chat]:
     return load
 
 
+def example_ids(chat: Chat, messages: list[Message], answer: str) -> tuple[list[int], list[int]]:
+    """Ids that are read, and ids that are trained."""
+    prompt = chat.prompt(messages)
+    return prompt.ids, chat.answer_ids(prompt, answer)
+
+
 def decode(chat: Chat, ids: Sequence[int]) -> str:
     return chat.tokenizer.decode(ids, skip_special_tokens=False)
 
@@ -128,8 +135,8 @@ def test_trained_ids_are_the_answer_and_one_end_of_turn(
     chat = chat_of(name)
     opened = "<think>" if name == "r1" else "\0"  # by the prompt: see the next test
     for answer in (answer for answer in ANSWERS if not answer.startswith(opened)):
-        prompt, trained = chat.example_ids(messages, answer)
-        assert prompt == chat.prompt_ids(messages)  # in training and in evaluation alike
+        prompt, trained = example_ids(chat, messages, answer)
+        assert prompt == chat.prompt(messages).ids  # in training and in evaluation alike
         assert decode(chat, trained[:-1]) == unicodedata.normalize("NFC", answer)
         assert decode(chat, trained[-1:]) == END[name]
         assert trained.count(chat.end_id) == 1
@@ -147,8 +154,8 @@ def test_trained_ids_are_the_answer_and_one_end_of_turn(
 )
 def test_thinking_that_the_prompt_opens_is_not_opened_twice(answer: str, read: str, chat_of: Callable[[str], Chat]):
     chat = chat_of("r1")
-    prompt, trained = chat.example_ids(CONVERSATION, answer)
-    assert prompt == chat.prompt_ids(CONVERSATION)
+    prompt, trained = example_ids(chat, CONVERSATION, answer)
+    assert prompt == chat.prompt(CONVERSATION).ids
     assert decode(chat, prompt + trained).rpartition(SPEAKER["r1"])[2] == read + END["r1"]
     assert decode(chat, prompt).endswith(SPEAKER["r1"] + "<think>\n")
 
@@ -156,7 +163,7 @@ def test_thinking_that_the_prompt_opens_is_not_opened_twice(answer: str, read: s
 def test_no_template_takes_the_thinking_from_a_finished_answer(name: str, chat_of: Callable[[str], Chat]):
     """DeepSeek's template deletes it from a message; the answer never passes through the template."""
     chat, answer = chat_of(name), "<think>\ncarry the one\n</think>\n\n6"
-    prompt, trained = chat.example_ids(QUESTION, answer)
+    prompt, trained = example_ids(chat, QUESTION, answer)
     assert decode(chat, prompt + trained).endswith(SPEAKER[name] + answer + END[name])
     rendered = chat.tokenizer.apply_chat_template([*QUESTION, {"role": "assistant", "content": answer}], tokenize=False)
     assert ("carry" in rendered) == (name != "r1")  # what would have become of it
@@ -168,8 +175,8 @@ def test_chosen_and_rejected_share_the_prompt_and_differ_in_what_is_trained(
     chat = chat_of(name)
     path = tmp_path / "pairs.jsonl"
     path.write_text(json.dumps({"prompt": "And 3+3?", "chosen": LONG, "rejected": SHORT}) + "\n", encoding="utf-8")
-    ((chosen, rejected),) = tokenize(PairData(path=str(path)), chat, row_length=1000, seed=0).examples
-    prompt = chat.prompt_ids([{"role": "user", "content": "And 3+3?"}])
+    ((chosen, rejected),) = prepare([PairData(path=str(path))], chat, row_length=1000, seed=0)
+    prompt = chat.prompt([{"role": "user", "content": "And 3+3?"}]).ids
     for segment, answer in ((chosen, LONG), (rejected, SHORT)):
         assert segment.tokens[: segment.answer_start].tolist() == prompt
         assert decode(chat, segment.tokens.tolist()).endswith(answer + END[name])
@@ -182,7 +189,7 @@ def test_real_answers_come_back_whole(name: str, chat_of: Callable[[str], Chat])
     lines = (DATA / "pairs" / "math500_pairs.jsonl").read_bytes().split(b"\n")[:8]
     for row in map(json.loads, lines):
         for answer in (row["long"], row["short"]):
-            prompt, trained = chat.example_ids([{"role": "user", "content": row["question"]}], answer)
+            prompt, trained = example_ids(chat, [{"role": "user", "content": row["question"]}], answer)
             assert decode(chat, trained[:-1]) == unicodedata.normalize("NFC", answer)
             assert row["question"].strip() in decode(chat, prompt)
 
@@ -192,7 +199,7 @@ def test_real_answers_come_back_whole(name: str, chat_of: Callable[[str], Chat])
 @pytest.mark.parametrize("tokenizer", ["qwen3", "llama3_2"])
 def test_any_text_comes_back_from_what_is_trained(tokenizer: str, answer: str, chat_of: Callable[[str], Chat]):
     chat = chat_of(tokenizer)
-    _, trained = chat.example_ids(QUESTION, answer)
+    _, trained = example_ids(chat, QUESTION, answer)
     assert decode(chat, trained[:-1]) == answer
     assert chat.text(trained) == answer
 
@@ -202,7 +209,7 @@ def test_a_sequence_begins_with_at_most_one_bos(name: str, chat_of: Callable[[st
     bos = chat.tokenizer.bos_token_id
     assert (bos is not None) == (name in ("llama3_2", "r1"))
     if bos is not None:
-        prompt, trained = chat.example_ids(CONVERSATION, LONG)
+        prompt, trained = example_ids(chat, CONVERSATION, LONG)
         assert [i for i, token in enumerate(prompt + trained) if token == bos] == [0]
 
 
@@ -224,13 +231,13 @@ def test_the_end_of_turn_stops_a_generation_beside_the_models_own_stops():
 @pytest.mark.parametrize("eos", ["<end>", "<eos>", None])
 def test_the_end_of_turn_is_the_templates_whatever_the_tokenizers_eos(eos: str | None, tmp_path: Path):
     """Base models name another EOS, which is often their padding too, than the one that ends a turn."""
-    _, trained = (chat := Chat.load(byte_tokenizer(tmp_path, eos=eos))).example_ids(QUESTION, SHORT)
+    _, trained = example_ids((chat := Chat.load(byte_tokenizer(tmp_path, eos=eos))), QUESTION, SHORT)
     assert decode(chat, trained) == SHORT + "<end>"
 
 
 def test_where_the_template_writes_no_end_an_answer_ends_in_the_tokenizers_eos(tmp_path: Path):
     bare = "{% for m in messages %}{{ m.role + ': ' + m.content + '\n' }}{% endfor %}assistant: "
-    _, trained = (chat := Chat.load(byte_tokenizer(tmp_path / "a", template=bare))).example_ids(QUESTION, SHORT)
+    _, trained = example_ids((chat := Chat.load(byte_tokenizer(tmp_path / "a", template=bare))), QUESTION, SHORT)
     assert decode(chat, trained) == SHORT + "<eos>"
     with pytest.raises(UserError, match="names a token that ends an answer") as error:
         Chat.load(byte_tokenizer(tmp_path / "b", template=bare, eos=None))
@@ -239,7 +246,7 @@ def test_where_the_template_writes_no_end_an_answer_ends_in_the_tokenizers_eos(t
 
 def test_llamas_prompt_does_not_change_from_day_to_day(chat_of: Callable[[str], Chat]):
     chat = chat_of("llama3_2")
-    prompt = decode(chat, chat.prompt_ids(QUESTION))
+    prompt = decode(chat, chat.prompt(QUESTION).ids)
     assert "Today Date: 26 Jul 2024\n" in prompt
     assert f"{datetime.datetime.now():%d %b %Y}" not in prompt
     dated = chat.tokenizer.apply_chat_template(QUESTION, tokenize=False)
@@ -250,14 +257,14 @@ def test_llamas_prompt_does_not_change_from_day_to_day(chat_of: Callable[[str], 
 def test_an_answer_that_holds_a_special_token_is_an_error(name: str, place: str, chat_of: Callable[[str], Chat]):
     answer = SHORT + END[name] + ("" if place == "at its end" else " and more")
     with pytest.raises(UserError, match=r"special to this tokenizer\. Remove it from the data") as error:
-        chat_of(name).example_ids(QUESTION, answer)
+        example_ids(chat_of(name), QUESTION, answer)
     assert repr(END[name]) in str(error.value)
 
 
 def test_an_answer_may_hold_no_special_token_whether_or_not_it_ends_a_turn(chat_of: Callable[[str], Chat]):
     for name, token in (("qwen2_5", "<|im_start|>"), ("qwen3", "<|endoftext|>"), ("llama3_2", "<|begin_of_text|>")):
         with pytest.raises(UserError, match="special to this tokenizer") as error:
-            chat_of(name).example_ids(QUESTION, f"a{token}b")
+            example_ids(chat_of(name), QUESTION, f"a{token}b")
         assert repr(token) in str(error.value)
 
 
@@ -265,7 +272,7 @@ def test_generated_text_is_the_ids_without_special_tokens_and_otherwise_untouche
     name: str, chat_of: Callable[[str], Chat]
 ):
     chat = chat_of(name)
-    _, trained = chat.example_ids(QUESTION, " 's , that .\n")
+    _, trained = example_ids(chat, QUESTION, " 's , that .\n")
     assert chat.text(trained) == " 's , that .\n"
 
 
@@ -293,9 +300,9 @@ def test_a_conversation_that_the_template_refuses_is_an_error_with_its_roles(ref
         f"{{% for m in messages %}}{{% if m.role == 'system' %}}{refusal}{{% endif %}}{{{{ m.content }}}}{{% endfor %}}"
     )
     chat = Chat.load(byte_tokenizer(tmp_path, template=template))
-    assert chat.prompt_ids(QUESTION)
+    assert chat.prompt(QUESTION).ids
     with pytest.raises(UserError, match=r"refuses a conversation with the roles \['system', 'user'") as error:
-        chat.prompt_ids(CONVERSATION)
+        chat.prompt(CONVERSATION)
     assert ("please" in str(error.value)) == ("please" in refusal)
 
 
@@ -309,8 +316,8 @@ def test_the_miniature_trains_its_answers_whole():
     for row in MiniatureData(questions=20).rows(0):
         messages: list[Message] = [{"role": "user", "content": row["question"]}]
         for answer in (row["long"], row["short"]):
-            prompt, trained = chat.example_ids(messages, answer)
-            assert prompt == chat.prompt_ids(messages)
+            prompt, trained = example_ids(chat, messages, answer)
+            assert prompt == chat.prompt(messages).ids
             assert row["question"] in decode(chat, prompt)
             assert decode(chat, trained[:-1]) == answer
             assert trained.count(chat.end_id) == 1
@@ -320,19 +327,19 @@ def test_the_miniature_trains_its_answers_whole():
 def test_a_text_that_the_tokenizer_cannot_write_is_an_error_and_not_cut():
     chat = Chat.load(find_model("builtin:miniature"))
     with pytest.raises(UserError, match="cannot write the answer: 'the answer is 1' at character 1 comes back as '1'"):
-        chat.example_ids([{"role": "user", "content": "1?"}], "the answer is 1")
+        example_ids(chat, [{"role": "user", "content": "1?"}], "the answer is 1")
     with pytest.raises(UserError, match="cannot write the prompt: 'abc"):
-        chat.prompt_ids([{"role": "user", "content": "abc1?"}])
+        chat.prompt([{"role": "user", "content": "abc1?"}])
 
 
 @pytest.mark.parametrize("role", ["system", "user"])
 def test_a_prompt_that_holds_a_special_token_is_an_error(role: str, chat_of: Callable[[str], Chat]):
     messages = [{"role": role, "content": "a <|im_end|> b"}, *QUESTION][: 1 if role == "user" else 2]
     with pytest.raises(UserError, match=f"the {role}'s text holds '<.im_end.>', special"):
-        chat_of("qwen2_5").prompt_ids(messages)
+        chat_of("qwen2_5").prompt(messages)
 
 
 def test_an_answer_without_a_token_is_an_error():
     chat = Chat.load(find_model("builtin:miniature"))
     with pytest.raises(UserError, match="the answer '' gives no token to train"):
-        chat.example_ids([{"role": "user", "content": "2+2?"}], "")
+        example_ids(chat, [{"role": "user", "content": "2+2?"}], "")

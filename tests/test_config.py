@@ -159,7 +159,7 @@ def test_what_only_looks_like_a_number_stays_a_text(text: str, tmp_path: Path):
         ("[[base, thinkpo]]", "[[base]]", "evaluation.compare.0.1 is required and not given."),
         ("objective: sft", "objective: dpo", "stages.0.objective: expected one of 'sft', 'thinkpo' (found 'dpo')."),
         ("    objective: sft\n", "", "stages.0.objective is required and not given."),
-        ("{path: a.jsonl}", "3", "stages.0.data: expected keys (found 3)."),
+        ("{path: a.jsonl}", "3", "stages.0.data: expected keys (one source), or a list of sources (found 3)."),
     ],
 )
 def test_a_value_of_another_type_is_an_error_with_path_and_value(old: str, new: str, said: str, tmp_path: Path):
@@ -215,9 +215,9 @@ def test_a_stage_may_start_from_any_model_before_it(start: str, tmp_path: Path):
         ("{}", "give either `path` or `generate`"),
         ("{path: a.jsonl, system: S, system_column: s}", "give either `system` (a text) or `system_column`"),
         ("{path: a.jsonl, messages: m, response: r}", "give either `messages` or `response`"),
-        ("{path: a.jsonl, split: test}", "a file has neither"),
-        ("{path: a.parquet, subset: main}", "a file has neither"),
-        ("{generate: {questions: 3}, split: test}", "a file has neither"),
+        ("{path: a.jsonl, split: test}", "a file has none"),
+        ("{path: a.parquet, subset: main}", "a file has none"),
+        ("{generate: {questions: 3}, split: test}", "a file has none"),
     ],
 )
 def test_a_data_key_that_would_have_no_effect_is_an_error(data: str, said: str, tmp_path: Path):
@@ -228,7 +228,7 @@ def test_a_data_key_that_would_have_no_effect_is_an_error(data: str, said: str, 
 
 def test_a_data_set_of_the_hub_has_a_split_and_a_subset(tmp_path: Path):
     config = load(tmp_path, edited("{path: a.jsonl}", "{path: owner/name, split: test, subset: main}"))
-    assert (config.stages[0].data.split, config.stages[0].data.subset) == ("test", "main")
+    assert (config.stages[0].data[0].split, config.stages[0].data[0].subset) == ("test", "main")
 
 
 # The file itself.
@@ -293,7 +293,7 @@ def test_set_reads_values_as_yaml_and_adds_sections_that_the_file_lacks(tmp_path
     config = load(tmp_path, TEXT, "mesh.fsdp=4", *length, "title=a=b", "stages.0.data={path: c.jsonl}")
     assert (config.mesh.fsdp, config.title) == (4, "a=b")
     assert (config.stages[1].steps, config.stages[1].epochs) == (2, None)
-    assert config.stages[0].data.path == "c.jsonl"
+    assert config.stages[0].data[0].path == "c.jsonl"
 
 
 def test_later_assignments_win_and_the_mapping_given_is_not_changed():

@@ -68,7 +68,7 @@ def test_paper_configs_carry_the_papers_figures(name: str):
     assert isinstance(stage, ThinkpoStage)
     optimizer = stage.optimizer
     assert (found.model.path, optimizer.learning_rate) == PAPER[name]
-    assert (stage.data.path, stage.batch.size, stage.beta) == ("VanWang/Bespoke_dpo_filter", 48, 0.01)
+    assert (stage.data[0].path, stage.batch.size, stage.beta) == ("VanWang/Bespoke_dpo_filter", 48, 0.01)
     assert (stage.epochs, stage.steps, stage.start) == (1, None, None)
     assert (optimizer.schedule, optimizer.warmup_ratio, optimizer.max_grad_norm) == ("cosine", 0.1, 1.0)
     assert optimizer.weight_decay == 0
@@ -118,8 +118,8 @@ def test_set_replaces_a_whole_data_section():
     sft, thinkpo = found.stages
     assert isinstance(sft, SftStage)
     assert isinstance(thinkpo, ThinkpoStage)
-    assert (sft.data.path, sft.data.prompt, sft.data.response) == ("pairs.jsonl", "question", "long")
-    assert (sft.data.messages, sft.data.system_column, sft.data.limit) == (None, None, None)
-    assert (thinkpo.data.chosen, thinkpo.data.rejected, thinkpo.data.limit) == ("long", "short", None)
+    assert (sft.data[0].path, sft.data[0].prompt, sft.data[0].response) == ("pairs.jsonl", "question", "long")
+    assert (sft.data[0].messages, sft.data[0].system_column, sft.data[0].limit) == (None, None, None)
+    assert (thinkpo.data[0].chosen, thinkpo.data[0].rejected, thinkpo.data[0].limit) == ("long", "short", None)
     assert found.evaluation is not None
     assert found.evaluation.benchmarks[0].path == "gsm8k_test.jsonl"

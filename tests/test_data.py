@@ -14,9 +14,12 @@ from hypothesis import strategies as st
 
 from thinkpo_jax.chat import Chat
 from thinkpo_jax.config import UserError
-from thinkpo_jax.data import DataConfig, Example, Examples, PairData, Segment, SftData, read_rows, tokenize
+from thinkpo_jax.data import Example, Examples, Segment, prepare
+from thinkpo_jax.forms import PairData, SftData
+from thinkpo_jax.rows import Source, read_rows
 
 LINE_SEPARATOR = "\u2028"
+EXPECTED = "expected a file (.jsonl, .jsonl.gz, .parquet), a folder or a Hub id (owner/name)"
 ROW = {"prompt": "2+2?", "response": "4", "chosen": "2+2=4;#4", "rejected": "#4"}
 
 
@@ -32,6 +35,11 @@ def write(path: Path, *rows: object) -> Path:
 def turns(*contents: str) -> list[dict[str, str]]:
     """User and assistant by turns."""
     return [{"role": ("user", "assistant")[i % 2], "content": content} for i, content in enumerate(contents)]
+
+
+def tokenize(config: SftData | PairData, chat: Chat, *, row_length: int, seed: int) -> Examples:
+    """The examples of one source."""
+    return prepare([config], chat, row_length=row_length, seed=seed)
 
 
 def error_of(config: SftData | PairData, chat: Chat) -> str:
@@ -52,7 +60,7 @@ def read(segment: Segment, chat: Chat) -> tuple[str, str]:
 
 
 def only(examples: Examples) -> Example:
-    (example,) = examples.examples
+    (example,) = examples
     return example
 
 
@@ -99,7 +107,7 @@ def test_a_file_without_rows_is_an_error_with_its_name(content: bytes, tmp_path:
 @pytest.mark.parametrize("name", ["absent.jsonl", "absent.parquet"])
 def test_a_missing_file_is_an_error_with_its_name(name: str, tmp_path: Path, chat: Chat):
     found = error_of(SftData(path=str(tmp_path / name)), chat)
-    assert found.startswith(f"{tmp_path / name}: there is no such file. Set `path` to a .jsonl or .parquet file")
+    assert found.startswith(f"{tmp_path / name}: there is no such file; {EXPECTED}.")
 
 
 @pytest.mark.parametrize("name", ["rows", "rows.jsonl", "rows.parquet"])
@@ -107,7 +115,8 @@ def test_a_folder_is_an_error_with_its_name(name: str, tmp_path: Path, chat: Cha
     (tmp_path / name).mkdir()
     found = error_of(SftData(path=str(tmp_path / name)), chat)
     assert found.startswith(f"{tmp_path / name}: ")
-    assert "found a folder." in found
+    assert ("found a folder" if "." in name else "found an empty folder") in found
+    assert EXPECTED in found
 
 
 def test_a_folder_is_not_taken_for_a_data_set_of_the_hub_of_that_name(
@@ -115,25 +124,24 @@ def test_a_folder_is_not_taken_for_a_data_set_of_the_hub_of_that_name(
 ):
     (tmp_path / "owner" / "name").mkdir(parents=True)
     monkeypatch.chdir(tmp_path)
-    assert error_of(SftData(path="owner/name"), chat).endswith("found a folder.")
+    assert error_of(SftData(path="owner/name"), chat) == f"owner/name: {EXPECTED}, found an empty folder."
+    (tmp_path / "owner" / "name" / "other.bin").write_bytes(b"1")
+    assert error_of(SftData(path="owner/name"), chat).startswith("owner/name: cannot be read as a data set: ")
 
 
 def test_a_file_of_another_kind_is_an_error_with_its_name(tmp_path: Path, chat: Chat):
     path = write(tmp_path / "rows.csv", ROW)
     found = error_of(SftData(path=str(path)), chat)
-    assert found == (
-        f"{path}: expected a .jsonl or .parquet file or a Hub id (owner/name), found another kind of file."
-    )
+    assert found == f"{path}: {EXPECTED}, found another kind of file."
     for absent in ("rows/absent.csv", "a/b/c", "../rows", str(tmp_path / "rows")):
-        expected = f"{absent}: expected a .jsonl or .parquet file or a Hub id (owner/name), found no such file."
-        assert error_of(SftData(path=absent), chat) == expected
+        assert error_of(SftData(path=absent), chat) == f"{absent}: {EXPECTED}, found no such file."
 
 
 def test_a_data_set_of_the_hub_that_cannot_be_had_is_an_error_with_its_name(chat: Chat):
     # Off line, as the tests are; a dot in the name does not make it a file.
     for name in ("owner/name", "owner/name-v1.5"):
         found = error_of(SftData(path=name), chat)
-        assert found.startswith(f"{name}: cannot be loaded as a data set: ")
+        assert found.startswith(f"{name}: cannot be read as a data set: ")
         assert "Without a network" in found
 
 
@@ -144,28 +152,21 @@ def test_a_line_ends_at_a_newline_and_at_nothing_else(tmp_path: Path, chat: Chat
     assert LINE_SEPARATOR.encode() in content  # as itself, not escaped
     path = write(tmp_path / "rows.jsonl", content)
     examples = tokenize(SftData(path=str(path)), chat, row_length=1000, seed=0)
-    assert [read(example[0], chat)[1] for example in examples.examples] == [f"{text}<end>" for text in texts]
+    assert [read(example[0], chat)[1] for example in examples] == [f"{text}<end>" for text in texts]
 
 
 def test_a_byte_order_mark_and_windows_line_ends_are_no_part_of_a_text(tmp_path: Path, chat: Chat):
     content = b"\xef\xbb\xbf" + line(ROW).replace(b"\n", b"\r\n") * 2
     examples = tokenize(SftData(path=str(write(tmp_path / "rows.jsonl", content))), chat, row_length=1000, seed=0)
-    assert [read(example[0], chat)[1] for example in examples.examples] == ["4<end>", "4<end>"]
+    assert [read(example[0], chat)[1] for example in examples] == ["4<end>", "4<end>"]
 
 
 def test_no_more_than_limit_rows_are_read(tmp_path: Path):
     path = write(tmp_path / "rows.jsonl", ROW, ROW, b"not JSON\n")
-    rows = list(read_rows(DataConfig(path=str(path), limit=2), seed=0))
+    rows = list(read_rows(Source(path=str(path), limit=2), seed=0))
     assert rows == [(f"{path}, line 1", ROW), (f"{path}, line 2", ROW)]
 
 
-@pytest.fixture
-def hub_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Data sets are converted into a cache below the user's home; here below tmp_path."""
-    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", str(tmp_path / "cache"))
-
-
-@pytest.mark.usefixtures("hub_cache")
 def test_parquet_gives_the_same_examples_as_jsonl(tmp_path: Path, chat: Chat):
     from datasets import Dataset
 
@@ -177,13 +178,10 @@ def test_parquet_gives_the_same_examples_as_jsonl(tmp_path: Path, chat: Chat):
             tokenize(SftData(path=str(tmp_path / f"rows.{kind}"), messages=messages), chat, row_length=1000, seed=0)
             for kind in ("parquet", "jsonl")
         )
-        assert one.rows == other.rows == 3
-        assert [read(example[0], chat) for example in one.examples] == [
-            read(example[0], chat) for example in other.examples
-        ]
+        assert one.reports[0].rows == other.reports[0].rows == 3
+        assert [read(example[0], chat) for example in one] == [read(example[0], chat) for example in other]
 
 
-@pytest.mark.usefixtures("hub_cache")
 def test_a_path_is_a_name_and_no_pattern(tmp_path: Path, chat: Chat):
     from datasets import Dataset
 
@@ -191,7 +189,7 @@ def test_a_path_is_a_name_and_no_pattern(tmp_path: Path, chat: Chat):
         Dataset.from_list([ROW] * count).to_parquet(tmp_path / name)
     for name, count in (("a*b.parquet", 2), ("a[1].parquet", 4)):
         found = tokenize(SftData(path=str(tmp_path / name)), chat, row_length=512, seed=0)
-        assert found.rows == count
+        assert found.reports[0].rows == count
 
 
 def test_a_key_given_twice_in_a_row_is_an_error(tmp_path: Path, chat: Chat):
@@ -200,7 +198,6 @@ def test_a_key_given_twice_in_a_row_is_an_error(tmp_path: Path, chat: Chat):
         tokenize(SftData(path=str(tmp_path / "rows.jsonl")), chat, row_length=512, seed=0)
 
 
-@pytest.mark.usefixtures("hub_cache")
 def test_a_bad_row_of_a_parquet_file_is_named_and_so_is_a_broken_file(tmp_path: Path, chat: Chat):
     from datasets import Dataset
 
@@ -341,17 +338,18 @@ def test_an_over_long_row_is_left_out_and_counted_or_stops_the_run(tmp_path: Pat
     rows = [{"prompt": "q", "response": "a" * count} for count in (1, 21, 20, 22)]
     path = write(tmp_path / "rows.jsonl", *rows)
     examples = tokenize(SftData(path=str(path)), chat, row_length=longest, seed=0)
-    assert (examples.rows, len(examples.examples)) == (4, 2)
-    assert examples.dropped == {f"longer than row_length {longest}": 2}
-    assert examples.lengths().tolist() == [longest - 19, longest]
+    assert (examples.reports[0].rows, len(examples)) == (4, 2)
+    assert examples.reports[0].dropped == {f"longer than row_length {longest}": 2}
+    assert examples.spans().sum(axis=(1, 2)).tolist() == [longest - 19, longest]
     with pytest.raises(UserError, match=rf"line 2: {longest + 1} tokens do not fit row_length {longest}\."):
         tokenize(SftData(path=str(path), over_length="raise"), chat, row_length=longest, seed=0)
 
 
-def test_a_source_of_which_no_row_is_left_is_an_error(tmp_path: Path, chat: Chat):
+def test_a_source_may_have_no_row_left(tmp_path: Path, chat: Chat):
     path = write(tmp_path / "rows.jsonl", ROW, ROW)
-    with pytest.raises(UserError, match=r"no row is left of 2; left out: \{'longer than row_length 3': 2\}"):
-        tokenize(SftData(path=str(path)), chat, row_length=3, seed=0)
+    found = tokenize(SftData(path=str(path)), chat, row_length=3, seed=0)
+    assert (len(found), list(found), found.spans().shape) == (0, [], (0, 1, 2))
+    assert str(found.reports[0]) == f"0 of 2 rows of {path}; 2 left out: longer than row_length 3"
 
 
 def test_the_length_of_one_answer_never_changes_the_other(tmp_path: Path, chat: Chat):
@@ -361,10 +359,10 @@ def test_the_length_of_one_answer_never_changes_the_other(tmp_path: Path, chat: 
     whole = sum(len(f"{ASKED}{row[side]}") + 1 for side in ("chosen", "rejected"))
     for row_length, kept in ((whole, 2), (whole - 1, 1)):
         examples = tokenize(PairData(path=str(path)), chat, row_length=row_length, seed=0)
-        assert len(examples.examples) == kept
-        assert sum(examples.dropped.values()) == 2 - kept
-        assert all(segment.answer_start < len(segment.tokens) for pair in examples.examples for segment in pair)
-    chosen, rejected = tokenize(PairData(path=str(path)), chat, row_length=whole, seed=0).examples[1]
+        assert len(examples) == kept
+        assert sum(examples.reports[0].dropped.values()) == 2 - kept
+        assert all(segment.answer_start < len(segment.tokens) for pair in examples for segment in pair)
+    chosen, rejected = tokenize(PairData(path=str(path)), chat, row_length=whole, seed=0)[1]
     assert read(chosen, chat) == (ASKED, row["chosen"] + "<end>")
     assert read(rejected, chat) == (ASKED, row["rejected"] + "<end>")
 
@@ -386,15 +384,13 @@ def test_every_row_is_kept_whole_and_in_order_or_counted(
         row for row in rows
         if len(row["chosen"] + row["rejected"]) + 2 * (overhead + len(row["prompt"]) - 1) <= room
     ]  # fmt: skip
-    if not fits:
-        with pytest.raises(UserError, match=f"no row is left of {len(rows)}"):
-            tokenize(PairData(path=str(path)), chat, row_length=room, seed=0)
-        return
     examples = tokenize(PairData(path=str(path)), chat, row_length=room, seed=0)
-    assert examples.rows == len(rows) == len(examples.examples) + sum(examples.dropped.values())
-    found = [tuple(read(segment, chat)[1] for segment in pair) for pair in examples.examples]
+    assert examples.reports[0].rows == len(rows) == len(examples) + sum(examples.reports[0].dropped.values())
+    found = [tuple(read(segment, chat)[1] for segment in pair) for pair in examples]
     assert found == [(row["chosen"] + "<end>", row["rejected"] + "<end>") for row in fits]
-    assert examples.lengths().tolist() == [sum(len(segment.tokens) for segment in pair) for pair in examples.examples]
+    assert examples.spans().sum(axis=(1, 2)).tolist() == [
+        sum(len(segment.tokens) for segment in pair) for pair in examples
+    ]
 
 
 # Real pairs.
@@ -407,16 +403,16 @@ def test_real_pairs_are_read_whole_in_both_roles():
     chat = Chat.load(DATA / "tokenizers" / "qwen2_5")
     config = PairData(path=str(path), prompt="question", chosen="long", rejected="short", limit=60)
     examples = tokenize(config, chat, row_length=4096, seed=0)
-    assert (len(rows), examples.rows) == (522, 60)
-    assert 0 < sum(examples.dropped.values()) < 30
-    assert len(examples.examples) + sum(examples.dropped.values()) == 60
+    assert (len(rows), examples.reports[0].rows) == (522, 60)
+    assert 0 < sum(examples.reports[0].dropped.values()) < 30
+    assert len(examples) + sum(examples.reports[0].dropped.values()) == 60
     answers = {(row["long"] + "<|im_end|>", row["short"] + "<|im_end|>") for row in rows[:60]}
-    for chosen, rejected in examples.examples:
+    for chosen, rejected in examples:
         (prompt, long), (same, short) = read(chosen, chat), read(rejected, chat)
         assert prompt == same
         assert (long, short) in answers
         assert len(chosen.tokens) + len(rejected.tokens) <= 4096
-    assert max(examples.lengths()) > 3000
+    assert max(examples.spans().sum(axis=(1, 2))) > 3000
 
 
 @needs_data
@@ -426,8 +422,8 @@ def test_real_questions_and_answers_train_the_answer_alone():
     config = SftData(path=str(path), prompt="question", response="answer", limit=50, over_length="raise")
     examples = tokenize(config, chat, row_length=1024, seed=0)
     rows = [json.loads(row) for row in path.read_bytes().split(b"\n")[:50]]
-    assert (examples.rows, len(examples.examples), dict(examples.dropped)) == (50, 50, {})
-    for row, (segment,) in zip(rows, examples.examples, strict=True):
+    assert (examples.reports[0].rows, len(examples), dict(examples.reports[0].dropped)) == (50, 50, {})
+    for row, (segment,) in zip(rows, examples, strict=True):
         prompt, trained = read(segment, chat)
         assert trained == row["answer"] + "<|im_end|>"
         assert row["question"] in prompt

@@ -11,21 +11,25 @@ FLOORS = (
     ("config", "losses", "rope"),
     ("log", "commands"),
     ("architecture", "folder", "sharding", "chat", "optimizer", "logprobs", "attention", "miniature", "answers"),
-    ("model", "data"),
-    ("convert", "packing", "sample", "benchmarks"),
+    ("model", "rows"),
+    ("convert", "sample", "forms", "benchmarks"),
+    ("data", "server", "curation"),
+    ("packing",),
     ("objectives", "scoring"),
     ("step", "reference"),
     ("checkpoint",),
     ("run", "report"),
-    ("evaluate", "export", "bench"),
+    ("evaluate", "export", "bench", "short_answers"),
+    ("check", "pairs"),
     ("train",),
 )
 FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
 FILES = sorted(path for path in PACKAGE.glob("*.py") if path.stem != "__init__")
 MAX_FILE, MAX_FUNCTION, MAX_PARAMETERS = 400, 60, 8
 # All lines of the package; raised where it is needed, with the reason. 4750: Qwen3, stretched RoPE, checks of a model
-# folder, streamed loading, the lock and the error messages of damaged runs.
-MAX_PACKAGE = 4750
+# folder, streamed loading, the lock and the error messages of damaged runs. 6400: more sources and forms of rows, prepared
+# tokens on disk, the look before training, building pairs, asking a server.
+MAX_PACKAGE = 6400
 
 
 def _imports(path: Path) -> set[str]:

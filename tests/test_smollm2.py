@@ -110,7 +110,7 @@ def test_greedy_answers_to_real_questions_are_those_of_transformers(smollm2: Pat
     from transformers import GenerationConfig
 
     chat = Chat.load(smollm2)
-    prompts = [chat.prompt_ids([{"role": "user", "content": question}]) for question in _questions(10)]
+    prompts = [chat.prompt([{"role": "user", "content": question}]).ids for question in _questions(10)]
     found = _greedy(smollm2, prompts, 64)
     reference: Any = torch_model(smollm2)
     reference.generation_config = GenerationConfig(
@@ -150,7 +150,7 @@ def test_a_server_answers_with_what_we_export_as_our_own_sampler_does(smollm2: P
     out = tmp_path / "exported"
     save_model(load_model(smollm2, small.FLOAT32, small.mesh()), out, like=smollm2, dtype="float32", stops=[2], card="")
     chat, messages = Chat.load(smollm2), [{"role": "user", "content": _questions(1)[0]}]
-    expected = _greedy(smollm2, [chat.prompt_ids([{"role": "user", "content": _questions(1)[0]}])], 32)[0]
+    expected = _greedy(smollm2, [chat.prompt([{"role": "user", "content": _questions(1)[0]}]).ids], 32)[0]
     with _server(out) as address:
         client = openai.OpenAI(base_url=f"{address}/v1", api_key="none", timeout=240)
         told = client.chat.completions.create(model=str(out), messages=messages, temperature=0, max_tokens=32)

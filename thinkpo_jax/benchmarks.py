@@ -11,8 +11,8 @@ import pydantic
 from thinkpo_jax.answers import boxed_answers, marked_answers
 from thinkpo_jax.chat import Message
 from thinkpo_jax.config import PathText, Section, UserError
-from thinkpo_jax.data import DataConfig, is_file, read_rows
 from thinkpo_jax.miniature import MiniatureData
+from thinkpo_jax.rows import Source, good_rows, is_file
 
 Checker = Callable[[Sequence[str], Sequence[str]], list[bool]]
 BOXED = "Return your final response within \\boxed{}. "
@@ -44,13 +44,16 @@ TABLE: dict[str, Benchmark] = {
     "miniature": Benchmark("question", _column("answer"), marked_answers),
     "gsm8k": Benchmark("question", _after_hashes, boxed_answers, BOXED, hub="openai/gsm8k", subset="main"),
     "math500": Benchmark("problem", _column("answer"), boxed_answers, BOXED, hub="HuggingFaceH4/MATH-500"),
+    "aime24": Benchmark(
+        "problem", _column("answer"), boxed_answers, BOXED, hub="HuggingFaceH4/aime_2024", split="train"
+    ),
 }
 
 
 class BenchmarkConfig(Section):
     """One benchmark to run: its row of the table, where its questions are (default: the Hub), and how many."""
 
-    name: Literal["miniature", "gsm8k", "math500"]
+    name: Literal["miniature", "gsm8k", "math500", "aime24"]
     path: PathText | None = None
     questions: int | None = pydantic.Field(default=None, ge=1, le=100_000)
     system: str | None = None
@@ -96,8 +99,8 @@ def questions(config: BenchmarkConfig, *, seed: int) -> list[Question]:
         where = hub if config.path is None else {"path": config.path}
         if config.path is not None and not is_file(config.path):
             where |= {"split": benchmark.split}
-        source = DataConfig.model_validate(where | {"limit": config.questions})
-        rows = read_rows(source, seed=seed)
+        source = Source.model_validate(where | {"limit": config.questions})
+        rows = good_rows(source, seed=seed)
     found: list[Question] = []
     taken: set[str] = set()
     system: list[Message] = [] if config.system is None else [{"role": "system", "content": config.system}]

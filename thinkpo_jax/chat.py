@@ -6,10 +6,11 @@ of DeepSeek-R1-Distill deletes the thinking of every finished answer). Where the
 answer that begins with it does not open its thinking a second time.
 """
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Any, NamedTuple, TypedDict
 
 from transformers import AutoTokenizer
 
@@ -21,6 +22,27 @@ _MARK = "ANSWER"
 _QUESTION = "QUESTION"
 TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json")
 _THINK = "<think>"
+EMPTY_THINKING = "<think>\n\n</think>\n\n"  # as Qwen3's template writes it
+# How thoughts open and close: R1's and Qwen3's, and Sky-T1's and Bespoke-Stratos', which mark the solution too.
+THOUGHTS = (("<think>", "</think>"), ("<|begin_of_thought|>", "<|end_of_thought|>"))
+SECTIONS = (*THOUGHTS, ("<|begin_of_solution|>", "<|end_of_solution|>"))
+
+
+class Prompt(NamedTuple):
+    """A rendered conversation, and its ids."""
+
+    text: str
+    ids: list[int]
+
+
+def left_open(answer: str, tags: Sequence[tuple[str, str]] = THOUGHTS) -> bool:
+    """Whether an answer opens something and does not close it. One that closes only is whole: its prompt opened."""
+    return any(answer.rfind(opening) > answer.rfind(closing) for opening, closing in tags)
+
+
+def thinks(answer: str) -> bool:
+    """Whether an answer holds a thought, or the end of one."""
+    return any(tag in answer for tags in THOUGHTS for tag in tags)
 
 
 class Message(TypedDict):
@@ -62,12 +84,11 @@ class Chat:
         special_ids = {token_id for token_id, token in tokenizer.added_tokens_decoder.items() if token.special}
         return cls(tokenizer, end_id, tuple(sorted({end_id, *stop_ids})), frozenset(special_ids | {end_id}))
 
-    def prompt_ids(self, messages: Sequence[Message]) -> list[int]:
-        """Ids of the rendered conversation up to where the assistant's answer begins. Raises `UserError` as below."""
-        return self._prompt(messages)[1]
+    def prompt(self, messages: Sequence[Message]) -> Prompt:
+        """The conversation as the template renders it, up to where the assistant's answer begins.
 
-    def _prompt(self, messages: Sequence[Message]) -> tuple[str, list[int]]:
-        """The rendered conversation and its ids."""
+        Raises `UserError` where a turn holds a special token as text, and where the text has no ids that give it back.
+        """
         tokens = self.tokenizer.convert_ids_to_tokens(sorted(self.special_ids))
         for message in messages:
             if found := [token for token in tokens if token in message["content"]]:
@@ -75,26 +96,44 @@ class Chat:
                     f"the {message['role']}'s text holds {', '.join(map(repr, found))}, special to this tokenizer: it "
                     "would end the turn, or begin one. Remove it from the data."
                 )
-        prompt = _render(self.tokenizer, messages, add_generation_prompt=True)
-        return prompt, _ids(self.tokenizer, prompt, "prompt")
+        rendered = _render(self.tokenizer, messages, add_generation_prompt=True)
+        return Prompt(rendered, _ids(self.tokenizer, rendered, "prompt"))
 
-    def example_ids(self, messages: Sequence[Message], answer: str) -> tuple[list[int], list[int]]:
-        """Ids of the prompt, which is read, and of the answer with its end token, which is trained.
+    def answer_ids(self, prompt: Prompt, answer: str) -> list[int]:
+        """Ids of an answer to a prompt with its end token: what is trained.
 
-        Raises `UserError` where a text has no ids that give it back, and where it holds a special token as text: a turn
-        would end, or begin, in its middle.
+        Raises `UserError` where the text has no ids that give it back, and where it holds a special token as text: the
+        turn would end in its middle.
         """
-        prompt, prompt_ids = self._prompt(messages)
-        answer_ids = _ids(self.tokenizer, _without_opening(answer, prompt), "answer")
-        if not answer_ids:
+        ids = _ids(self.tokenizer, _without_opening(answer, prompt.text), "answer")
+        if not ids:
             raise UserError(f"the answer {answer!r:.60} gives no token to train; remove the row from the data.")
-        if special := self.special_ids.intersection(answer_ids):
+        if special := self.special_ids.intersection(ids):
             found = ", ".join(repr(token) for token in self.tokenizer.convert_ids_to_tokens(sorted(special)))
             raise UserError(
                 f"the answer holds {found}, special to this tokenizer. Remove it from the data: the end token is added "
                 "by itself."
             )
-        return prompt_ids, [*answer_ids, self.end_id]
+        return [*ids, self.end_id]
+
+    def empty_thinking(self, prompt: Prompt) -> list[int]:
+        """Ids of a thinking block without content, as far as the prompt does not open it already: read, not trained."""
+        return _ids(self.tokenizer, _without_opening(EMPTY_THINKING, prompt.text), "empty thinking block")
+
+    def keeps_thinking(self) -> bool:
+        """Whether the template would keep the thinking of an answer that is handed to it as a message."""
+        answer = f"<think>\n{_MARK}\n</think>\n\n4"
+        messages: list[Message] = [{"role": "user", "content": _QUESTION}, {"role": "assistant", "content": answer}]
+        return _MARK in _render(self.tokenizer, messages, add_generation_prompt=False)
+
+    @functools.cached_property
+    def longest_token(self) -> int:
+        """Characters of the longest token: no text of n tokens has more than n times as many."""
+        return max(map(len, self.tokenizer.get_vocab()))
+
+    def lengths(self, texts: Sequence[str]) -> list[int]:
+        """How many tokens each text has, without any that a template adds."""
+        return [len(ids) for ids in self.tokenizer(list(texts), add_special_tokens=False)["input_ids"]] if texts else []
 
     def text(self, ids: Sequence[int]) -> str:
         """The text of generated ids, without special tokens."""

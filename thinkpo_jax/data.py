@@ -1,79 +1,38 @@
-"""What is in a batch, before it has a row? Rows of a file, a data set or a generator -> tokenised examples.
+"""What is trained on, before it has a row in a batch? Rows of sources -> tokenised examples, kept on disk by content.
 
 An example is a tuple of segments that stay together: one for SFT, two (chosen, rejected) for a preference pair.
 """
 
-import glob
+import functools
 import hashlib
+import importlib.metadata
+import io
 import itertools
 import json
-import re
+import operator
+import os
+import shutil
+import tempfile
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import BinaryIO, overload
 
 import numpy as np
-import pydantic
 
-from thinkpo_jax.chat import Chat, Message
-from thinkpo_jax.config import PathText, Section, UserError, nearest
-from thinkpo_jax.miniature import MiniatureData
+from thinkpo_jax.chat import Chat, Prompt, left_open, thinks
+from thinkpo_jax.config import UserError
+from thinkpo_jax.forms import Asked, Columns, Data, PairData, asked, detected
+from thinkpo_jax.log import Progress, warn
+from thinkpo_jax.rows import BadRow, Row, identity, read_rows
 
-HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
-FILE_SUFFIXES = (".json", ".csv", ".tsv", ".txt", ".gz", ".zst", ".arrow")  # other dots belong to a Hub id: owner/v1.5
-ROLES = {"human": "user", "gpt": "assistant", "user": "user", "assistant": "assistant", "system": "system"}
-
-
-def is_file(path: str) -> bool:
-    """Whether a `path` names a file, not a data set of the Hub."""
-    return path.endswith((".jsonl", ".parquet"))
-
-
-class DataConfig(Section):
-    """Where rows come from (`path`: a .jsonl or .parquet file or a Hub id; or `generate`), and which columns."""
-
-    path: PathText | None = None
-    split: str = "train"
-    subset: str | None = None
-    generate: MiniatureData | None = None
-    limit: int | None = pydantic.Field(default=None, ge=1)
-    prompt: str = "prompt"
-    system: str | None = None
-    system_column: str | None = None
-    prompt_suffix: str = ""
-    over_length: Literal["drop", "raise"] = "drop"
-
-    @pydantic.model_validator(mode="after")
-    def _one_source(self) -> "DataConfig":
-        if (self.path is None) == (self.generate is None):
-            raise ValueError("give either `path` or `generate`, one of the two")
-        if self.system is not None and self.system_column is not None:
-            raise ValueError("give either `system` (a text) or `system_column` (a column), not both")
-        if (self.path is None or is_file(self.path)) and (self.split != "train" or self.subset is not None):
-            raise ValueError("`split` and `subset` choose within a data set of the Hub; a file has neither")
-        return self
-
-
-class SftData(DataConfig):
-    """SFT: a prompt and a response, or one column of `messages` that ends with the assistant's turn."""
-
-    response: str = "response"
-    messages: str | None = None
-
-    @pydantic.model_validator(mode="after")
-    def _one_form(self) -> "SftData":
-        if self.messages is not None and self.response != "response":
-            raise ValueError("give either `messages` or `response`, not both")
-        return self
-
-
-class PairData(DataConfig):
-    """ThinkPO: texts in columns prompt, chosen, rejected; or chosen and rejected as message lists (prompt implied)."""
-
-    chosen: str = "chosen"
-    rejected: str = "rejected"
+FORMAT = 1  # of what is kept on disk; raised whenever the same rows give other ids, or the files another layout
+CHUNK = 256  # rows that are tokenised at a time
+TOKENS, SEGMENTS, REPORT = "tokens.int32", "segments.npy", "report.json"
+SHRINK = 4  # how many characters a tokenizer's normalisation may make of one
 
 
 @dataclass(frozen=True)
@@ -88,222 +47,314 @@ Example = tuple[Segment, ...]
 
 
 @dataclass(frozen=True)
-class Examples:
-    """Tokenised examples in the order of the source, with a count of what was left out and why."""
+class SourceReport:
+    """What became of the rows of a source: `rows` = `kept` + the sum of `dropped`, which counts by reason.
 
-    examples: tuple[Example, ...]
+    `bad` holds, for each reason of `dropped` that is a fault of the row, the message of the first one, and `fatal` the
+    first message for which the config says that the run stops. `cut` answers were cut to fit. `open_thinking` counts
+    kept rows whose (chosen) answer begins to think and does not end that.
+    """
+
+    name: str
     rows: int
-    dropped: Mapping[str, int]
+    kept: int
+    dropped: dict[str, int]
+    bad: dict[str, str]
+    fatal: str | None
+    cut: int
+    open_thinking: int
+
+    def __str__(self) -> str:
+        left_out = "".join(f"; {count} left out: {reason}" for reason, count in self.dropped.items())
+        cut = f"; {self.cut} answers cut" if self.cut else ""
+        return f"{self.kept} of {self.rows} rows of {self.name}{left_out}{cut}"
+
+
+@dataclass(frozen=True)
+class Part:
+    """The examples of one source: all ids in a row, and where the segments lie in them."""
+
+    tokens: np.ndarray  # int32 [total], perhaps on the disk
+    segments: np.ndarray  # int64 [examples, segments, 3]: start, start of the answer, end
+    report: SourceReport
+
+    def __getitem__(self, index: int) -> Example:
+        return tuple(
+            Segment(self.tokens[start:end], answer - start) for start, answer, end in self.segments[index].tolist()
+        )
+
+    @functools.cached_property
+    def digest(self) -> str:
+        """A digest of all ids and of where answers begin."""
+        found = hashlib.sha256(self.segments.tobytes())
+        found.update(self.tokens.data)
+        return found.hexdigest()[:16]
+
+
+class Examples(Sequence[Example]):
+    """The examples of a stage: those of each source in their order, each as often as the source's weight says."""
+
+    def __init__(self, parts: Sequence[Part], weights: Sequence[float], *, seed: int) -> None:
+        self.parts = tuple(parts)
+        chosen = [
+            np.stack([np.full(len(rows), number), rows], axis=-1)
+            for number, (part, weight) in enumerate(zip(parts, weights, strict=True))
+            for rows in [_weighted(len(part.segments), weight, seed=(seed, number))]
+        ]
+        self.places = np.concatenate(chosen)  # int64 [examples, 2]: part, example of it
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+    @overload
+    def __getitem__(self, index: int) -> Example: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Example]: ...
+    def __getitem__(self, index: int | slice) -> Example | list[Example]:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        part, row = self.places[index].tolist()
+        return self.parts[part][row]
+
+    @property
+    def reports(self) -> tuple[SourceReport, ...]:
+        """What became of the rows of each source."""
+        return tuple(part.report for part in self.parts)
 
     def digest(self) -> str:
         """A digest of all ids and answer spans: whether a resumed stage still reads the same data."""
-        found = hashlib.sha256()
-        for segment in itertools.chain.from_iterable(self.examples):
-            found.update(f"{len(segment.tokens)} {segment.answer_start} ".encode())
-            found.update(segment.tokens.tobytes())
-        return found.hexdigest()[:16]
+        parts = " ".join(part.digest for part in self.parts)
+        return hashlib.sha256(parts.encode() + self.places.tobytes()).hexdigest()[:16]
 
-    def lengths(self) -> np.ndarray:
-        """Tokens of each example, all its segments together; int64 [n]."""
-        return np.array([sum(len(segment.tokens) for segment in example) for example in self.examples])
-
-
-def read_rows(config: DataConfig, *, seed: int) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    """(place, row) for each row of the source, at most `limit`; the place is what an error names."""
-    empty = True
-    for found in itertools.islice(_all_rows(config, seed), config.limit):
-        empty = False
-        yield found
-    if empty:
-        raise UserError(f"{config.path or 'generate'}: there are no rows, expected at least one.")
+    def spans(self) -> np.ndarray:
+        """Tokens of the prompt and of the answer of each segment: int64 [examples, segments, 2]."""
+        found = [np.diff(part.segments, axis=-1) for part in self.parts]
+        starts = np.cumsum([0, *map(len, found)])[:-1]
+        return np.concatenate(found)[starts[self.places[:, 0]] + self.places[:, 1]]
 
 
-def _all_rows(config: DataConfig, seed: int) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    if config.generate is not None:
-        yield from ((f"generated question {i}", row) for i, row in enumerate(config.generate.rows(seed)))
-        return
-    path = Path(str(config.path)).expanduser()
-    if is_file(path.name) and not path.is_file():
-        found = "found a folder" if path.is_dir() else "there is no such file"
-        raise UserError(f"{path}: {found}. Set `path` to a .jsonl or .parquet file or a Hub id.")
-    if path.suffix == ".jsonl":
-        yield from _jsonl_rows(path)
-        return
-    try:
-        yield from ((f"{config.path}, row {i}", row) for i, row in enumerate(_dataset(config, path)))
-    except UnicodeDecodeError as error:
-        raise UserError(f"{config.path}: holds a text that is not valid UTF-8: {error}. Write it again.") from None
+def _weighted(count: int, weight: float, *, seed: tuple[int, int]) -> np.ndarray:
+    """Indices below `count`: all of them as often as the weight's whole part says, and a draw for the rest of it."""
+    whole, rest = divmod(weight, 1)
+    drawn = np.random.default_rng(seed).choice(count, round(rest * count), replace=False)
+    return np.concatenate([np.tile(np.arange(count), int(whole)), np.sort(drawn)]).astype(np.int64)
 
 
-def _jsonl_rows(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    try:
-        with path.open("rb") as file:  # bytes end a line at \n alone; a text may hold U+2028
-            for number, line in enumerate(file, 1):
-                if line.strip():
-                    yield f"{path}, line {number}", _json_object(line, f"{path}, line {number}")
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read: {error}") from None
+def prepare(
+    configs: Sequence[Data], chat: Chat, *, row_length: int, seed: int, title: str = "data", keep_going: bool = False
+) -> Examples:
+    """The tokenised examples of several sources; there may be none left.
 
-
-def _json_object(line: bytes, place: str) -> Mapping[str, Any]:
-    try:
-        row = json.loads(line.decode("utf-8-sig"), object_pairs_hook=_unique)
-    except UnicodeDecodeError as error:
-        raise UserError(f"{place}: not valid UTF-8: {error}. Convert the file to UTF-8.") from None
-    except json.JSONDecodeError as error:
-        raise UserError(
-            f"{place}: not valid JSON: {error.msg}, at character {error.pos + 1}. Expected one object per line."
-        ) from None
-    except (ValueError, RecursionError) as error:  # a number of thousands of digits, or thousands of brackets
-        raise UserError(f"{place}: cannot be read as JSON: {error}.") from None
-    if not isinstance(row, dict):
-        raise UserError(f"{place}: expected a JSON object, found {type(row).__name__}.")
-    return row
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        twice = sorted(key for key, count in Counter(key for key, _ in pairs).items() if count > 1)
-        raise ValueError(f"the key {twice[0]!r} is given twice")
-    return found
-
-
-def _dataset(config: DataConfig, path: Path) -> Any:
-    import datasets  # slow to import, and only this branch needs it
-    from datasets.exceptions import DatasetsError
-
-    parquet = path.suffix == ".parquet"
-    if not parquet and (path.exists() or path.suffix in FILE_SUFFIXES or not HUB_ID.fullmatch(str(config.path))):
-        found = "a folder" if path.is_dir() else "another kind of file" if path.exists() else "no such file"
-        raise UserError(f"{config.path}: expected a .jsonl or .parquet file or a Hub id (owner/name), found {found}.")
-    try:
-        if parquet:
-            return datasets.load_dataset("parquet", data_files=glob.escape(str(path)), split="train")
-        return datasets.load_dataset(str(config.path), config.subset, split=config.split)
-    except (OSError, ValueError, RuntimeError, DatasetsError) as error:
-        advice = "" if parquet else " Without a network, download it first and set `path` to the file."
-        reason = str(error.__cause__ or error).rstrip(".")  # the cause says what datasets' own error hides
-        raise UserError(f"{config.path}: cannot be loaded as a data set: {reason}.{advice}") from None
-
-
-def tokenize(config: SftData | PairData, chat: Chat, *, row_length: int, seed: int) -> Examples:
-    """All examples of the source as ids; those of more than `row_length` tokens are dropped and counted, or raise.
-
-    Raises `UserError` naming the row for a missing column, a value of another type or an empty text.
+    Raises `UserError` for a source that cannot be read, and with the place of the first row for which the config says
+    that the run stops; with `keep_going` such rows are only counted. What comes from files and data sets is kept below
+    `cache_folder()` by content, so that the same rows, tokenizer and settings are prepared once.
     """
-    examples: list[Example] = []
-    dropped: Counter[str] = Counter()
-    rows = 0
-    for place, row in read_rows(config, seed=seed):
-        rows += 1
-        example = tuple(_segment(*side, chat, place) for side in _sides(config, row, place))
-        length = sum(len(segment.tokens) for segment in example)
-        if length <= row_length:
-            examples.append(example)
-        elif config.over_length == "drop":
-            dropped[f"longer than row_length {row_length}"] += 1
-        else:
-            raise UserError(
-                f"{place}: {length} tokens do not fit row_length {row_length}. Raise it, or drop over-long rows."
-            )
-    if not examples:
-        raise UserError(
-            f"{config.path or 'generate'}: no row is left of {rows}; left out: {dict(dropped)}. Raise row_length."
+    parts: list[Part] = []
+    for config in configs:
+        work = _Work(config, chat, row_length, seed, title, keep_going)
+        part = _generated(work) if config.generate is not None else _kept_or_made(work)
+        if part.report.fatal is not None and not keep_going:
+            raise UserError(part.report.fatal)
+        parts.append(part)
+    return Examples(parts, [config.weight for config in configs], seed=seed)
+
+
+def cache_folder() -> Path:
+    """Where prepared tokens are kept: below XDG_CACHE_HOME, which is ~/.cache where it is not set."""
+    home = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    return Path(home).expanduser() / "thinkpo_jax" / "tokens"
+
+
+@dataclass(frozen=True)
+class _Work:
+    """The rows of one source, and what to make of them."""
+
+    config: Data
+    chat: Chat
+    row_length: int
+    seed: int
+    title: str
+    keep_going: bool
+
+    def key(self) -> str:
+        """A digest of everything that determines the prepared tokens and the report."""
+        tokenizer = self.chat.tokenizer
+        vocabulary = (
+            tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast else sorted(tokenizer.get_vocab().items())
         )
-    return Examples(tuple(examples), rows, dict(dropped))
+        found = {
+            "format": FORMAT,
+            "tokenizers": importlib.metadata.version("tokenizers"),
+            "tokenizer": hashlib.sha256(repr((vocabulary, tokenizer.chat_template)).encode()).hexdigest(),
+            "end": self.chat.end_id,
+            "special": sorted(self.chat.special_ids),
+            "rows": identity(self.config, seed=self.seed),
+            "config": self.config.model_dump(mode="json", exclude={"weight"}),
+            "row_length": self.row_length,
+        }
+        return hashlib.sha256(json.dumps(found, sort_keys=True).encode()).hexdigest()[:32]
 
 
-def _segment(messages: Sequence[Message], answer: str, chat: Chat, place: str) -> Segment:
+def _generated(work: _Work) -> Part:
+    buffer = io.BytesIO()
+    segments, report = _write(work, buffer)
+    return Part(np.frombuffer(buffer.getvalue(), np.int32), segments, report)
+
+
+def _kept_or_made(work: _Work) -> Part:
+    place = cache_folder() / work.key()
+    if (kept := _kept(place)) is not None:
+        return kept
     try:
-        prompt_ids, answer_ids = chat.example_ids(messages, answer)
-    except UserError as error:
-        raise UserError(f"{place}: {error}") from None
-    return Segment(np.array(prompt_ids + answer_ids, np.int32), len(prompt_ids))
+        place.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=place.parent, prefix=f".{place.name}.") as folder:
+            entry = Path(folder) / "entry"
+            entry.mkdir()
+            with (entry / TOKENS).open("wb") as file:
+                segments, report = _write(work, file)
+            np.save(entry / SEGMENTS, segments)
+            digest = Part(_mapped(entry / TOKENS), segments, report).digest
+            (entry / REPORT).write_text(json.dumps({"digest": digest, "report": asdict(report)}), encoding="utf-8")
+            shutil.rmtree(place, ignore_errors=True)
+            entry.rename(place)
+    except OSError as error:
+        problem = f"prepared tokens cannot be kept there: {error}"
+        raise UserError(f"{place.parent}: {problem}. Set XDG_CACHE_HOME to a folder with room.") from None
+    return Part(_mapped(place / TOKENS), segments, report)
 
 
-def _sides(config: SftData | PairData, row: Mapping[str, Any], place: str) -> list[tuple[list[Message], str]]:
-    """(conversation before the answer, answer) for each segment of the example."""
-    if isinstance(config, SftData):
-        return [_side(config, row, config.messages or config.response, place)]
-    sides = [_side(config, row, column, place) for column in (config.chosen, config.rejected)]
-    if sides[0][0] != sides[1][0]:
-        raise UserError(f"{place}: {config.chosen} and {config.rejected} do not answer the same prompt.")
-    if sides[0][1] == sides[1][1]:
-        raise UserError(f"{place}: {config.chosen} and {config.rejected} are the same text; a pair needs two answers.")
-    return sides
-
-
-def _side(config: DataConfig, row: Mapping[str, Any], column: str, place: str) -> tuple[list[Message], str]:
-    """A text, or a list of messages that ends with the answer; the prompt comes before it or from its own column."""
-    value, place_in_row = _field(row, column, place), f"{place}, {column}"
-    if isinstance(value, list) or (isinstance(config, SftData) and config.messages is not None):
-        *before, answer = _messages(value, place_in_row)
-        if answer["role"] != "assistant":
-            raise UserError(
-                f"{place_in_row}: the last turn is of the {answer['role']}, expected the assistant's answer."
-            )
-        prompt = _question(config, row, before, place, place_in_row) if before else _prompt(config, row, place)
-        return prompt, answer["content"]
-    return _prompt(config, row, place), _text(value, place_in_row)
-
-
-def _prompt(config: DataConfig, row: Mapping[str, Any], place: str) -> list[Message]:
-    value, place_in_row = _field(row, config.prompt, place), f"{place}, {config.prompt}"
-    if isinstance(value, list):
-        return _question(config, row, _messages(value, place_in_row), place, place_in_row)
-    return _question(config, row, [{"role": "user", "content": _text(value, place_in_row)}], place, place_in_row)
-
-
-def _question(
-    config: DataConfig, row: Mapping[str, Any], messages: list[Message], place: str, place_in_row: str
-) -> list[Message]:
-    """The conversation that asks: the row's, with the system text before it and the suffix after it."""
-    if messages[-1]["role"] != "user":
-        raise UserError(
-            f"{place_in_row}: the turn before the answer is of the {messages[-1]['role']}, expected a user."
-        )
-    asked: Message = {"role": "user", "content": messages[-1]["content"] + config.prompt_suffix}
-    text = config.system
-    if config.system_column is not None:
-        text = _text(_field(row, config.system_column, place), f"{place}, {config.system_column}")
-    if text is None:
-        return [*messages[:-1], asked]
-    if messages[0]["role"] == "system":
-        raise UserError(f"{place_in_row}: has a system turn already; leave out `system` and `system_column`.")
-    return [{"role": "system", "content": text}, *messages[:-1], asked]
-
-
-def _field(row: Mapping[str, Any], column: str, place: str) -> Any:
-    if column not in row:
-        raise UserError(f"{place}: no field {column!r}{nearest(column, list(row))}. The row has: {', '.join(row)}.")
-    return row[column]
-
-
-def _text(value: Any, place: str) -> str:
-    if not isinstance(value, str) or not value.strip():
-        shown = "an empty text" if isinstance(value, str) else "null" if value is None else type(value).__name__
-        raise UserError(f"{place}: expected a text, found {shown}.")
+def _kept(place: Path) -> Part | None:
+    """What was prepared before, once it is seen that it is whole."""
+    if not place.exists():
+        return None
     try:
-        value.encode()
-    except UnicodeEncodeError as error:
-        broken = f"{value[error.start]!r} at character {error.start + 1}"
-        raise UserError(f"{place}: not a text: {broken} is half of a character (a surrogate).") from None
-    return value
+        record = json.loads((place / REPORT).read_text(encoding="utf-8"))
+        segments = np.load(place / SEGMENTS, allow_pickle=False)
+        part = Part(_mapped(place / TOKENS), segments, SourceReport(**record["report"]))
+        if part.digest == record["digest"]:
+            return part
+    except (OSError, ValueError, KeyError, TypeError, EOFError):
+        pass
+    warn(f"{place}: damaged; the tokens are prepared again.")
+    return None
 
 
-def _messages(value: Any, place: str) -> list[Message]:
-    """A conversation in the form role/content or from/value (ShareGPT)."""
-    if not isinstance(value, list) or not value:
-        shown = "an empty list" if isinstance(value, list) else type(value).__name__
-        raise UserError(f"{place}: expected a list of messages, found {shown}.")
-    messages: list[Message] = []
-    for number, turn in enumerate(value, 1):
-        fields = turn if isinstance(turn, Mapping) else {}
-        role, content = fields.get("role", fields.get("from")), fields.get("content", fields.get("value"))
-        if not isinstance(role, str) or role not in ROLES:
-            raise UserError(
-                f"{place}, turn {number}: expected a role of {', '.join(sorted(ROLES))}, found {turn!r:.80}."
-            )
-        messages.append({"role": ROLES[role], "content": _text(content, f"{place}, turn {number}")})
-    return messages
+def _mapped(path: Path) -> np.ndarray:
+    """The ids of a file as an array that is read when it is used."""
+    return np.memmap(path, np.int32, mode="r") if path.stat().st_size else np.zeros(0, np.int32)
+
+
+def _write(work: _Work, file: BinaryIO) -> tuple[np.ndarray, SourceReport]:
+    """Tokenises all rows of a source, in their order; ids are written as they come. Segments as in `Part`."""
+    config = work.config
+    rows = read_rows(config, seed=work.seed)
+    form: Columns | None = None
+    spans: list[list[tuple[int, int, int]]] = []
+    dropped, bad, fatal = Counter[str](), dict[str, str](), None
+    read = end = cut = open_thinking = 0
+    with ThreadPoolExecutor(os.cpu_count()) as pool, closing(Progress(work.title, None, unit="row")) as progress:
+        while chunk := list(itertools.islice(rows, CHUNK)):
+            form = form or _form(config, chunk)
+            for found in pool.map(functools.partial(_example, work, form or config), chunk):
+                read += 1
+                if isinstance(found, BadRow):
+                    dropped[found.reason] += 1
+                    stops = config.over_length if isinstance(found, _TooLong) else config.on_bad_row
+                    if not isinstance(found, _TooLong) or stops == "raise":
+                        bad.setdefault(found.reason, str(found))
+                    if stops == "raise":
+                        if not work.keep_going:
+                            raise UserError(str(found))
+                        fatal = fatal or str(found)
+                    continue
+                spans.append([])
+                for segment in found.segments:
+                    file.write(segment.tokens.tobytes())
+                    spans[-1].append((end, end + segment.answer_start, end + len(segment.tokens)))
+                    end += len(segment.tokens)
+                cut += found.cut
+                open_thinking += found.open_thinking
+            progress.update(read, {"left out": str(dropped.total())} if dropped else None)
+    file.flush()
+    answers = 2 if isinstance(config, PairData) else 1
+    report = SourceReport(config.name, read, len(spans), dict(dropped), bad, fatal, cut, open_thinking)
+    return np.array(spans, np.int64).reshape(-1, answers, 3), report
+
+
+def _form(config: Data, rows: Iterable[tuple[str, Row | BadRow]]) -> Columns | None:
+    """The config with its columns, as the first row that tells has them."""
+    for place, row in rows:
+        if not isinstance(row, BadRow):
+            try:
+                return detected(config, row, place)
+            except BadRow:
+                continue
+    return None
+
+
+class _TooLong(BadRow):
+    """A row that does not fit `row_length`."""
+
+
+@dataclass(frozen=True)
+class _Tokenised:
+    segments: Example
+    cut: int
+    open_thinking: bool
+
+
+def _example(work: _Work, form: Columns, placed: tuple[str, Row | BadRow]) -> _Tokenised | BadRow:
+    """The segments of a row, or why there are none."""
+    place, row = placed
+    if isinstance(row, BadRow):
+        return row
+    try:
+        found = asked(detected(form, row, place), row, place)
+        characters = sum(map(len, found.answers))
+        if work.config.over_length != "cut" and characters > SHRINK * work.row_length * work.chat.longest_token:
+            raise _too_long(work, place, f"{characters} characters")
+        prompts, answers = _ids(work, form, found)
+    except BadRow as error:
+        return error
+    except UserError as error:  # of the tokenizer or its template
+        return BadRow("no ids", f"{place}: {error}")
+    kept = _fit([len(ids) for ids in prompts], [len(ids) for ids in answers], work.row_length)
+    whole = [len(ids) for ids in answers]
+    if kept is None or (kept != whole and work.config.over_length != "cut"):
+        return _too_long(work, place, f"{sum(map(len, prompts)) + sum(whole)} tokens")
+    segments = tuple(
+        Segment(np.array(prompt + ids[:length], np.int32), len(prompt))
+        for prompt, ids, length in zip(prompts, answers, kept, strict=True)
+    )
+    if len(answers) == 2 and answers[0][: kept[0]] == answers[1][: kept[1]]:
+        return BadRow("identical answers", f"{place}: the two answers have the same tokens; a pair needs two answers.")
+    first = found.answers[0] if kept[0] == whole[0] else work.chat.text(answers[0][: kept[0]])
+    return _Tokenised(segments, sum(map(operator.ne, kept, whole)), left_open(first))
+
+
+def _too_long(work: _Work, place: str, found: str) -> _TooLong:
+    limit = f"row_length {work.row_length}"
+    return _TooLong(f"longer than {limit}", f"{place}: {found} do not fit {limit}. Raise it, or drop over-long rows.")
+
+
+def _ids(work: _Work, form: Columns, found: Asked) -> tuple[list[list[int]], list[list[int]]]:
+    """For each answer the ids that are read before it, and its own with the end token."""
+    prompt: Prompt = work.chat.prompt(found.messages)
+    prompts = [prompt.ids] * len(found.answers)
+    answers = [work.chat.answer_ids(prompt, answer) for answer in found.answers]
+    if isinstance(form, PairData) and form.rejected_thinking == "empty_block" and not thinks(found.answers[1]):
+        prompts[1] = prompt.ids + work.chat.empty_thinking(prompt)
+    return prompts, answers
+
+
+def _fit(prompts: Sequence[int], answers: Sequence[int], row_length: int) -> list[int] | None:
+    """How many tokens of each answer fit a row beside the prompts, the longer answer cut first; None: not one of each.
+
+    Answers that fit stay whole; otherwise all are cut to the same length, as far as they are longer.
+    """
+    room = row_length - sum(prompts)
+    left = sorted(answers)
+    while left and left[0] * len(left) <= room:
+        room -= left.pop(0)
+    longest = room // len(left) if left else max(answers)
+    return [min(length, longest) for length in answers] if longest > 0 else None

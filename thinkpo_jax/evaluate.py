@@ -14,6 +14,7 @@ from typing import Any
 import jax
 
 from thinkpo_jax.benchmarks import TABLE, Question, digest, questions
+from thinkpo_jax.chat import Chat
 from thinkpo_jax.commands import config_arguments, program
 from thinkpo_jax.config import UserError
 from thinkpo_jax.folder import ModelConfig
@@ -24,6 +25,7 @@ from thinkpo_jax.run import (
     BASE,
     EvaluationConfig,
     Run,
+    RunConfig,
     load_config,
     open_run,
     read_record,
@@ -36,12 +38,12 @@ Results = dict[str, dict[str, list[Item]]]
 Asked = Mapping[str, Sequence[Question]]
 
 
-def read_questions(run: Run) -> Asked:
+def read_questions(config: RunConfig, chat: Chat) -> Asked:
     """The questions of every benchmark of a run, each rendered once to see that it can be. Raises `UserError`."""
-    benchmarks = run.config.evaluation.benchmarks if run.config.evaluation else ()
-    asked = {benchmark.name: questions(benchmark, seed=run.config.seed) for benchmark in benchmarks}
+    benchmarks = config.evaluation.benchmarks if config.evaluation else ()
+    asked = {benchmark.name: questions(benchmark, seed=config.seed) for benchmark in benchmarks}
     for question in itertools.chain.from_iterable(asked.values()):
-        run.chat.prompt_ids(question.messages)
+        chat.prompt(question.messages)
     return asked
 
 
@@ -106,7 +108,7 @@ def ask(run: Run, model: Transformer, asked: Sequence[Question], *, benchmark: s
     assert run.config.evaluation is not None
     sampling = run.config.evaluation.sampling
     count = sampling.samples
-    prompts = [run.chat.prompt_ids(question.messages) for question in asked for _ in range(count)]
+    prompts = [run.chat.prompt(question.messages).ids for question in asked for _ in range(count)]
     progress = Progress(f"{name} on {benchmark}", len(prompts), unit="answer")
     generations = generate(
         model,
@@ -241,7 +243,7 @@ def main(arguments: Sequence[str]) -> None:
             update={"model": model, "stages": (), "evaluation": evaluation, "run_dir": parsed.out}
         )
     run = open_run(config)
-    asked = read_questions(run)
+    asked = read_questions(run.config, run.chat)
     for stage in config.stages:
         run.finished(stage.name)  # raises where the folder holds a stage with other settings
     with run.writing(), jax.set_mesh(run.mesh):

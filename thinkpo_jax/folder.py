@@ -61,8 +61,11 @@ class Tensor:
                 left -= count
 
 
-def find_model(path: str) -> Path:
-    """The folder of a model: `builtin:NAME`, a local folder, or a Hub id (downloaded or from the cache)."""
+def find_model(path: str, *, weights: bool = True) -> Path:
+    """The folder of a model: `builtin:NAME`, a local folder, or a Hub id (downloaded or from the cache).
+
+    Without `weights` no more of a Hub id is downloaded than its shape and tokenizer.
+    """
     if path.startswith(BUILTIN):
         builtins = {f"{BUILTIN}{file.parent.name}": file.parent for file in MODELS.glob("*/config.json")}
         if path not in builtins:
@@ -76,7 +79,8 @@ def find_model(path: str) -> Path:
             f"model.path: {path}: there is no such folder. Give a Hugging Face folder or a Hub id (owner/name)."
         )
     try:
-        return Path(huggingface_hub.snapshot_download(path, allow_patterns=list(MODEL_FILES)))
+        files = [name for name in MODEL_FILES if weights or not name.endswith(".safetensors")]
+        return Path(huggingface_hub.snapshot_download(path, allow_patterns=files))
     except (OSError, ValueError, huggingface_hub.errors.HfHubHTTPError) as error:
         raise UserError(
             f"model.path: {path} is neither a local folder nor available from the Hub: {error} Check the name; "

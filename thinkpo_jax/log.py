@@ -58,9 +58,12 @@ def read_metrics(path: Path) -> list[dict[str, float]]:
 
 
 class Progress:
-    """A bar on a terminal; in a pipe or a file a plain line every few seconds, and at the end."""
+    """A bar on a terminal; in a pipe or a file a plain line every few seconds, and at the end.
 
-    def __init__(self, title: str, total: int, *, done: int = 0, unit: str = "step") -> None:
+    `total` is None where it is not known.
+    """
+
+    def __init__(self, title: str, total: int | None, *, done: int = 0, unit: str = "step") -> None:
         self._bar = None
         self._title, self._total, self._unit = title, total, unit
         self._first, self._start, self._said = done, time.monotonic(), time.monotonic()
@@ -78,9 +81,11 @@ class Progress:
         if now - self._said >= PLAIN_LINE_SECONDS or done == self._total:
             self._said = now
             rate = (done - self._first) / max(now - self._start, 1e-9)
-            left = (self._total - done) / rate if rate > 0 else float("inf")
             values = ", ".join(f"{name} {value}" for name, value in shown.items())
-            line = f"{self._title}: {self._unit} {done}/{self._total}, {left:.0f} s left"
+            line = f"{self._title}: {self._unit} {done}"
+            if self._total is not None:
+                left = (self._total - done) / rate if rate > 0 else float("inf")
+                line += f"/{self._total}, {left:.0f} s left"
             print(line + (f", {values}" if values else ""), file=sys.stderr, flush=True)
 
     def close(self) -> None:

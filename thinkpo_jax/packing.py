@@ -140,6 +140,14 @@ class Batches:
         updates = len(self.epochs[0])
         return float(self.lengths.sum() / (updates * self.micro_batches * self.rows * self.config.row_length))
 
+    def describe(self) -> str:
+        """How the examples are laid out, in words."""
+        per_update = len(self.examples) / self.steps_per_epoch
+        return (
+            f"{len(self)} updates of {per_update:.4g} examples on average; {self.micro_batches} micro-batch(es) of "
+            f"{self.rows} rows x {self.config.row_length} tokens, {self.efficiency():.1%} of them useful"
+        )
+
     def _fill(self, update: list[list[int]]) -> HostBatch:
         rows, length = self.micro_batches * self.rows, self.config.row_length
         batch = Batch(

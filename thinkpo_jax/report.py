@@ -81,15 +81,17 @@ def write_report(run_dir: Path, contents: ReportContents) -> None:
     """
     scores, compared = _score(contents.results), _compare(contents)
     figures = _figures(run_dir, contents, scores)
-    plots = run_dir / "plots"
-    plots.mkdir(parents=True, exist_ok=True)
     for name, figure in figures.items():
-        png = BytesIO()
-        figure.savefig(png, format="png", dpi=130)
-        write_whole(plots / f"{name}.png", png.getvalue())
+        write_whole(run_dir / "plots" / f"{name}.png", png(figure))
     write_whole(run_dir / "report.md", _markdown(contents, scores, compared, list(figures)).encode())
     tree = json.dumps(_without_nan(_json_tree(contents, scores, compared)), indent=2, allow_nan=False)
     write_whole(run_dir / "report.json", f"{tree}\n".encode())
+
+
+def png(figure: Figure) -> bytes:
+    """A figure as a picture file."""
+    figure.savefig(buffer := BytesIO(), format="png", dpi=130)
+    return buffer.getvalue()
 
 
 def terminal_summary(contents: ReportContents) -> str:
@@ -341,6 +343,20 @@ def _length_figure(results: Results, scores: Scores, colours: Mapping[str, str])
                 ax.axvline(score.mean_response_tokens, color="black", linestyle="--", linewidth=1.3)
             ax.set_xscale(scale)
         column[-1].set_xlabel(f"response length (tokens{', log scale' if scale == 'log' else ''})")
+    return figure
+
+
+def pair_lengths_figure(chosen: NDArray[np.int64], rejected: NDArray[np.int64]) -> Figure:
+    """Histograms of the tokens of chosen and rejected answers, and of their differences."""
+    figure, (left, right) = _grid(2, f"Answer lengths of {len(chosen):,} pairs")
+    _label(left, f"medians {np.median(chosen):,.0f} and {np.median(rejected):,.0f}", "tokens (log scale)", "pairs")
+    bins = np.geomspace(max(1, min(chosen.min(), rejected.min())), max(chosen.max(), rejected.max()) + 1, 41).tolist()
+    colours, names = (_CHOSEN, _REJECTED), ("chosen", "rejected")
+    left.hist([chosen, rejected], bins, color=colours, label=names, histtype="stepfilled", alpha=0.6)
+    left.set_xscale("log")
+    _legend(left)
+    _label(right, f"chosen - rejected: median {np.median(chosen - rejected):,.0f}", "tokens", "pairs")
+    right.hist(chosen - rejected, 41, color=_MARGIN)
     return figure
 
 

@@ -5,10 +5,10 @@ import importlib.metadata
 import json
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 import filelock
 import jax
@@ -33,8 +33,8 @@ from thinkpo_jax.config import (
     together,
 )
 from thinkpo_jax.convert import abstract_model, check_weights, load_model, random_model
-from thinkpo_jax.data import PairData, SftData
 from thinkpo_jax.folder import ModelConfig, find_model, fingerprint, stop_ids
+from thinkpo_jax.forms import PairData, SftData
 from thinkpo_jax.log import read_metrics, warn, write_whole
 from thinkpo_jax.model import ComputeConfig, Transformer
 from thinkpo_jax.optimizer import OptimizerConfig
@@ -45,6 +45,19 @@ from thinkpo_jax.sharding import MeshConfig, make_mesh, shardings
 STAGE_RECORD = "stage.json"
 BASE = "base"  # the name of the start model among the models of a run
 RESERVED = (BASE, "evaluation", "plots", "config.yaml", "report.md", "report.json")
+
+
+DataT = TypeVar("DataT")
+
+
+def _listed(value: Any) -> Any:
+    if not isinstance(value, Mapping | tuple | Section):
+        raise ValueError("expected keys (one source), or a list of sources")
+    return value if isinstance(value, tuple) else (value,)
+
+
+# One source, or a list of them.
+Sources = Annotated[tuple[DataT, ...], pydantic.BeforeValidator(_listed), pydantic.Field(min_length=1)]
 
 
 class _Stage(Section):
@@ -69,14 +82,14 @@ class SftStage(_Stage):
     """Supervised fine-tuning on answers."""
 
     objective: Literal["sft"]
-    data: SftData
+    data: Sources[SftData]
 
 
 class ThinkpoStage(_Stage):
     """ThinkPO on (long, short) pairs against the model that the stage starts from."""
 
     objective: Literal["thinkpo"]
-    data: PairData
+    data: Sources[PairData]
     beta: float = pydantic.Field(default=0.01, gt=0)
 
 
@@ -317,11 +330,16 @@ def open_run(config: RunConfig) -> Run:
     folder = find_model(config.model.path)
     arch, chat = check_folder(folder, weights=config.model.weights == "pretrained")
     shardings(abstract_model(arch, config.compute), mesh)
+    warn_of_lengths(config, arch)
+    return Run(config, Path(config.run_dir).expanduser(), folder, chat, mesh)
+
+
+def warn_of_lengths(config: RunConfig, arch: Architecture) -> None:
+    """Says which rows are longer than what the model was made for."""
     for stage in config.stages:
         if stage.batch.row_length > arch.max_positions:
             name = f"stages.{stage.name}.batch.row_length"
             warn(f"{name} is {stage.batch.row_length}, the model was made for up to {arch.max_positions} tokens.")
-    return Run(config, Path(config.run_dir).expanduser(), folder, chat, mesh)
 
 
 def check_folder(folder: Path, *, weights: bool) -> tuple[Architecture, Chat]:

@@ -14,11 +14,12 @@ from typing import Any
 import jax
 import numpy as np
 
+from thinkpo_jax.check import check_run
 from thinkpo_jax.checkpoint import Checkpoints
 from thinkpo_jax.commands import config_arguments, program, stop_requests
 from thinkpo_jax.config import RunError, UserError
 from thinkpo_jax.convert import save_model
-from thinkpo_jax.data import Examples, tokenize
+from thinkpo_jax.data import Examples, prepare
 from thinkpo_jax.evaluate import evaluate_run, read_questions
 from thinkpo_jax.log import MetricsFile, Progress, read_metrics, say, write_whole
 from thinkpo_jax.model import Transformer
@@ -46,7 +47,7 @@ def run_all(config: RunConfig) -> Run:
     stages = [stage for stage in config.stages if not run.finished(stage.name)]
     # All that is read, before anything is written: what is wrong with the last stage shows before the first one trains.
     examples = {stage.name: read_examples(run, stage) for stage in stages}
-    asked = read_questions(run)
+    asked = read_questions(config, run.chat)
     with run.writing(), jax.set_mesh(run.mesh):
         for stage in stages:
             if not run.finished(stage.name):  # asked again: another process may have written before this one could
@@ -59,12 +60,16 @@ def run_all(config: RunConfig) -> Run:
 def read_examples(run: Run, stage: Stage) -> Examples:
     """The tokenised examples of a stage; says what was left out. Raises `UserError`."""
     try:
-        found = tokenize(stage.data, run.chat, row_length=stage.batch.row_length, seed=run.config.seed)
+        found = prepare(
+            stage.data, run.chat, row_length=stage.batch.row_length, seed=run.config.seed, title=f"{stage.name} data"
+        )
     except UserError as error:
         raise UserError(f"stage {stage.name}: {error}") from None
+    for report in found.reports:
+        say(f"{stage.name}: {report}")
+    if not len(found):
+        raise UserError(f"stage {stage.name}: no example is left. Raise batch.row_length, or mend the data.")
     check_data(run, stage, found)
-    left_out = "".join(f"; {count} left out: {reason}" for reason, count in found.dropped.items())
-    say(f"{stage.name}: {len(found.examples)} of {found.rows} examples{left_out}")
     return found
 
 
@@ -83,14 +88,14 @@ def train_stage(run: Run, stage: Stage, examples: Examples) -> None:
     folder, start = run.folder / stage.name, run.start_of(stage)
     shards = data_shards(run.mesh)
     batches = Batches(
-        examples.examples,
+        examples,
         stage.batch,
         seed=run.config.seed,
         shards=shards,
         steps=stage.steps,
         epochs=stage.epochs or 1.0,
     )
-    say(f"{stage.name}: {describe(batches)}, from {start}")
+    say(f"{stage.name}: {batches.describe()}, from {start}")
     write_record(run, stage, examples, None)
     model = run.load(start)
     objective = sft
@@ -131,15 +136,6 @@ def train_stage(run: Run, stage: Stage, examples: Examples) -> None:
             if stop:
                 break
     finish_stage(run, stage, state, batches, examples)
-
-
-def describe(batches: Batches) -> str:
-    """How the examples of a stage are laid out, in words."""
-    per_update = len(batches.examples) / batches.steps_per_epoch
-    return (
-        f"{len(batches)} updates of {per_update:.4g} examples on average; {batches.micro_batches} micro-batch(es) of "
-        f"{batches.rows} rows x {batches.config.row_length} tokens, {batches.efficiency():.0%} of them useful"
-    )
 
 
 def stage_reference(run: Run, stage: Stage, batches: Batches, model: Transformer) -> np.ndarray:
@@ -191,8 +187,7 @@ def finish_stage(run: Run, stage: Stage, state: TrainState, batches: Batches, ex
     """Exports the stage's end and marks the stage as finished."""
     folder = run.folder / stage.name
     lines = read_metrics(folder / "metrics.jsonl")
-    notes = [f"{len(examples.examples)} examples", describe(batches)]
-    notes += [f"{count} examples left out: {reason}" for reason, count in examples.dropped.items()]
+    notes = [*map(str, examples.reports), f"{len(examples)} examples", batches.describe()]
     card = model_card(run, stage.name, step=len(batches), notes=notes)
     stops = run.chat.stop_ids
     save_model(state.model, folder / "model", like=run.start_folder, dtype="float32", stops=stops, card=card)
@@ -214,8 +209,10 @@ def main(arguments: Sequence[str]) -> None:
         epilog="example: python -m thinkpo_jax.train --config configs/quickstart.yaml --set seed=1 run_dir=runs/seed1",
     )
     config_arguments(parser)
+    parser.add_argument("--check", action="store_true", help="only read, count and show the data; touches no device")
     parsed = parser.parse_args(arguments)
-    run_all(load_config(parsed.config, parsed.assignments))
+    config = load_config(parsed.config, parsed.assignments)
+    check_run(config) if parsed.check else run_all(config)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,254 @@
+"""How do preference pairs come to be? A long and a short answer to each question, filtered, selected and counted.
+
+Example: python -m thinkpo_jax.pairs --config configs/pairs.yaml
+"""
+
+import argparse
+import io
+import json
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import pydantic
+import yaml
+
+from thinkpo_jax.benchmarks import TABLE, BenchmarkConfig, questions
+from thinkpo_jax.chat import Chat, Message
+from thinkpo_jax.commands import config_arguments, program
+from thinkpo_jax.config import PathText, RunError, Section, override, parse, read_yaml
+from thinkpo_jax.curation import (
+    Candidate,
+    Control,
+    FilterConfig,
+    Pair,
+    SelectConfig,
+    apply_control,
+    contaminated,
+    filter_pairs,
+    select,
+)  # fmt: skip
+from thinkpo_jax.folder import find_model
+from thinkpo_jax.forms import Answered, field, text
+from thinkpo_jax.log import say, write_whole
+from thinkpo_jax.report import pair_lengths_figure, png
+from thinkpo_jax.rows import BadRow, Row
+from thinkpo_jax.short_answers import ShortAnswer, ShortAnswers, read_answered, short_answers
+
+PAIRS, CARD, PLOT, HITS = "pairs.parquet", "README.md", "lengths.png", "contaminated.jsonl"
+
+
+class LongAnswers(Answered):
+    """The rows with the long answers; `reference`: the column of the right answer, where there is one."""
+
+    reference: str | None = None
+
+
+class DecontaminationConfig(Section):
+    """Which evaluation questions may not be trained on; `ngram`: tokens in a row that make two questions one."""
+
+    against: tuple[BenchmarkConfig, ...] = ()
+    ngram: int = pydantic.Field(default=13, ge=4)
+
+
+class PairsConfig(Section):
+    """How pairs are built. `tokenizer`, a model's folder or Hub id, counts tokens; `out` is the folder they go to."""
+
+    out: PathText
+    title: str = "ThinkPO pairs"
+    seed: int = pydantic.Field(default=0, ge=0, lt=2**31)
+    tokenizer: PathText
+    long: LongAnswers
+    short: Annotated[ShortAnswers, pydantic.Field(discriminator="by")]
+    filters: FilterConfig = FilterConfig()
+    control: Control = "none"
+    select: SelectConfig = SelectConfig()
+    decontaminate: DecontaminationConfig = DecontaminationConfig()
+
+
+@dataclass(frozen=True)
+class _Long:
+    """A row with a long answer."""
+
+    place: str
+    prompt: tuple[Message, ...]
+    question: str
+    answer: str
+    reference: str | None
+
+
+def build_pairs(config: PairsConfig) -> list[Pair]:
+    """Builds the pairs and writes them, with a data card, a histogram and a list of what is contaminated.
+
+    Raises `UserError` for bad input, and `RunError` where no pair is left.
+    """
+    chat = Chat.load(find_model(config.tokenizer, weights=False))
+    held_out = {
+        benchmark.name: [_bare(question.messages, benchmark) for question in questions(benchmark, seed=config.seed)]
+        for benchmark in config.decontaminate.against
+    }
+    rows: Counter[str] = Counter()  # what became of the rows with long answers
+    longs = _read_long(config, rows)
+    folder = Path(config.out).expanduser()
+    folder.mkdir(parents=True, exist_ok=True)
+    longs = _decontaminated(config, longs, held_out, folder, rows)
+    shorts = short_answers(config.short, [long.question for long in longs], folder, seed=config.seed)
+    rows["no short answer to the question"] = sum(not found for found in shorts)
+    counts: Counter[str] = Counter()  # ... and of the candidates: each long answer with each short one
+    pairs, left_out = filter_pairs(_candidates(chat, longs, shorts, counts), config.filters, seed=config.seed)
+    counts.update(left_out)
+    steps: list[Callable[[list[Pair]], tuple[list[Pair], dict[str, int]]]] = [
+        lambda found: apply_control(found, config.control),
+        lambda found: select(found, config.select, seed=config.seed),
+    ]
+    for step in reversed(steps) if config.control == "swapped" else steps:  # selected by the gap before the exchange
+        pairs, left_out = step(pairs)
+        counts.update(left_out)
+    tables = {"Rows with a long answer": rows, "Candidates, a long and a short answer": counts}
+    if not pairs:
+        raise RunError(f"no pair is left. {_summary(tables)}. Loosen `filters`, or mend the data.")
+    write_whole(folder / PAIRS, _parquet(pairs))
+    lengths = np.array([(pair.chosen_tokens, pair.rejected_tokens) for pair in pairs])
+    write_whole(folder / PLOT, png(pair_lengths_figure(lengths[:, 0], lengths[:, 1])))
+    write_whole(folder / CARD, _card(config, pairs, tables).encode())
+    say(_summary(tables))
+    say(f"{len(pairs)} pairs: {folder / PAIRS}; data card: {folder / CARD}")
+    return pairs
+
+
+def _bare(messages: Sequence[Message], benchmark: BenchmarkConfig) -> str:
+    return messages[-1]["content"].removeprefix(TABLE[benchmark.name].prefix)
+
+
+def _read_long(config: PairsConfig, counts: Counter[str]) -> list[_Long]:
+    found: list[_Long] = []
+    for read in read_answered(config.long, seed=config.seed):
+        counts["read"] += 1
+        try:
+            if isinstance(read, BadRow):
+                raise read
+            place, said, row = read
+            reference = None if config.long.reference is None else _reference(row, config.long.reference, place)
+        except BadRow as error:
+            if config.long.on_bad_row == "raise":
+                raise
+            counts[f"bad row: {error.reason}"] += 1
+            continue
+        question = said.question(config.long.prompt_suffix)
+        found.append(_Long(place, tuple(said.messages), question, said.answers[0], reference))
+    return found
+
+
+def _reference(row: Row, column: str, place: str) -> str:
+    value = field(row, column, place)
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    return str(value) if number else text(value, f"{place}, {column}")
+
+
+def _decontaminated(
+    config: PairsConfig,
+    longs: Sequence[_Long],
+    held_out: Mapping[str, Sequence[str]],
+    folder: Path,
+    counts: Counter[str],
+) -> list[_Long]:
+    """The rows whose question is none of the evaluation's; what was found is listed in a file."""
+    hits = contaminated([long.question for long in longs], held_out, ngram=config.decontaminate.ngram)
+    first = {hit.index: hit.benchmark for hit in reversed(hits)}
+    for benchmark in first.values():
+        counts[f"a question of {benchmark}"] += 1
+    listed = [{"place": longs[hit.index].place, "question": longs[hit.index].question, **asdict(hit)} for hit in hits]
+    write_whole(folder / HITS, "".join(json.dumps(line) + "\n" for line in listed).encode())
+    return [long for i, long in enumerate(longs) if i not in first]
+
+
+def _candidates(
+    chat: Chat, longs: Sequence[_Long], shorts: Sequence[Sequence[ShortAnswer]], counts: Counter[str]
+) -> list[Candidate]:
+    long_tokens = chat.lengths([long.answer for long in longs])
+    both = [(i, short) for i, found in enumerate(shorts) for short in found]
+    counts["all"] = len(both)
+    for _, short in both:
+        if short.refused is not None:
+            counts[f"the server refused: {short.refused}"] += 1
+    given = [(i, short) for i, short in both if short.refused is None]
+    short_tokens = chat.lengths([short.text for _, short in given])
+    return [
+        Candidate(
+            question=longs[i].question,
+            prompt=longs[i].prompt,
+            reference=longs[i].reference,
+            long=longs[i].answer,
+            short=short.text,
+            long_tokens=long_tokens[i],
+            short_tokens=tokens,
+            short_finished=short.finished,
+            source=longs[i].place,
+        )
+        for (i, short), tokens in zip(given, short_tokens, strict=True)
+    ]
+
+
+def _parquet(pairs: Sequence[Pair]) -> bytes:
+    """One row per pair. The columns prompt, chosen, rejected are what a ThinkPO stage reads without further keys."""
+    import pyarrow
+    from pyarrow import parquet
+
+    rows = [asdict(pair) | {"gap": pair.gap} for pair in pairs]
+    message = pyarrow.struct([("role", pyarrow.string()), ("content", pyarrow.string())])
+    kinds = {"prompt": pyarrow.list_(message), "agrees": pyarrow.bool_()}
+    kinds |= dict.fromkeys(("chosen_tokens", "rejected_tokens", "gap"), pyarrow.int64())
+    schema = pyarrow.schema([(name, kinds.get(name, pyarrow.string())) for name in rows[0]])
+    buffer = io.BytesIO()
+    parquet.write_table(pyarrow.Table.from_pylist(rows, schema=schema), buffer)
+    return buffer.getvalue()
+
+
+def _summary(tables: Mapping[str, Mapping[str, int]]) -> str:
+    return "; ".join(
+        f"{title}: " + ", ".join(f"{count} {what}" for what, count in counts.items() if count)
+        for title, counts in tables.items()
+    )
+
+
+def _card(config: PairsConfig, pairs: Sequence[Pair], tables: Mapping[str, Mapping[str, int]]) -> str:
+    head: dict[str, Any] = {
+        "tags": ["thinkpo_jax", "preference"],
+        "configs": [{"config_name": "default", "data_files": PAIRS}],
+    }
+    settings = yaml.safe_dump(config.model_dump(mode="json", exclude_none=True), sort_keys=False, allow_unicode=True)
+    verdicts = Counter({True: "agree", False: "disagree", None: "cannot be compared"}[pair.agrees] for pair in pairs)
+    shares = ", ".join(f"{count} {verdict}" for verdict, count in sorted(verdicts.items()))
+    counted = "".join(
+        f"\n## {title}\n\n| | |\n|---|--:|\n" + "".join(f"| {what} | {count:,} |\n" for what, count in counts.items())
+        for title, counts in tables.items()
+    )
+    gaps = np.array([pair.gap for pair in pairs])
+    return (
+        f"---\n{yaml.safe_dump(head, sort_keys=False)}---\n\n# {config.title}\n\n"
+        f"{len(pairs):,} pairs of a chosen and a rejected answer for ThinkPO (arXiv 2502.13173), in `{PAIRS}`, built "
+        f"by `python -m thinkpo_jax.pairs`.\n\nOf the short answers {shares} with the reference, or, without one, with "
+        f"the long answer (column `agrees`). Chosen minus rejected: mean {gaps.mean():,.0f}, median "
+        f"{np.median(gaps):,.0f} tokens. Questions of an evaluation are left out and listed in `{HITS}`.\n\n"
+        f"![lengths]({PLOT})\n{counted}\n## Settings\n\n```yaml\n{settings}```\n"
+    )
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Parses the command line and builds the pairs."""
+    parser = argparse.ArgumentParser(
+        prog="python -m thinkpo_jax.pairs",
+        description="Build preference pairs. Answers that were generated before are not generated again.",
+        epilog="example: python -m thinkpo_jax.pairs --config configs/pairs.yaml --set select.gap=short",
+    )
+    config_arguments(parser)
+    parsed = parser.parse_args(arguments)
+    raw = override(read_yaml(parsed.config), parsed.assignments)
+    build_pairs(parse(PairsConfig, raw, source=str(parsed.config)))
+
+
+if __name__ == "__main__":
+    program(main)

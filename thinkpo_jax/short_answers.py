@@ -1,0 +1,213 @@
+"""Who gives the short answers? Another data set, a model with our own sampler, or a server."""
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal, TextIO
+
+import jax
+import numpy as np
+import pydantic
+
+from thinkpo_jax.chat import Message
+from thinkpo_jax.config import Section, UserError
+from thinkpo_jax.convert import load_model
+from thinkpo_jax.curation import join_key
+from thinkpo_jax.folder import ModelConfig, find_model, fingerprint
+from thinkpo_jax.forms import Answered, Asked, asked, detected
+from thinkpo_jax.log import Progress, say
+from thinkpo_jax.model import ComputeConfig
+from thinkpo_jax.rows import BadRow, read_rows
+from thinkpo_jax.run import check_folder
+from thinkpo_jax.sample import SamplingConfig, generate
+from thinkpo_jax.server import ServerConfig, ask_server
+from thinkpo_jax.sharding import MeshConfig, make_mesh
+
+# How the paper's rejected answers were asked for (its public code): one sample, no retry.
+PAPER_SYSTEM = "You are a helpful and harmless assistant. Please reason step by step."
+PAPER_SAMPLING = SamplingConfig(temperature=0.7, top_p=0.9, max_new_tokens=1024)
+ANSWERS = "short_answers.jsonl"
+
+
+@dataclass(frozen=True)
+class ShortAnswer:
+    """An answer; not `finished` where the token limit cut it. `refused`: why a server gave none."""
+
+    text: str
+    finished: bool = True
+    refused: str | None = None
+
+
+class JoinedAnswers(Answered):
+    """Rows of another data set that put the same questions (white space apart)."""
+
+    by: Literal["join"]
+
+
+class _Generated(Section):
+    system: str | None = PAPER_SYSTEM
+    sampling: SamplingConfig = PAPER_SAMPLING
+
+    @pydantic.model_validator(mode="after")
+    def _one_sample(self) -> "_Generated":
+        if self.sampling.samples != 1:
+            raise ValueError("sampling.samples: a pair needs one short answer")
+        return self
+
+
+class ModelAnswers(_Generated):
+    """Answers of a model on this machine."""
+
+    by: Literal["model"]
+    model: ModelConfig
+    compute: ComputeConfig = ComputeConfig()
+    mesh: MeshConfig = MeshConfig()
+
+
+class ServerAnswers(_Generated):
+    """Answers of a server that speaks OpenAI's chat API, such as vLLM."""
+
+    by: Literal["server"]
+    server: ServerConfig
+
+
+ShortAnswers = JoinedAnswers | ModelAnswers | ServerAnswers
+
+
+def read_answered(config: Answered, *, seed: int) -> Iterator[tuple[str, Asked, Mapping[str, Any]] | BadRow]:
+    """(place, what is asked and answered, row) of each row. A bad row is raised, or given where it is to be skipped."""
+    form: Answered | None = None
+    for place, row in read_rows(config, seed=seed):
+        try:
+            if isinstance(row, BadRow):
+                raise row
+            found = detected(form or config, row, place)
+            assert isinstance(found, Answered)
+            form = form or found
+            yield place, asked(form, row, place), row
+        except BadRow as error:
+            if config.on_bad_row == "raise":
+                raise
+            yield error
+
+
+def short_answers(
+    config: ShortAnswers, questions: Sequence[str], folder: Path, *, seed: int
+) -> list[list[ShortAnswer]]:
+    """The short answers to each question: those of another data set, or one that is generated.
+
+    What is generated is kept in `folder` as it comes, so that the same command goes on where it stopped.
+    """
+    if isinstance(config, JoinedAnswers):
+        return _joined(config, questions, seed=seed)
+    system: list[Message] = [] if config.system is None else [{"role": "system", "content": config.system}]
+    conversations: dict[str, list[Message]] = {}  # by key: a question that stands twice is asked once
+    for question in questions:
+        messages: list[Message] = [*system, {"role": "user", "content": question}]
+        conversations.setdefault(_key(messages), messages)
+    settings = config.model_dump(mode="json", exclude={"sampling": {"batch_size"}, "mesh": True})
+    if isinstance(config, ModelAnswers):
+        settings["model"]["fingerprint"] = fingerprint(find_model(config.model.path))
+    else:
+        settings["server"] = {"model": config.server.model}  # another address or pace is the same model
+    path = folder / ANSWERS
+    known = _kept(path, settings | {"seed": seed})
+    todo = {key: messages for key, messages in conversations.items() if key not in known}
+    say(f"short answers: {len(conversations) - len(todo)} of {len(conversations)} are there")
+    if todo:
+        with path.open("a", encoding="utf-8") as file:
+            ask = _ask_model if isinstance(config, ModelAnswers) else _ask_server
+            for key, answer in ask(config, conversations, todo, seed):  # type: ignore[arg-type] -- by its class
+                known[key] = answer
+                _append(file, {"key": key, **asdict(answer)})
+    return [[known[_key([*system, {"role": "user", "content": question}])]] for question in questions]
+
+
+def _joined(config: JoinedAnswers, questions: Sequence[str], *, seed: int) -> list[list[ShortAnswer]]:
+    found: dict[str, list[ShortAnswer]] = {}
+    bad = 0
+    for read in read_answered(config, seed=seed):
+        if isinstance(read, BadRow):
+            bad += 1
+            continue
+        _, said, _ = read
+        found.setdefault(join_key(said.question(config.prompt_suffix)), []).append(ShortAnswer(said.answers[0]))
+    keys = [join_key(question) for question in questions]
+    unused = sum(len(answers) for key, answers in found.items() if key not in set(keys))
+    skipped = f", {bad} bad rows skipped" if bad else ""
+    say(f"short answers: {sum(map(len, found.values()))} in {config.name}, {unused} to other questions{skipped}")
+    return [found.get(key, []) for key in keys]
+
+
+def _key(messages: Sequence[Message]) -> str:
+    return hashlib.sha256(json.dumps(messages).encode()).hexdigest()[:24]
+
+
+def _kept(path: Path, settings: dict[str, Any]) -> dict[str, ShortAnswer]:
+    """The answers of an earlier try, whose settings are the first line; a last line that was cut short is removed."""
+    whole, _, _ = path.read_bytes().rpartition(b"\n") if path.exists() else (b"", b"", b"")
+    if not whole:
+        path.write_text(json.dumps(settings) + "\n", encoding="utf-8")
+        return {}
+    try:
+        first, *lines = [json.loads(line) for line in whole.split(b"\n")]
+        found = {line.pop("key"): ShortAnswer(**line) for line in lines}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{path}: damaged: {error}. Remove it to have the answers generated again.") from None
+    if first != json.loads(json.dumps(settings)):
+        changed = [key for key in {**first, **settings} if first.get(key) != settings.get(key)]
+        raise UserError(
+            f"{path}: holds answers that were generated with other settings ({', '.join(changed)}). Choose another "
+            "`out`, or remove the file to have them generated again."
+        )
+    with path.open("rb+") as file:
+        file.truncate(len(whole) + 1)
+    return found
+
+
+def _append(file: TextIO, line: Mapping[str, Any]) -> None:
+    file.write(json.dumps(dict(line)) + "\n")
+    file.flush()
+
+
+Conversations = Mapping[str, Sequence[Message]]
+
+
+def _ask_model(
+    config: ModelAnswers, conversations: Conversations, todo: Conversations, seed: int
+) -> Iterator[tuple[str, ShortAnswer]]:
+    """Batches of all conversations, so that an answer is the same whether or not others were there before."""
+    mesh = make_mesh(config.mesh)
+    folder = find_model(config.model.path)
+    _, chat = check_folder(folder, weights=True)
+    prompts = {key: chat.prompt(messages).ids for key, messages in conversations.items()}
+    keys, size = list(conversations), config.sampling.batch_size
+    with jax.set_mesh(mesh), closing(Progress("short answers", len(keys), unit="answer")) as progress:
+        model = load_model(folder, config.compute, mesh)
+        for start in range(0, len(keys), size):
+            batch = keys[start : start + size]
+            if todo.keys() & set(batch):
+                own_seed = int(np.random.SeedSequence((seed, start)).generate_state(1)[0] >> 1)
+                options = {"stop_ids": chat.stop_ids, "vocabulary": len(chat.tokenizer), "seed": own_seed, "mesh": mesh}
+                for key, found in zip(
+                    batch, generate(model, [prompts[key] for key in batch], config.sampling, **options), strict=True
+                ):
+                    if key in todo:
+                        yield key, ShortAnswer(chat.text(found.ids), found.finished)
+            progress.update(start + len(batch))
+
+
+def _ask_server(
+    config: ServerAnswers, conversations: Conversations, todo: Conversations, seed: int
+) -> Iterator[tuple[str, ShortAnswer]]:
+    keys = list(todo)
+    done = len(conversations) - len(keys)
+    with closing(Progress("short answers", len(conversations), done=done, unit="answer")) as progress:
+        answers = ask_server(config.server, [todo[key] for key in keys], config.sampling, seed=seed)
+        with closing(answers):
+            for number, (index, answer) in enumerate(answers, 1):
+                yield keys[index], ShortAnswer(answer.text, answer.finished, answer.refused)
+                progress.update(done + number)
