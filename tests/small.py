@@ -70,7 +70,9 @@ def singles(count: int, seed: int = 0) -> list[Example]:
     return [(long,) for long, _ in pairs(count, seed)]
 
 
-def batches(examples: Sequence[Example], *, shards: int = 1, steps: int = 4, size: int = 6, **batch: object) -> Batches:
+def batches(
+    examples: Sequence[Example], *, shards: int = 1, steps: int = 4, size: int | None = 6, **batch: object
+) -> Batches:
     """`steps` updates of about `size` examples, rows of 48 tokens unless said otherwise."""
     config = BatchConfig.model_validate({"size": size, "row_length": 48} | batch)
     return Batches(examples, config, seed=0, shards=shards, steps=steps, epochs=1.0)

@@ -114,7 +114,7 @@ def test_a_reference_that_is_a_number_is_read_as_text(tmp_path: Path):
 def test_a_missing_file_and_an_unknown_benchmark_are_errors(tmp_path: Path):
     with pytest.raises(UserError, match="there is no such file"):
         questions(config("gsm8k", path=str(tmp_path / "absent.jsonl")), seed=0)
-    with pytest.raises(UserError, match="name: Input should be 'miniature', 'gsm8k' or 'math500'"):
+    with pytest.raises(UserError, match="name: Input should be 'miniature', 'gsm8k', 'math500' or 'aime24'"):
         config("gsm9k")
     with pytest.raises(UserError, match="are generated; leave out `path`"):
         config("miniature", path="rows.jsonl")

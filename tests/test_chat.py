@@ -184,6 +184,48 @@ def test_chosen_and_rejected_share_the_prompt_and_differ_in_what_is_trained(
     assert "think" not in decode(chat, rejected.tokens[rejected.answer_start :].tolist())
 
 
+# What a rejected answer without thinking looks like.
+
+BLOCK = {"qwen2_5": "<think>\n\n</think>\n\n", "qwen3": "<think>\n\n</think>\n\n", "r1": "\n</think>\n\n"}
+
+
+@pytest.mark.parametrize("name", BLOCK)
+def test_an_empty_thinking_block_is_read_and_not_trained(name: str, tmp_path: Path, chat_of: Callable[[str], Chat]):
+    chat = chat_of(name)
+    row = {"prompt": "And 3+3?", "chosen": "<think>\n3+3=6\n</think>\n\n6", "rejected": "It is 6."}
+    path = tmp_path / "pairs.jsonl"
+    path.write_text(json.dumps(row) + "\n" + json.dumps(row | {"rejected": "<think>\n?\n</think>\n\n5"}) + "\n")
+    prompt = chat.prompt([{"role": "user", "content": row["prompt"]}]).ids
+    given, block = (
+        prepare([PairData(path=str(path), rejected_thinking=policy)], chat, row_length=1000, seed=0)
+        for policy in ("as_given", "empty_block")
+    )
+    for (chosen, rejected), (same_chosen, with_block) in zip(given[:1], block[:1], strict=True):
+        assert chosen.tokens.tolist() == same_chosen.tokens.tolist()
+        assert rejected.tokens[: rejected.answer_start].tolist() == prompt
+        assert decode(chat, with_block.tokens[: with_block.answer_start].tolist()) == decode(chat, prompt) + BLOCK[name]
+        assert with_block.tokens[: len(prompt)].tolist() == prompt
+        for segment in (rejected, with_block):
+            assert decode(chat, segment.tokens[segment.answer_start :].tolist()) == f"It is 6.{END[name]}"
+    # One that thinks is as it is.
+    assert [s.tokens.tolist() for s in given[1]] == [s.tokens.tolist() for s in block[1]]
+
+
+@pytest.mark.parametrize("name", ["qwen3"])
+def test_the_empty_block_is_what_qwen3_writes_without_thinking(name: str, chat_of: Callable[[str], Chat]):
+    chat = chat_of(name)
+    rendered = chat.tokenizer.apply_chat_template(
+        QUESTION, tokenize=False, add_generation_prompt=True, enable_thinking=False
+    )
+    prompt = chat.prompt(QUESTION)
+    assert rendered == prompt.text + decode(chat, chat.empty_thinking(prompt))
+
+
+@pytest.mark.parametrize(("name", "kept"), [("qwen2_5", True), ("qwen3", True), ("llama3_2", True), ("r1", False)])
+def test_it_is_told_whether_the_template_would_drop_the_thinking(name: str, kept: bool, chat_of: Callable[[str], Chat]):
+    assert chat_of(name).keeps_thinking() == kept
+
+
 def test_real_answers_come_back_whole(name: str, chat_of: Callable[[str], Chat]):
     chat = chat_of(name)
     lines = (DATA / "pairs" / "math500_pairs.jsonl").read_bytes().split(b"\n")[:8]

@@ -1,6 +1,7 @@
 """Every row of a source is an example, is counted as left out, or stops the run with the place where it stands."""
 
 import json
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from hypothesis import strategies as st
 
 from thinkpo_jax.chat import Chat
 from thinkpo_jax.config import UserError
-from thinkpo_jax.data import Example, Examples, Segment, prepare
+from thinkpo_jax.data import Example, Examples, Segment, cache_folder, prepare
 from thinkpo_jax.forms import PairData, SftData
 from thinkpo_jax.rows import Source, read_rows
 
@@ -391,6 +392,282 @@ def test_every_row_is_kept_whole_and_in_order_or_counted(
     assert examples.spans().sum(axis=(1, 2)).tolist() == [
         sum(len(segment.tokens) for segment in pair) for pair in examples
     ]
+
+
+# Forms that the first row tells.
+
+
+@pytest.mark.parametrize(
+    ("row", "config", "expected"),
+    [
+        ({"prompt": "q", "completion": "a"}, {}, (ASKED, "a<end>")),
+        ({"question": "q", "completion": "a"}, {"prompt": "question"}, (ASKED, "a<end>")),
+        ({"messages": turns("q", "a")}, {}, (ASKED, "a<end>")),
+        ({"messages": turns("q", "a"), "system": "not ShareGPT's"}, {}, (ASKED, "a<end>")),
+        ({"conversations": SHAREGPT}, {}, (ASKED, "a<end>")),
+        ({"conversations": SHAREGPT, "system": "S"}, {}, (f"[system]S{ASKED}", "a<end>")),
+        ({"conversations": SHAREGPT, "system": ""}, {}, (ASKED, "a<end>")),
+        ({"conversations": SHAREGPT, "system": None}, {}, (ASKED, "a<end>")),
+        ({"conversations": SHAREGPT, "system": "S"}, {"system": "T"}, (f"[system]T{ASKED}", "a<end>")),
+        ({"messages": turns("q", "a"), "prompt": "q", "response": "b"}, {"response": "response"}, (ASKED, "b<end>")),
+    ],
+    ids=str,
+)
+def test_the_form_is_detected_and_can_be_named(
+    row: dict[str, Any], config: dict[str, Any], expected: tuple[str, str], tmp_path: Path, chat: Chat
+):
+    path = write(tmp_path / "rows.jsonl", row)
+    (segment,) = only(tokenize(SftData(path=str(path), **config), chat, row_length=1000, seed=0))
+    assert read(segment, chat) == expected
+
+
+@pytest.mark.parametrize(
+    ("row", "said"),
+    [
+        ({"question": "q", "answer": "a"}, "no column with an answer: none of messages, conversations, response, comp"),
+        ({"messages": turns("q", "a"), "prompt": "q", "completion": "a"}, "several answers: messages, completion."),
+        ({"prompt": "q", "response": "a", "completion": "b"}, "several answers: response, completion."),
+    ],
+    ids=str,
+)
+def test_a_form_that_is_none_or_several_is_an_error_with_the_columns(
+    row: dict[str, Any], said: str, tmp_path: Path, chat: Chat
+):
+    path = write(tmp_path / "rows.jsonl", row)
+    found = error_of(SftData(path=str(path)), chat)
+    assert found.startswith(f"{path}, line 1: {said}")
+    assert f"The row has: {', '.join(row)}. Name the columns:" in found
+
+
+def test_the_first_row_that_tells_the_form_tells_it_for_all(tmp_path: Path, chat: Chat):
+    rows = [b"not JSON\n", {"other": 1}, {"prompt": "q", "completion": "a"}, {"messages": turns("q", "a")}]
+    path = write(tmp_path / "rows.jsonl", *rows)
+    found = tokenize(SftData(path=str(path), on_bad_row="skip"), chat, row_length=1000, seed=0)
+    assert [read(example[0], chat) for example in found] == [(ASKED, "a<end>")]
+    assert found.reports[0].dropped == {"not JSON": 1, "missing field": 2}
+
+
+# Bad rows.
+
+
+def test_bad_rows_are_skipped_and_counted_by_reason(tmp_path: Path, chat: Chat):
+    bad = [b"{\n", {"prompt": "q"}, ROW | {"response": None}, ROW | {"response": 3}, ROW | {"response": "a<end>b"}]
+    path = write(tmp_path / "rows.jsonl", *bad, ROW, [1], ROW)
+    found = tokenize(SftData(path=str(path), response="response", on_bad_row="skip"), chat, row_length=1000, seed=0)
+    (report,) = found.reports
+    expected = {"not JSON": 1, "missing field": 1, "no text": 2, "no ids": 1, "not an object": 1}
+    assert (report.rows, report.kept, report.dropped, report.fatal) == (8, 2, expected, None)
+    assert report.bad["no text"] == f"{path}, line 3, response: expected a text, found null."  # the first of its kind
+    assert report.bad.keys() == expected.keys()
+    assert str(report).startswith(
+        f"2 of 8 rows of {path}; 1 left out: not JSON; 1 left out: missing field; 2 left out:"
+    )
+
+
+def test_all_bad_rows_are_counted_where_asked_for(tmp_path: Path, chat: Chat):
+    """What `--check` does: it goes on, and remembers what would have stopped the run."""
+    path = write(tmp_path / "rows.jsonl", ROW, b"{\n", b"[\n", ROW | {"response": "a" * 2000})
+    for config in (SftData(path=str(path)), SftData(path=str(path), over_length="raise")):
+        (report,) = prepare([config], chat, row_length=1000, seed=0, keep_going=True).reports
+        assert report.fatal is not None
+        assert "line 2: not valid JSON" in report.fatal
+        assert report.dropped == {"not JSON": 2, "longer than row_length 1000": 1}
+        with pytest.raises(UserError, match="line 2: not valid JSON"):  # also when it was prepared before
+            prepare([config], chat, row_length=1000, seed=0)
+
+
+def test_answers_with_the_same_tokens_are_no_pair(tmp_path: Path):
+    """Two ways to write é are one to a tokenizer that composes them."""
+    if not (DATA / "tokenizers" / "qwen2_5").is_dir():
+        pytest.skip("the real tokenizers are not there")
+    path = write(tmp_path / "rows.jsonl", {"prompt": "q", "chosen": "caf\u00e9", "rejected": "cafe\u0301"})
+    found = error_of(PairData(path=str(path)), Chat.load(DATA / "tokenizers" / "qwen2_5"))
+    assert found == f"{path}, line 1: the two answers have the same tokens; a pair needs two answers."
+
+
+# Cutting.
+
+
+@pytest.mark.parametrize(
+    ("lengths", "room", "kept"),
+    [
+        ((30, 5), 37, (31, 6)),  # with their end tokens
+        ((30, 5), 36, (30, 6)),
+        ((30, 5), 30, (24, 6)),
+        ((5, 30), 30, (6, 24)),
+        ((30, 20), 30, (15, 15)),
+        ((30, 5), 7, (3, 3)),
+        ((30, 5), 2, (1, 1)),
+    ],
+)
+def test_a_cut_takes_from_the_end_of_the_longer_answer_and_takes_the_end_token(
+    lengths: tuple[int, int], room: int, kept: tuple[int, int], tmp_path: Path, chat: Chat
+):
+    path = write(tmp_path / "rows.jsonl", {"prompt": "q", "chosen": "a" * lengths[0], "rejected": "b" * lengths[1]})
+    row_length = 2 * len(ASKED) + room
+    found = tokenize(PairData(path=str(path), over_length="cut"), chat, row_length=row_length, seed=0)
+    for segment, letter, length, count in zip(only(found), "ab", lengths, kept, strict=True):
+        whole = letter * length + "<end>" if count == length + 1 else letter * count
+        assert read(segment, chat) == (ASKED, whole)
+    assert found.reports[0].cut == sum(count <= length for length, count in zip(lengths, kept, strict=True))
+
+
+def test_what_has_no_room_for_a_token_of_each_answer_is_left_out(tmp_path: Path, chat: Chat):
+    path = write(tmp_path / "rows.jsonl", PAIR)
+    for room, kept in ((1, 0), (2, 1)):
+        found = tokenize(PairData(path=str(path), over_length="cut"), chat, row_length=2 * len(ASKED) + room, seed=0)
+        assert len(found) == kept
+
+
+def test_a_cut_that_takes_the_end_of_the_thinking_is_counted(tmp_path: Path, chat: Chat):
+    answer = "<think>" + "t" * 50 + "</think>#4"
+    path = write(tmp_path / "rows.jsonl", {"prompt": "q", "response": answer}, {"prompt": "q", "response": answer[:20]})
+    for row_length, unfinished in ((1000, 1), (len(ASKED) + 40, 2)):
+        found = tokenize(SftData(path=str(path), over_length="cut"), chat, row_length=row_length, seed=0)
+        assert (len(found), found.reports[0].open_thinking) == (2, unfinished)
+
+
+def test_a_row_that_cannot_fit_is_not_tokenised(tmp_path: Path, chat: Chat, monkeypatch: pytest.MonkeyPatch):
+    path = write(tmp_path / "rows.jsonl", ROW | {"response": "a" * 1_000_000}, ROW)
+    seen: list[int] = []
+    answer_ids = Chat.answer_ids
+    monkeypatch.setattr(Chat, "answer_ids", lambda self, p, text: seen.append(len(text)) or answer_ids(self, p, text))
+    found = tokenize(SftData(path=str(path)), chat, row_length=1000, seed=0)
+    assert found.reports[0].dropped == {"longer than row_length 1000": 1}
+    assert seen == [1]
+
+
+# Several sources.
+
+
+def sources(tmp_path: Path) -> list[Path]:
+    return [
+        write(tmp_path / f"{name}.jsonl", *({"prompt": "q", "response": f"{name}{i}"} for i in range(count)))
+        for name, count in (("a", 4), ("b", 10))
+    ]
+
+
+@pytest.mark.parametrize(("weights", "counts"), [((1, 1), (4, 10)), ((2, 0.5), (8, 5)), ((2.5, 0.1), (10, 1))], ids=str)
+def test_a_weight_says_how_often_an_epoch_reads_a_row(
+    weights: tuple[float, float], counts: tuple[int, int], tmp_path: Path, chat: Chat
+):
+    configs = [SftData(path=str(p), weight=w) for p, w in zip(sources(tmp_path), weights, strict=True)]
+    found = prepare(configs, chat, row_length=1000, seed=0)
+    answers = [read(example[0], chat)[1].removesuffix("<end>") for example in found]
+    assert [sum(answer[0] == name for answer in answers) for name in "ab"] == list(counts)
+    for name, weight in zip("ab", weights, strict=True):
+        each = Counter(answer for answer in answers if answer[0] == name)
+        assert all(int(weight) <= count <= int(weight) + 1 for count in each.values())
+    lengths = [[len(s.tokens) for s in example] for example in found]
+    assert found.spans().sum(axis=-1).tolist() == lengths
+    assert found.digest() == prepare(configs, chat, row_length=1000, seed=0).digest()
+
+
+def test_the_draw_of_a_weight_depends_on_the_seed(tmp_path: Path, chat: Chat):
+    config = SftData(path=str(sources(tmp_path)[1]), weight=0.5)
+    drawn = [[read(e[0], chat)[1] for e in prepare([config], chat, row_length=1000, seed=seed)] for seed in range(4)]
+    assert all(len(set(answers)) == 5 for answers in drawn)
+    assert len({tuple(answers) for answers in drawn}) > 1
+
+
+# What is kept on disk.
+
+
+@pytest.fixture
+def work_done(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The answers that were tokenised."""
+    seen: list[str] = []
+    answer_ids = Chat.answer_ids
+    monkeypatch.setattr(Chat, "answer_ids", lambda self, p, text: seen.append(text) or answer_ids(self, p, text))
+    return seen
+
+
+def same(one: Examples, other: Examples) -> bool:
+    pairs = zip(one, other, strict=True)
+    return one.reports == other.reports and all(
+        a.answer_start == b.answer_start and a.tokens.tolist() == b.tokens.tolist()
+        for left, right in pairs
+        for a, b in zip(left, right, strict=True)
+    )
+
+
+def test_a_second_start_tokenises_nothing(tmp_path: Path, chat: Chat, work_done: list[str]):
+    path = write(tmp_path / "rows.jsonl", ROW, ROW | {"response": "b" * 999}, ROW | {"response": "c"})
+    first = tokenize(SftData(path=str(path)), chat, row_length=500, seed=0)
+    assert len(work_done) == 3
+    work_done.clear()
+    assert same(first, tokenize(SftData(path=str(path)), chat, row_length=500, seed=1))
+    assert same(
+        first, Examples(prepare([SftData(path=str(path), weight=2)], chat, row_length=500, seed=0).parts, [1], seed=0)
+    )
+    assert work_done == []
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"content": ROW | {"response": "5"}},
+        {"row_length": 499},
+        {"config": {"prompt_suffix": "!"}},
+        {"config": {"on_bad_row": "skip"}},
+        {"config": {"limit": 1}},
+        {"tokenizer": {"eos": "<other>"}},
+        {"tokenizer": {"template": TEMPLATE + " "}},
+    ],
+    ids=str,
+)
+def test_what_changes_the_tokens_has_them_prepared_again(
+    change: dict[str, Any], tmp_path: Path, chat: Chat, work_done: list[str]
+):
+    path = write(tmp_path / "rows.jsonl", ROW)
+    tokenize(SftData(path=str(path)), chat, row_length=500, seed=0)
+    work_done.clear()
+    write(path, change.get("content", ROW))
+    tokenizer = change.get("tokenizer")
+    other = Chat.load(byte_tokenizer(tmp_path / "other", **tokenizer)) if tokenizer else chat
+    config = SftData(path=str(path), **change.get("config", {}))
+    tokenize(config, other, row_length=change.get("row_length", 500), seed=0)
+    assert len(work_done) == 1
+
+
+@pytest.mark.parametrize("name", ["tokens.int32", "segments.npy", "report.json"])
+@pytest.mark.parametrize("damage", ["removed", "flipped", "shortened", "emptied"])
+def test_damage_on_disk_is_noticed_and_mended(
+    name: str, damage: str, tmp_path: Path, chat: Chat, capsys: pytest.CaptureFixture[str], work_done: list[str]
+):
+    path = write(tmp_path / "rows.jsonl", ROW, ROW | {"response": "7"})
+    first = tokenize(SftData(path=str(path)), chat, row_length=500, seed=0)
+    kept = [(segment.tokens.copy(), segment.answer_start) for example in first for segment in example]
+    (file,) = cache_folder().glob(f"*/{name}")
+    content = bytearray(file.read_bytes())
+    content[-3 if name != "report.json" else content.index(b"digest") + 12] ^= 1
+    file.unlink()
+    if damage != "removed":
+        file.write_bytes({"flipped": bytes(content), "shortened": bytes(content[:-4]), "emptied": b""}[damage])
+    work_done.clear()
+    again = tokenize(SftData(path=str(path)), chat, row_length=500, seed=0)
+    assert [(s.tokens.tolist(), s.answer_start) for e in again for s in e] == [(t.tolist(), a) for t, a in kept]
+    assert sorted(work_done) == ["4", "7"]
+    assert "damaged; the tokens are prepared again" in capsys.readouterr().err
+    work_done.clear()
+    tokenize(SftData(path=str(path)), chat, row_length=500, seed=0)
+    assert work_done == []
+
+
+def test_a_preparation_that_was_stopped_leaves_nothing_behind(tmp_path: Path, chat: Chat):
+    path = write(tmp_path / "rows.jsonl", ROW, b"{\n")
+    assert "line 2" in error_of(SftData(path=str(path)), chat)
+    assert list(cache_folder().iterdir()) == []
+
+
+def test_a_cache_that_cannot_be_written_is_an_error_with_the_remedy(
+    tmp_path: Path, chat: Chat, monkeypatch: pytest.MonkeyPatch
+):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    found = error_of(SftData(path=str(write(tmp_path / "rows.jsonl", ROW))), chat)
+    assert found.startswith(f"{tmp_path / 'file' / 'thinkpo_jax' / 'tokens'}: prepared tokens cannot be kept there")
+    assert "Set XDG_CACHE_HOME" in found
 
 
 # Real pairs.

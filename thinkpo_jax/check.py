@@ -12,11 +12,12 @@ from thinkpo_jax.config import RunError
 from thinkpo_jax.data import Example, Examples, prepare
 from thinkpo_jax.evaluate import read_questions
 from thinkpo_jax.folder import find_model
-from thinkpo_jax.packing import Batches
+from thinkpo_jax.packing import Batches, pack
 from thinkpo_jax.run import RunConfig, Stage, ThinkpoStage, check_folder, warn_of_lengths
 
 SHOWN = (1200, 600)  # characters of a text that are shown: from its start, from its end
 PERCENTILES = (5, 50, 95, 99)
+LONGER, ROW_MULTIPLE = (1.25, 1.5, 2), 256  # longer rows that are tried, in what attention kernels take
 READ, TRAINED, PLAIN = "\x1b[2m", "\x1b[1;32m", "\x1b[0m"  # how a terminal tells them apart
 
 
@@ -40,7 +41,7 @@ def check_run(config: RunConfig) -> None:
         for line in _stage_lines(config, stage, chat, examples):
             print(f"  {line}".rstrip())
         print()
-        problems += [f"stage {stage.name}: {problem}" for problem in _problems(stage, examples)]
+        problems += [f"stage {stage.name}: {problem}" for problem in pointless(stage, examples)]
     for name, questions in read_questions(config, chat).items():
         lengths = [len(chat.prompt(question.messages).ids) for question in questions]
         print(f"benchmark {name}: {len(questions)} questions, prompts of up to {max(lengths)} tokens")
@@ -62,6 +63,7 @@ def _stage_lines(config: RunConfig, stage: Stage, chat: Chat, examples: Examples
     epochs = stage.epochs or 1.0
     batches = Batches(examples, stage.batch, seed=config.seed, shards=1, steps=stage.steps, epochs=epochs)
     yield f"on one device: {batches.describe()}"
+    yield "full rows: " + ", ".join(f"{fill:.1%} of {length} tokens" for length, fill in _fills(batches))
     yield from _first_example(stage, chat, examples[0])
 
 
@@ -79,6 +81,14 @@ def _length_table(stage: Stage, spans: np.ndarray) -> Iterator[str]:
     for name, values in columns.items():
         row = [values.mean(), values.min(), *np.percentile(values, PERCENTILES, method="nearest"), values.max()]
         yield f"{name:<18}" + "".join(f"{value:>9.0f}" for value in row)
+
+
+def _fills(batches: Batches) -> Iterator[tuple[int, float]]:
+    """Which share of their tokens packed rows hold, at this and at greater row lengths."""
+    length, total = batches.config.row_length, int(batches.lengths.sum())
+    for tried in (length, *(round(factor * length / ROW_MULTIPLE) * ROW_MULTIPLE for factor in LONGER)):
+        rows = pack(batches.lengths, max(tried, length), np.arange(len(batches.lengths)))
+        yield max(tried, length), total / (len(rows) * max(tried, length))
 
 
 def _unfinished(examples: Examples) -> tuple[int, int]:
@@ -108,8 +118,8 @@ def _shortened(text: str) -> str:
     return f"{text[:first]}\n[... {len(text) - first - last:,} characters ...]\n{text[-last:]}"
 
 
-def _problems(stage: Stage, examples: Examples) -> Iterator[str]:
-    """What would make a stage pointless, or stop it."""
+def pointless(stage: Stage, examples: Examples) -> Iterator[str]:
+    """What would stop a stage, or make it pointless."""
     for report in examples.reports:
         for reason, first in report.bad.items():
             if report.fatal is not None or reason == "identical answers":

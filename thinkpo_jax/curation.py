@@ -114,13 +114,16 @@ def filter_pairs(candidates: Sequence[Candidate], config: FilterConfig, *, seed:
     }
     for reason, applies in flaws.items():
         left = _without(left, map(applies, left), reason, counts)
-    right = _verdicts([(c.long, c.reference if config.long_agrees else None) for c in left])
-    left = _without(left, [verdict is False for verdict in right], "the long answer disagrees", counts)
-    agrees = _verdicts([(c.short, c.reference or boxed(c.long)) for c in left])
+    asked = [(c.long, c.reference if config.long_agrees else None) for c in left]
+    verdicts = _verdicts(
+        [*asked, *((c.short, c.reference or boxed(c.long)) for c in left)]
+    )  # at once: to start is slow
+    right, agrees = verdicts[: len(left)], verdicts[len(left) :]
     pairs = [
         Pair(c.question, c.prompt, c.reference, c.long, c.short, c.long_tokens, c.short_tokens, verdict, c.source)
         for c, verdict in zip(left, agrees, strict=True)
     ]
+    pairs = _without(pairs, [verdict is False for verdict in right], "the long answer disagrees", counts)
     return _without(pairs, _outside_share(pairs, config.disagreeing_share, seed), "disagreeing_share", counts), counts
 
 

@@ -25,14 +25,22 @@ class BatchConfig(Section):
     """What one update reads.
 
     `size` is the number of examples (SFT answers, ThinkPO pairs) per update, on average: an epoch has round(n / size)
-    updates (never more than there are rows), over which its rows are spread evenly. `rows_per_device` bounds how many
-    rows a device computes at a time (null: all of them); the rest follow as further micro-batches of the same update.
+    updates (never more than there are rows), over which its rows are spread evenly. Or `rows` is the number of packed
+    rows per update, at most: a multiple of the devices leaves none of them idle. `rows_per_device` bounds how many rows
+    a device computes at a time (null: all of them); the rest follow as further micro-batches of the same update.
     """
 
-    size: int = pydantic.Field(ge=1)
+    size: int | None = pydantic.Field(default=None, ge=1)
+    rows: int | None = pydantic.Field(default=None, ge=1)
     row_length: int = pydantic.Field(ge=2, le=2**20)
     pack: bool = True
     rows_per_device: int | None = pydantic.Field(default=None, ge=1)
+
+    @pydantic.model_validator(mode="after")
+    def _one_size(self) -> "BatchConfig":
+        if (self.size is None) == (self.rows is None):
+            raise ValueError("give either `size` (examples per update) or `rows` (packed rows per update)")
+        return self
 
 
 class Batch(NamedTuple, Generic[ArrayT]):
@@ -94,7 +102,7 @@ class Batches:
             raise UserError(f"an example has {self.lengths.max()} tokens, more than row_length {config.row_length}.")
         # The number of rows is the same in every epoch: it depends on the sorted lengths alone.
         rows = len(pack(self.lengths, config.row_length, np.arange(len(examples)))) if config.pack else len(examples)
-        self.steps_per_epoch = min(max(1, round(len(examples) / config.size)), rows)
+        self.steps_per_epoch = self._updates(rows)
         self.steps = steps if steps is not None else max(1, round(self.steps_per_epoch * epochs))
         count = max(1, math.ceil(self.steps / self.steps_per_epoch))
         self.epochs = [self._epoch(np.random.default_rng((seed, epoch))) for epoch in range(count)]
@@ -105,6 +113,13 @@ class Batches:
         self.rows = math.ceil(at_once / shards) * shards
         self.micro_batches = math.ceil(rows / self.rows)
         self.reference = np.zeros((len(examples), self.answers), np.float32)
+
+    def _updates(self, rows: int) -> int:
+        """How many updates an epoch of so many rows has."""
+        if self.config.size is None:
+            assert self.config.rows is not None
+            return math.ceil(rows / self.config.rows)
+        return min(max(1, round(len(self.examples) / self.config.size)), rows)
 
     def _epoch(self, rng: np.random.Generator) -> list[list[list[int]]]:
         """The rows of each update of one epoch; the rows are spread evenly over the updates."""

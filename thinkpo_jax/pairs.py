@@ -4,14 +4,17 @@ Example: python -m thinkpo_jax.pairs --config configs/pairs.yaml
 """
 
 import argparse
+import contextlib
 import io
 import json
+import math
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
+import filelock
 import numpy as np
 import pydantic
 import yaml
@@ -19,7 +22,7 @@ import yaml
 from thinkpo_jax.benchmarks import TABLE, BenchmarkConfig, questions
 from thinkpo_jax.chat import Chat, Message
 from thinkpo_jax.commands import config_arguments, program
-from thinkpo_jax.config import PathText, RunError, Section, override, parse, read_yaml
+from thinkpo_jax.config import PathText, RunError, Section, UserError, override, parse, read_yaml
 from thinkpo_jax.curation import (
     Candidate,
     Control,
@@ -33,12 +36,15 @@ from thinkpo_jax.curation import (
 )  # fmt: skip
 from thinkpo_jax.folder import find_model
 from thinkpo_jax.forms import Answered, field, text
-from thinkpo_jax.log import say, write_whole
+from thinkpo_jax.log import Progress, say, warn, write_whole
 from thinkpo_jax.report import pair_lengths_figure, png
 from thinkpo_jax.rows import BadRow, Row
 from thinkpo_jax.short_answers import ShortAnswer, ShortAnswers, read_answered, short_answers
 
 PAIRS, CARD, PLOT, HITS = "pairs.parquet", "README.md", "lengths.png", "contaminated.jsonl"
+NOT_COMPARED = "The questions were not compared with those of any evaluation."
+SHOWN = 3  # reasons of refusals that are said, the most frequent ones
+COUNTED = 256  # answers whose tokens are counted at a time: their ids take memory
 
 
 class LongAnswers(Answered):
@@ -52,6 +58,13 @@ class DecontaminationConfig(Section):
 
     against: tuple[BenchmarkConfig, ...] = ()
     ngram: int = pydantic.Field(default=13, ge=4)
+
+    @pydantic.model_validator(mode="after")
+    def _once(self) -> "DecontaminationConfig":
+        names = [benchmark.name for benchmark in self.against]
+        if len(set(names)) < len(names):
+            raise ValueError(f"against: a benchmark is named twice: {names}")
+        return self
 
 
 class PairsConfig(Section):
@@ -83,8 +96,14 @@ class _Long:
 def build_pairs(config: PairsConfig) -> list[Pair]:
     """Builds the pairs and writes them, with a data card, a histogram and a list of what is contaminated.
 
-    Raises `UserError` for bad input, and `RunError` where no pair is left.
+    Raises `UserError` for bad input and while another process writes to `out`, `RunError` where no pair is left.
     """
+    folder = Path(config.out).expanduser()
+    with _writing(folder):
+        return _build(config, folder)
+
+
+def _build(config: PairsConfig, folder: Path) -> list[Pair]:
     chat = Chat.load(find_model(config.tokenizer, weights=False))
     held_out = {
         benchmark.name: [_bare(question.messages, benchmark) for question in questions(benchmark, seed=config.seed)]
@@ -92,8 +111,6 @@ def build_pairs(config: PairsConfig) -> list[Pair]:
     }
     rows: Counter[str] = Counter()  # what became of the rows with long answers
     longs = _read_long(config, rows)
-    folder = Path(config.out).expanduser()
-    folder.mkdir(parents=True, exist_ok=True)
     longs = _decontaminated(config, longs, held_out, folder, rows)
     shorts = short_answers(config.short, [long.question for long in longs], folder, seed=config.seed)
     rows["no short answer to the question"] = sum(not found for found in shorts)
@@ -119,6 +136,23 @@ def build_pairs(config: PairsConfig) -> list[Pair]:
     return pairs
 
 
+@contextlib.contextmanager
+def _writing(folder: Path) -> Iterator[None]:
+    """Makes the folder; within it no other process can write to it."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"out: {folder} cannot be made: {error}. Set out to a folder.") from None
+    with contextlib.ExitStack() as stack:
+        try:
+            stack.enter_context(filelock.FileLock(folder / ".lock", blocking=False))
+        except filelock.Timeout:
+            raise UserError(f"out: another process writes to {folder}. Wait for it, or choose another out.") from None
+        except (OSError, NotImplementedError) as error:
+            warn(f"{folder} cannot be locked ({error}): see to it that no other process writes there.")
+        yield
+
+
 def _bare(messages: Sequence[Message], benchmark: BenchmarkConfig) -> str:
     return messages[-1]["content"].removeprefix(TABLE[benchmark.name].prefix)
 
@@ -136,6 +170,8 @@ def _read_long(config: PairsConfig, counts: Counter[str]) -> list[_Long]:
             if config.long.on_bad_row == "raise":
                 raise
             counts[f"bad row: {error.reason}"] += 1
+            if counts[f"bad row: {error.reason}"] == 1:
+                warn(f"skipped, as are all such rows: {error}")
             continue
         question = said.question(config.long.prompt_suffix)
         found.append(_Long(place, tuple(said.messages), question, said.answers[0], reference))
@@ -144,7 +180,7 @@ def _read_long(config: PairsConfig, counts: Counter[str]) -> list[_Long]:
 
 def _reference(row: Row, column: str, place: str) -> str:
     value = field(row, column, place)
-    number = isinstance(value, int | float) and not isinstance(value, bool)
+    number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
     return str(value) if number else text(value, f"{place}, {column}")
 
 
@@ -168,14 +204,14 @@ def _decontaminated(
 def _candidates(
     chat: Chat, longs: Sequence[_Long], shorts: Sequence[Sequence[ShortAnswer]], counts: Counter[str]
 ) -> list[Candidate]:
-    long_tokens = chat.lengths([long.answer for long in longs])
     both = [(i, short) for i, found in enumerate(shorts) for short in found]
     counts["all"] = len(both)
-    for _, short in both:
-        if short.refused is not None:
-            counts[f"the server refused: {short.refused}"] += 1
+    refused = Counter(short.refused for _, short in both if short.refused is not None)
+    counts["the question was refused"] = refused.total()
+    for reason, count in refused.most_common(SHOWN):
+        warn(f"{count} of {len(both)} questions were refused: {reason}")
     given = [(i, short) for i, short in both if short.refused is None]
-    short_tokens = chat.lengths([short.text for _, short in given])
+    tokens = _lengths(chat, [text for i, short in given for text in (longs[i].answer, short.text)])
     return [
         Candidate(
             question=longs[i].question,
@@ -183,13 +219,25 @@ def _candidates(
             reference=longs[i].reference,
             long=longs[i].answer,
             short=short.text,
-            long_tokens=long_tokens[i],
-            short_tokens=tokens,
+            long_tokens=long_tokens,
+            short_tokens=short_tokens,
             short_finished=short.finished,
             source=longs[i].place,
         )
-        for (i, short), tokens in zip(given, short_tokens, strict=True)
+        for (i, short), long_tokens, short_tokens in zip(given, tokens[::2], tokens[1::2], strict=True)
     ]
+
+
+def _lengths(chat: Chat, texts: Sequence[str]) -> list[int]:
+    """Tokens of each text, each text counted once."""
+    found: dict[str, int] = {}
+    distinct = list(dict.fromkeys(texts))
+    with contextlib.closing(Progress("tokens counted", len(distinct), unit="answer")) as progress:
+        for start in range(0, len(distinct), COUNTED):
+            part = distinct[start : start + COUNTED]
+            found.update(zip(part, chat.lengths(part), strict=True))
+            progress.update(len(found))
+    return [found[text] for text in texts]
 
 
 def _parquet(pairs: Sequence[Pair]) -> bytes:
@@ -227,12 +275,14 @@ def _card(config: PairsConfig, pairs: Sequence[Pair], tables: Mapping[str, Mappi
         for title, counts in tables.items()
     )
     gaps = np.array([pair.gap for pair in pairs])
+    benchmarks = ", ".join(benchmark.name for benchmark in config.decontaminate.against)
+    held_out = f"Questions of {benchmarks} are left out and listed in `{HITS}`." if benchmarks else NOT_COMPARED
     return (
         f"---\n{yaml.safe_dump(head, sort_keys=False)}---\n\n# {config.title}\n\n"
         f"{len(pairs):,} pairs of a chosen and a rejected answer for ThinkPO (arXiv 2502.13173), in `{PAIRS}`, built "
         f"by `python -m thinkpo_jax.pairs`.\n\nOf the short answers {shares} with the reference, or, without one, with "
         f"the long answer (column `agrees`). Chosen minus rejected: mean {gaps.mean():,.0f}, median "
-        f"{np.median(gaps):,.0f} tokens. Questions of an evaluation are left out and listed in `{HITS}`.\n\n"
+        f"{np.median(gaps):,.0f} tokens. {held_out}\n\n"
         f"![lengths]({PLOT})\n{counted}\n## Settings\n\n```yaml\n{settings}```\n"
     )
 

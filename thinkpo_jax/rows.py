@@ -3,12 +3,14 @@
 import contextlib
 import gzip
 import hashlib
+import io
 import itertools
 import json
+import pkgutil
 import re
 import zlib
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +26,10 @@ OTHER_FILES = (".json", ".csv", ".tsv", ".txt", ".gz", ".zst", ".arrow")  # othe
 SAVED = ("state.json", "dataset_dict.json")  # what Dataset.save_to_disk and DatasetDict.save_to_disk write
 LONGEST_LINE = 2**28  # bytes; a file without line ends is no JSONL, and must not fill the memory
 PARQUET_ROWS = 64
+ARROW_ENDS = (
+    b"\xff\xff\xff\xff\0\0\0\0",
+    b"ARROW1",
+)  # of a stream and of a file; without it a reader stops early, silently
 
 
 class BadRow(UserError):  # noqa: N818 -- it is a value more often than it is raised
@@ -139,20 +145,35 @@ def _checked(source: Source) -> Path:
     """The path of a source, once it is seen that it may be one. Raises `UserError`."""
     path = source.location
     expected = f"expected a file ({', '.join(FILES)}), a folder or a Hub id (owner/name)"
-    if path.is_dir() and not is_file(path.name):
-        if any(path.iterdir()):
-            return path
-        raise UserError(f"{source.name}: {expected}, found an empty folder.")
+    try:
+        folder, exists, empty = path.is_dir(), path.exists(), path.is_dir() and not any(path.iterdir())
+    except OSError as error:
+        raise UserError(f"{source.name}: cannot be read: {error}. Take a path that you may read.") from None
     if is_file(path.name):
         if not path.is_file():
-            found = "found a folder" if path.is_dir() else "there is no such file"
+            found = "found a folder" if folder else "found no plain file" if exists else "there is no such file"
             raise UserError(f"{path}: {found}; {expected}.")
-    elif path.exists() or path.name.endswith(OTHER_FILES) or not HUB_ID.fullmatch(str(source.path)):
-        raise UserError(f"{source.name}: {expected}, found {'another kind of' if path.exists() else 'no such'} file.")
+    elif folder:
+        if empty:
+            raise UserError(f"{source.name}: {expected}, found an empty folder.")
+        if source.revision is not None:
+            raise UserError(f"{source.name}: `revision` is for a data set of the Hub, a folder has none. Leave it out.")
+    elif exists or path.name.endswith(OTHER_FILES) or not HUB_ID.fullmatch(str(source.path)):
+        raise UserError(f"{source.name}: {expected}, found {'another kind of' if exists else 'no such'} file.")
+    elif str(source.path) in _formats():
+        raise UserError(f"{source.name}: {expected}, found the name of a format. Name the file or its folder.")
     return path
 
 
+def _formats() -> set[str]:
+    """Names that `datasets` takes not for data, but for a way to read whatever lies in the working directory."""
+    import datasets.packaged_modules
+
+    return {module.name for module in pkgutil.iter_modules(datasets.packaged_modules.__path__)}
+
+
 def _jsonl_rows(path: Path) -> Iterator[tuple[str, Row | BadRow]]:
+    number = 0
     try:
         with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
             # Bytes end a line at \n alone; a text may hold U+2028.
@@ -165,9 +186,8 @@ def _jsonl_rows(path: Path) -> Iterator[tuple[str, Row | BadRow]]:
                     place = f"{path}, line {number}"
                     yield place, _json_object(line, place)
     except (OSError, EOFError, zlib.error) as error:
-        raise UserError(
-            f"{path}: cannot be read: {error}. Rows before that may be whole; write the file again."
-        ) from None
+        after = f", after line {number}" if number else ""
+        raise UserError(f"{path}{after}: cannot be read: {error}. Write the file again.") from None
 
 
 def _json_object(line: bytes, place: str) -> Row | BadRow:
@@ -199,48 +219,83 @@ def _parquet_rows(path: Path) -> Iterator[tuple[str, Row | BadRow]]:
 
     number = 0
     try:
-        with parquet.ParquetFile(path) as file:
+        with parquet.ParquetFile(path, page_checksum_verification=True) as file:
+            names = Counter(file.schema_arrow.names)
+            if twice := [name for name, count in names.items() if count > 1]:
+                raise ValueError(f"the column {twice[0]!r} is there twice")
+            groups = [file.metadata.row_group(i).num_rows for i in range(file.num_row_groups)]
             for batch in file.iter_batches(batch_size=PARQUET_ROWS):
                 for i in range(len(batch)):
                     place = f"{path}, row {number}"
-                    yield place, _plain_row(batch.slice(i, 1).to_pylist, place)
+                    yield place, _plain_row(lambda i=i, batch=batch: batch.slice(i, 1).to_pylist()[0], place)
                     number += 1
+            if not number == sum(groups) == file.metadata.num_rows:
+                raise ValueError(f"expected {file.metadata.num_rows} rows, {sum(groups)} in its groups")
     except (OSError, ValueError, KeyError, pyarrow.ArrowException) as error:  # what damaged bytes make of the reader
-        raise UserError(f"{path}: cannot be read as Parquet, after {number} rows: {error}. Write it again.") from None
+        reason = str(error).strip().rstrip(".")
+        raise UserError(f"{path}: cannot be read as Parquet, after {number} rows: {reason}. Write it again.") from None
 
 
-def _plain_row(read: Any, place: str) -> Row | BadRow:
+def _plain_row(read: Callable[[], Row], place: str) -> Row | BadRow:
+    """What `read` gives, of values that Python has."""
     try:
-        return read()[0]
+        return read()
     except UnicodeDecodeError as error:
         return BadRow("not UTF-8", f"{place}: holds a text that is not valid UTF-8: {error}.")
+    except (ValueError, OverflowError) as error:  # such as a date of the year 5,000,000, or a time zone of nowhere
+        reason = str(error).rstrip(".")
+        return BadRow("not readable", f"{place}: holds a value that cannot be read: {reason}. Leave the column out.")
 
 
 def _dataset_rows(source: Source, path: Path) -> Iterator[tuple[str, Row | BadRow]]:
     with _loading(source):
-        rows: Iterable[Any] = _saved(source, path) if any((path / name).is_file() for name in SAVED) else _load(source)
-        iterator = iter(rows)
+        reads: Iterator[Callable[[], Row]] = _reads(_saved(source, path) if _is_saved(path) else _load(source))
     for number in itertools.count():
-        with _loading(source):
-            row = next(iterator, None)
-        if row is None:
-            return
-        yield f"{source.name}, row {number}", row
+        place = f"{source.name}, row {number}"
+        with _loading(source, f", after {number} rows" if number else ""):
+            read = next(reads, None)
+            if read is None:
+                return
+            row = _plain_row(read, place)
+        yield place, row
+
+
+def _reads(rows: Any) -> Iterator[Callable[[], Row]]:
+    """What gives each row, so that a bad one leaves the others readable where they have numbers."""
+    import datasets  # slow to import, and only this branch needs it
+
+    if isinstance(rows, datasets.Dataset):
+        return (lambda i=i: rows[i] for i in range(len(rows)))
+    return (lambda row=row: row for row in rows)
 
 
 def _load(source: Source) -> Any:
-    import datasets  # slow to import, and only this branch needs it
+    import datasets
 
-    path = str(source.location) if source.location.is_dir() else str(source.path)
+    local = source.location.is_dir()
+    path = str(source.location) if local else str(source.path)
+    if local:
+        _check_arrow(source.location)
+    # `datasets` knows a file by its time alone: what it kept of a folder may be another content's.
+    mode = "force_redownload" if local and not source.streaming else None
     options = {"split": source.split, "revision": source.revision, "streaming": source.streaming}
-    return datasets.load_dataset(path, source.subset, **options)
+    return datasets.load_dataset(path, source.subset, download_mode=mode, **options)
+
+
+def _is_saved(path: Path) -> bool:
+    return any((path / name).is_file() for name in SAVED)
 
 
 def _saved(source: Source, path: Path) -> Any:
     import datasets
 
+    if source.subset is not None:
+        raise UserError(f"{path}: no subset {source.subset!r}: `save_to_disk` wrote the folder. Leave `subset` out.")
+    _check_arrow(path)
     found = datasets.load_from_disk(str(path))
     if isinstance(found, datasets.Dataset):
+        if source.split not in ("train", found.split):
+            raise UserError(f"{path}: no split {source.split!r}; the folder holds one data set. Leave `split` out.")
         return found
     if source.split not in found:
         splits = [str(name) for name in found]
@@ -248,8 +303,17 @@ def _saved(source: Source, path: Path) -> Any:
     return found[source.split]
 
 
+def _check_arrow(folder: Path) -> None:
+    """Raises `UserError` for a file that ends early: one that does so between batches is whole to `datasets`."""
+    for path in sorted(folder.rglob("*.arrow")):
+        with path.open("rb") as file:
+            file.seek(-min(path.stat().st_size, 8), io.SEEK_END)
+            if not file.read().endswith(ARROW_ENDS):
+                raise UserError(f"{path}: not Arrow, or cut short. Write it again.")
+
+
 @contextlib.contextmanager
-def _loading(source: Source) -> Iterator[None]:
+def _loading(source: Source, after: str = "") -> Iterator[None]:
     """Whatever goes wrong within `datasets` becomes a `UserError` that names the source."""
     try:
         yield
@@ -257,8 +321,12 @@ def _loading(source: Source) -> Iterator[None]:
         raise
     except Exception as error:  # of `datasets`, `fsspec`, `pyarrow` and the network
         hub = not source.location.exists()
-        advice = " Without a network, download it first and set `path` to its folder." if hub else ""
-        reason = (
-            str(error.__cause__ or error).strip().rstrip(".") or type(error).__name__
-        )  # its cause says what it hides
-        raise UserError(f"{source.name}: cannot be read as a data set: {reason}.{advice}") from None
+        advice = (
+            "Without a network, download it first and set `path` to its folder."
+            if hub
+            else "Where a row is at fault: with `path` set to one of the files, its line is told."
+        )
+        reason = " ".join(str(error.__cause__ or error).split()).rstrip(".")  # its cause says what it hides
+        raise UserError(
+            f"{source.name}{after}: cannot be read as a data set: {reason or type(error).__name__}. {advice}"
+        ) from None

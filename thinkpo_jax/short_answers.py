@@ -4,7 +4,7 @@ import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TextIO
 
@@ -28,13 +28,12 @@ from thinkpo_jax.sharding import MeshConfig, make_mesh
 
 # How the paper's rejected answers were asked for (its public code): one sample, no retry.
 PAPER_SYSTEM = "You are a helpful and harmless assistant. Please reason step by step."
-PAPER_SAMPLING = SamplingConfig(temperature=0.7, top_p=0.9, max_new_tokens=1024)
 ANSWERS = "short_answers.jsonl"
 
 
 @dataclass(frozen=True)
 class ShortAnswer:
-    """An answer; not `finished` where the token limit cut it. `refused`: why a server gave none."""
+    """An answer; not `finished` where the token limit cut it. `refused`: why the question could not be asked."""
 
     text: str
     finished: bool = True
@@ -47,9 +46,17 @@ class JoinedAnswers(Answered):
     by: Literal["join"]
 
 
+class PaperSampling(SamplingConfig):
+    """How the paper's rejected answers were drawn; whatever is not given is as there."""
+
+    temperature: float = pydantic.Field(default=0.7, ge=0)
+    top_p: float = pydantic.Field(default=0.9, gt=0, le=1)
+    max_new_tokens: int = pydantic.Field(default=1024, ge=1)
+
+
 class _Generated(Section):
     system: str | None = PAPER_SYSTEM
-    sampling: SamplingConfig = PAPER_SAMPLING
+    sampling: PaperSampling = PaperSampling()
 
     @pydantic.model_validator(mode="after")
     def _one_sample(self) -> "_Generated":
@@ -99,7 +106,9 @@ def short_answers(
 ) -> list[list[ShortAnswer]]:
     """The short answers to each question: those of another data set, or one that is generated.
 
-    What is generated is kept in `folder` as it comes, so that the same command goes on where it stopped.
+    What is generated is kept in `folder` as it comes, so that the same command goes on where it stopped; a question
+    that was refused is asked again. Raises `UserError` where what is kept is damaged or has other settings, and where
+    another data set has none of the questions.
     """
     if isinstance(config, JoinedAnswers):
         return _joined(config, questions, seed=seed)
@@ -122,22 +131,29 @@ def short_answers(
             ask = _ask_model if isinstance(config, ModelAnswers) else _ask_server
             for key, answer in ask(config, conversations, todo, seed):  # type: ignore[arg-type] -- by its class
                 known[key] = answer
-                _append(file, {"key": key, **asdict(answer)})
+                if answer.refused is None:
+                    _append(file, {"key": key, "text": answer.text, "finished": answer.finished})
     return [[known[_key([*system, {"role": "user", "content": question}])]] for question in questions]
 
 
 def _joined(config: JoinedAnswers, questions: Sequence[str], *, seed: int) -> list[list[ShortAnswer]]:
     found: dict[str, list[ShortAnswer]] = {}
-    bad = 0
+    bad: list[BadRow] = []
     for read in read_answered(config, seed=seed):
         if isinstance(read, BadRow):
-            bad += 1
+            bad.append(read)
             continue
         _, said, _ = read
         found.setdefault(join_key(said.question(config.prompt_suffix)), []).append(ShortAnswer(said.answers[0]))
     keys = [join_key(question) for question in questions]
-    unused = sum(len(answers) for key, answers in found.items() if key not in set(keys))
-    skipped = f", {bad} bad rows skipped" if bad else ""
+    wanted = set(keys)
+    if keys and found and wanted.isdisjoint(found):
+        raise UserError(
+            f"{config.name}: has none of the {len(wanted)} questions. It asks such as {min(found)!r:.100}, and the long "
+            f"answers are to such as {min(wanted)!r:.100}. Check `prompt` and `prompt_suffix` of both."
+        )
+    unused = sum(len(answers) for key, answers in found.items() if key not in wanted)
+    skipped = f", {len(bad)} bad rows skipped (the first: {bad[0]})" if bad else ""
     say(f"short answers: {sum(map(len, found.values()))} in {config.name}, {unused} to other questions{skipped}")
     return [found.get(key, []) for key in keys]
 
@@ -154,9 +170,11 @@ def _kept(path: Path, settings: dict[str, Any]) -> dict[str, ShortAnswer]:
         return {}
     try:
         first, *lines = [json.loads(line) for line in whole.split(b"\n")]
-        found = {line.pop("key"): ShortAnswer(**line) for line in lines}
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{path}: damaged: {error}. Remove it to have the answers generated again.") from None
+        found = {line["key"]: ShortAnswer(line["text"], line["finished"]) for line in lines}
+        if not (isinstance(first, dict) and all(map(_is_sound, found.values()))):
+            raise ValueError("a line holds something else than settings or an answer")
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise UserError(f"{path}: damaged: {error!r}. Remove it to have the answers generated again.") from None
     if first != json.loads(json.dumps(settings)):
         changed = [key for key in {**first, **settings} if first.get(key) != settings.get(key)]
         raise UserError(
@@ -166,6 +184,10 @@ def _kept(path: Path, settings: dict[str, Any]) -> dict[str, ShortAnswer]:
     with path.open("rb+") as file:
         file.truncate(len(whole) + 1)
     return found
+
+
+def _is_sound(answer: ShortAnswer) -> bool:
+    return isinstance(answer.text, str) and isinstance(answer.finished, bool)
 
 
 def _append(file: TextIO, line: Mapping[str, Any]) -> None:
@@ -179,12 +201,22 @@ Conversations = Mapping[str, Sequence[Message]]
 def _ask_model(
     config: ModelAnswers, conversations: Conversations, todo: Conversations, seed: int
 ) -> Iterator[tuple[str, ShortAnswer]]:
-    """Batches of all conversations, so that an answer is the same whether or not others were there before."""
+    """Batches of all conversations, so that an answer is the same whether or not others were there before.
+
+    A conversation that the tokenizer or its template cannot write is refused.
+    """
     mesh = make_mesh(config.mesh)
     folder = find_model(config.model.path)
     _, chat = check_folder(folder, weights=True)
-    prompts = {key: chat.prompt(messages).ids for key, messages in conversations.items()}
-    keys, size = list(conversations), config.sampling.batch_size
+    prompts: dict[str, list[int]] = {}
+    for key, messages in conversations.items():
+        try:
+            prompts[key] = chat.prompt(messages).ids
+        except UserError as error:
+            yield key, ShortAnswer("", finished=False, refused=str(error))
+    keys, size = list(prompts), config.sampling.batch_size
+    if not todo.keys() & set(keys):
+        return
     with jax.set_mesh(mesh), closing(Progress("short answers", len(keys), unit="answer")) as progress:
         model = load_model(folder, config.compute, mesh)
         for start in range(0, len(keys), size):

@@ -14,14 +14,14 @@ from typing import Any
 import jax
 import numpy as np
 
-from thinkpo_jax.check import check_run
+from thinkpo_jax.check import check_run, pointless
 from thinkpo_jax.checkpoint import Checkpoints
 from thinkpo_jax.commands import config_arguments, program, stop_requests
 from thinkpo_jax.config import RunError, UserError
 from thinkpo_jax.convert import save_model
 from thinkpo_jax.data import Examples, prepare
 from thinkpo_jax.evaluate import evaluate_run, read_questions
-from thinkpo_jax.log import MetricsFile, Progress, read_metrics, say, write_whole
+from thinkpo_jax.log import MetricsFile, Progress, read_metrics, say, warn, write_whole
 from thinkpo_jax.model import Transformer
 from thinkpo_jax.objectives import sft, thinkpo
 from thinkpo_jax.optimizer import learning_rate, make_optimizer
@@ -67,8 +67,10 @@ def read_examples(run: Run, stage: Stage) -> Examples:
         raise UserError(f"stage {stage.name}: {error}") from None
     for report in found.reports:
         say(f"{stage.name}: {report}")
-    if not len(found):
-        raise UserError(f"stage {stage.name}: no example is left. Raise batch.row_length, or mend the data.")
+    for problem in pointless(stage, found):
+        if not len(found):
+            raise UserError(f"stage {stage.name}: {problem}")
+        warn(f"stage {stage.name}: {problem}")
     check_data(run, stage, found)
     return found
 
