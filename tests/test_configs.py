@@ -11,12 +11,18 @@ import pytest
 from small import mesh
 
 from thinkpo_jax.architecture import Architecture, read_architecture
+from thinkpo_jax.config import parse, read_yaml
 from thinkpo_jax.convert import abstract_model, expected_shapes, named
+from thinkpo_jax.pairs import PairsConfig
 from thinkpo_jax.run import RunConfig, SftStage, ThinkpoStage, load_config
 from thinkpo_jax.sharding import shardings
+from thinkpo_jax.short_answers import ServerAnswers
 
 ROOT = Path(__file__).parents[1]
-CONFIGS = sorted((ROOT / "configs").glob("*.yaml"), key=lambda path: path.name)
+CONFIGS, PAIRS = (
+    sorted(path for path in (ROOT / "configs").glob("*.yaml") if path.stem.startswith("pairs_") == pairs)
+    for pairs in (False, True)
+)
 PAPER = {  # arXiv 2502.13173, Table 7
     "thinkpo_r1_distill_qwen_7b": ("deepseek-ai/DeepSeek-R1-Distill-Qwen-7B", 1e-7),
     "thinkpo_bespoke_stratos_7b": ("bespokelabs/Bespoke-Stratos-7B", 5e-7),
@@ -46,14 +52,17 @@ def qwen2_7b(tmp_path: Path) -> Architecture:
     return read_architecture(tmp_path)
 
 
-@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", CONFIGS + PAIRS, ids=lambda path: path.stem)
 def test_config_is_valid_and_its_first_line_is_the_command_that_runs_it(path: Path):
-    found = load_config(path)
-    assert found.run_dir == f"runs/{path.stem}"  # runs of two configurations never meet
+    if path in PAIRS:
+        folder, name = parse(PairsConfig, read_yaml(path), source=str(path)).out, "pairs"
+    else:
+        folder, name = load_config(path).run_dir, "train"
+    assert folder == f"runs/{path.stem}"  # runs of two configurations never meet
     first, second = path.read_text(encoding="utf-8").splitlines()[:2]
     assert first.startswith("# ")
     words = shlex.split(first.removeprefix("# "))
-    assert words[-4:] == ["-m", "thinkpo_jax.train", "--config", f"configs/{path.name}"]
+    assert words[-4:] == ["-m", f"thinkpo_jax.{name}", "--config", f"configs/{path.name}"]
     assert second == "#"  # then what it does
 
 
@@ -123,3 +132,14 @@ def test_set_replaces_a_whole_data_section():
     assert (thinkpo.data[0].chosen, thinkpo.data[0].rejected, thinkpo.data[0].limit) == ("long", "short", None)
     assert found.evaluation is not None
     assert found.evaluation.benchmarks[0].path == "gsm8k_test.jsonl"
+
+
+def test_the_papers_pairs_are_asked_for_as_the_paper_did():
+    path = ROOT / "configs" / "pairs_bespoke_stratos.yaml"
+    found = parse(PairsConfig, read_yaml(path), source=str(path))
+    assert isinstance(found.short, ServerAnswers)
+    sampling = found.short.sampling
+    assert (sampling.temperature, sampling.top_p, sampling.max_new_tokens, sampling.samples) == (0.7, 0.9, 1024, 1)
+    assert found.short.system == "You are a helpful and harmless assistant. Please reason step by step."
+    assert found.long.path == "bespokelabs/Bespoke-Stratos-17k"
+    assert found.filters.disagreeing_share == pytest.approx(2000 / 10080, abs=1e-4)

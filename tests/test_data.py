@@ -455,7 +455,7 @@ def test_bad_rows_are_skipped_and_counted_by_reason(tmp_path: Path, chat: Chat):
     path = write(tmp_path / "rows.jsonl", *bad, ROW, [1], ROW)
     found = tokenize(SftData(path=str(path), response="response", on_bad_row="skip"), chat, row_length=1000, seed=0)
     (report,) = found.reports
-    expected = {"not JSON": 1, "missing field": 1, "no text": 2, "no ids": 1, "not an object": 1}
+    expected = {"not JSON": 1, "missing field": 1, "no text": 2, "cannot be tokenised": 1, "not an object": 1}
     assert (report.rows, report.kept, report.dropped, report.fatal) == (8, 2, expected, None)
     assert report.bad["no text"] == f"{path}, line 3, response: expected a text, found null."  # the first of its kind
     assert report.bad.keys() == expected.keys()

@@ -22,7 +22,7 @@ from thinkpo_jax.chat import Chat
 from thinkpo_jax.config import UserError
 from thinkpo_jax.data import Examples, prepare
 from thinkpo_jax.forms import PairData, SftData
-from thinkpo_jax.rows import BadRow, Source, read_rows
+from thinkpo_jax.rows import Source, read_rows
 
 ROW_LENGTH = 400  # every row that is left as it was fits
 NO_LINE = re.compile(rb"[ \t\r\x0b\x0c]*")
@@ -119,7 +119,7 @@ def mutated_row(draw: random.Random, row: dict[str, Any]) -> object:
         for _ in range(draw.choice([1, 3, 50])):
             container[key] = {"content": container[key]} if draw.random() < 0.5 else [container[key]]
     else:
-        return draw.choice([row[key] if key in row else [row], *VALUES])
+        return draw.choice([row.get(key, [row]), *VALUES])
     return row
 
 
@@ -157,10 +157,10 @@ def fuzzed(draw: random.Random) -> File:
     form = draw.choice(list(FORMS))
     rows = [FORMS[form](draw, f"<{i}>{draw.randrange(10**6)}") for i in range(draw.randint(1, 7))]
     lines = [json.dumps(row, ensure_ascii=draw.random() < 0.5).encode() for row in rows]
-    named = {"response": "response"} if form == "response" else {"messages": form}
+    columns = {"response": "response"} if form == "response" else {"messages": form}
     pair = form.startswith("pair")
-    config = {} if pair or (known := draw.random() < 0.5) else named
-    sound = 0 if pair or config else 1  # where no column is named, the first row must be able to tell
+    config: dict[str, Any] = {} if pair or draw.random() < 0.5 else dict(columns)
+    sound = int(not pair and not config)  # where no column is named, the first row must be able to tell
     found = [
         Line(line, True) if i < sound or draw.random() < 0.5 else Line(mutated_line(draw, row, line), False)
         for i, (row, line) in enumerate(zip(rows, lines, strict=True))
@@ -173,3 +173,209 @@ def fuzzed(draw: random.Random) -> File:
         found = [Line(line.content + b"\r", line.whole) for line in found]
     config |= {"over_length": draw.choice(["drop", "drop", "cut", "raise"]), "prompt_suffix": draw.choice(["", "?"])}
     return File(found, config, pair)
+
+
+# What must come of it.
+
+
+def texts(value: Any) -> set[str]:
+    """All texts within a value."""
+    if isinstance(value, str):
+        return {value}
+    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return {text for part in inner for text in texts(part)}
+
+
+def rendered(row: dict[str, Any], config: SftData | PairData) -> tuple[str, ...]:
+    """A sound row as the byte tokenizer's template writes it: what is read, then each answer."""
+    columns = [row[name] for name in ("messages", "conversations", "response", "chosen", "rejected") if name in row]
+    asked = [{"role": "user", "content": row["prompt"]}] if "prompt" in row else columns[0][:-1]
+    said = [
+        ({"human": "user", "gpt": "assistant"}.get(role, role), text)
+        for role, text in (turn.values() for turn in asked)
+    ]
+    if "system" in row and row["system"] and isinstance(config, SftData) and config.messages is None:
+        said.insert(0, ("system", row["system"]))
+    prompt = "".join(f"[{role}]{text}{'<end>' if role == 'assistant' else ''}" for role, text in said)
+    answers = (column if isinstance(column, str) else list(column[-1].values())[1] for column in columns)
+    return f"{prompt}{config.prompt_suffix}[assistant]", *(f"{answer}<end>" for answer in answers)
+
+
+def read(examples: Examples, chat: Chat) -> list[tuple[str, ...]]:
+    """What is read before the answers of each example, and the answers."""
+    decode = chat.tokenizer.decode
+    found = []
+    for segments in examples:
+        (prompt,) = {decode(segment.tokens[: segment.answer_start]) for segment in segments}
+        found.append((prompt, *(decode(segment.tokens[segment.answer_start :]) for segment in segments)))
+    return found
+
+
+def comes_from(example: tuple[str, ...], line: bytes, config: SftData | PairData) -> bool:
+    """Whether every text of an example is one of the line's."""
+    try:
+        given = texts(json.loads(line.decode("utf-8-sig")))
+    except (ValueError, RecursionError):
+        return False
+    prompt, *answers = example
+    asked = MARKS.split(prompt.removesuffix("[assistant]").removesuffix(config.prompt_suffix))
+    return all(piece in given for piece in asked if piece) and all(
+        answer.removesuffix("<end>") in given
+        if answer.endswith("<end>")
+        else config.over_length == "cut" and any(text.startswith(answer.rstrip("\ufffd")) for text in given)
+        for answer in answers
+    )
+
+
+def named(error: UserError, path: object) -> str:
+    """The message of an error, once it is seen that it names the file and can be printed."""
+    message = str(error)
+    assert message.startswith(str(path))
+    assert message.encode()
+    return message
+
+
+def error_of(config: SftData | PairData, chat: Chat) -> str | None:
+    """The message with which the run stops; None where it goes on."""
+    try:
+        prepare([config], chat, row_length=ROW_LENGTH, seed=0)
+    except UserError as error:
+        return named(error, config.path)
+    return None
+
+
+def check_lines(file: File, path: Path, chat: Chat) -> None:
+    """Skipping keeps every sound row and counts the others; raising names the first bad line."""
+    content = b"\n".join(line.content for line in file.lines)
+    path.write_bytes(content)
+    numbered = dict(enumerate(content.split(b"\n"), 1))
+    rows = {number: line for number, line in numbered.items() if not NO_LINE.fullmatch(line)}
+    kind = PairData if file.pair else SftData
+    skipping = kind(path=str(path), on_bad_row="skip", **file.config)
+    if not rows or (skipping.over_length == "raise" and error_of(skipping, chat) is not None):
+        message = error_of(skipping, chat) or ""
+        assert ("there are no rows" if not rows else f"do not fit row_length {ROW_LENGTH}") in message
+        return
+    examples = prepare([skipping], chat, row_length=ROW_LENGTH, seed=0)
+    (report,) = examples.reports
+    assert report.rows == len(rows) == report.kept + sum(report.dropped.values())
+    assert report.kept == len(examples)
+    assert all(reason.strip() and count > 0 for reason, count in report.dropped.items())
+    found = read(examples, chat)
+    sound = Counter(rendered(json.loads(line.content), skipping) for line in file.lines if line.whole and line.content)
+    assert not sound - Counter(found)
+    left = iter(rows.values())
+    assert all(any(comes_from(example, line, skipping) for line in left) for example in found)
+
+    message = error_of(skipping.model_copy(update={"on_bad_row": "raise"}), chat)
+    assert (message is None) == (not report.bad)
+    if message is not None:
+        assert message in report.bad.values()
+        place = re.match(r", line (\d+)[:,]", message.removeprefix(str(path)))
+        assert place is not None
+        assert int(place[1]) in rows
+
+
+@pytest.fixture(scope="module")
+def chat(tmp_path_factory: pytest.TempPathFactory) -> Chat:
+    return Chat.load(byte_tokenizer(tmp_path_factory.mktemp("bytes")))
+
+
+@pytest.mark.parametrize("hundred", range(10))
+def test_a_changed_line_is_trained_on_or_counted_or_named_and_all_others_are_kept(
+    hundred: int, tmp_path: Path, chat: Chat
+):
+    for seed in range(100 * hundred, 100 * hundred + 100):
+        draw = random.Random(seed)
+        check_lines(fuzzed(draw), tmp_path / f"{seed}.jsonl", chat)
+
+
+# Damage to compressed files: there is no half of one.
+
+
+def damaged(draw: random.Random, content: bytes, within: int) -> bytes:
+    """Bytes of which some, before `within`, are others, are gone or are new; or of which the end is gone."""
+    at, some = draw.randrange(within), bytes(draw.choices(range(256), k=draw.randint(1, 40)))
+    return draw.choice([
+        content[:at] + bytes([content[at] ^ 1 << draw.randrange(8)]) + content[at + 1 :],
+        content[:at] + content[at + len(some) :],
+        content[:at] + some + content[at:],
+        content[:at] + some + content[at + len(some) :],
+        content[:at] + bytes(len(some)) + content[at + len(some) :],
+        content[:at],
+        content + draw.choice([some, content[:at], bytes(9)]),
+    ])  # fmt: skip
+
+
+def rows_or_error(path: Path) -> list[object] | None:
+    """The rows of a file; None where it cannot be read as a whole."""
+    try:
+        return [row for _, row in read_rows(Source(path=str(path)), seed=0)]
+    except UserError as error:
+        named(error, path)
+        return None
+
+
+def pairs(draw: random.Random, count: int) -> list[dict[str, Any]]:
+    return [FORMS["pair"](draw, f"<{i}>") | {"more": turns(words(draw, 20), "so")} for i in range(count)]
+
+
+def test_a_damaged_gz_file_gives_all_of_its_rows_or_is_an_error_with_its_name(tmp_path: Path, chat: Chat):
+    outcomes = Counter[bool]()
+    for seed in range(250):
+        draw = random.Random(seed)
+        rows = pairs(draw, draw.choice([1, 9, 300]))
+        path = tmp_path / "rows.jsonl.gz"
+        whole = gzip.compress(b"".join(json.dumps(row).encode() + b"\n" for row in rows), mtime=0)
+        path.write_bytes(damaged(draw, whole, len(whole)))
+        found = rows_or_error(path)
+        outcomes[found is None] += 1
+        assert found in (None, rows)
+        config = PairData(path=str(path), on_bad_row="skip")
+        assert (error_of(config, chat) is None) == (found is not None)
+    assert outcomes[True] > 200
+    assert outcomes[False] > 5
+
+
+def test_a_damaged_parquet_file_gives_all_of_its_rows_or_is_an_error_with_its_name(tmp_path: Path):
+    """Where its writer left checksums; they are of the pages, and what comes after those may then be read wrongly."""
+    import pyarrow
+    from pyarrow import parquet
+
+    outcomes = Counter[bool]()
+    path = tmp_path / "rows.parquet"
+    for seed in range(250):
+        draw = random.Random(seed)
+        rows = pairs(draw, draw.choice([1, 9, 150]))
+        options: dict[str, Any] = {
+            "compression": draw.choice(["none", "snappy", "gzip", "zstd"]),
+            "row_group_size": 100,
+        }
+        table = pyarrow.Table.from_pylist(rows)
+        parquet.write_table(table, path, use_dictionary=draw.random() < 0.5, write_page_checksum=True, **options)
+        whole = path.read_bytes()
+        pages = len(whole) - 8 - int.from_bytes(whole[-8:-4], "little")
+        path.write_bytes(damaged(draw, whole, pages))
+        found = rows_or_error(path)
+        outcomes[found is None] += 1
+        assert found in (None, rows)
+    assert outcomes[True] > 150
+    assert outcomes[False] > 5
+
+
+def test_a_parquet_file_with_a_damaged_footer_never_has_fewer_rows(tmp_path: Path):
+    """No checksum is of the footer, so that a bit may give a column another name; the rows are still counted."""
+    import pyarrow
+    from pyarrow import parquet
+
+    path = tmp_path / "rows.parquet"
+    rows = pairs(random.Random(0), 150)
+    parquet.write_table(pyarrow.Table.from_pylist(rows), path, row_group_size=100, store_schema=False)
+    whole = path.read_bytes()
+    footer = int.from_bytes(whole[-8:-4], "little") + 8
+    for seed in range(150):
+        draw = random.Random(seed)
+        at = len(whole) - 1 - draw.randrange(footer)
+        path.write_bytes(whole[:at] + bytes([whole[at] ^ 1 << draw.randrange(8)]) + whole[at + 1 :])
+        found = rows_or_error(path)
+        assert found is None or len(found) == len(rows)

@@ -317,7 +317,7 @@ def _example(work: _Work, form: Columns, placed: tuple[str, Row | BadRow]) -> _T
     except BadRow as error:
         return error
     except UserError as error:  # of the tokenizer or its template
-        return BadRow("no ids", f"{place}: {error}")
+        return BadRow("cannot be tokenised", f"{place}: {error}")
     kept = _fit([len(ids) for ids in prompts], [len(ids) for ids in answers], work.row_length)
     whole = [len(ids) for ids in answers]
     if kept is None or (kept != whole and work.config.over_length != "cut"):

@@ -43,7 +43,6 @@ from thinkpo_jax.short_answers import ShortAnswer, ShortAnswers, read_answered, 
 
 PAIRS, CARD, PLOT, HITS = "pairs.parquet", "README.md", "lengths.png", "contaminated.jsonl"
 NOT_COMPARED = "The questions were not compared with those of any evaluation."
-SHOWN = 3  # reasons of refusals that are said, the most frequent ones
 COUNTED = 256  # answers whose tokens are counted at a time: their ids take memory
 
 
@@ -206,10 +205,10 @@ def _candidates(
 ) -> list[Candidate]:
     both = [(i, short) for i, found in enumerate(shorts) for short in found]
     counts["all"] = len(both)
-    refused = Counter(short.refused for _, short in both if short.refused is not None)
-    counts["the question was refused"] = refused.total()
-    for reason, count in refused.most_common(SHOWN):
-        warn(f"{count} of {len(both)} questions were refused: {reason}")
+    refused = [short.refused for _, short in both if short.refused is not None]
+    counts["the question was refused"] = len(refused)
+    if refused:
+        warn(f"{len(refused)} of {len(both)} questions were refused, the first because: {refused[0]}")
     given = [(i, short) for i, short in both if short.refused is None]
     tokens = _lengths(chat, [text for i, short in given for text in (longs[i].answer, short.text)])
     return [
@@ -257,7 +256,7 @@ def _parquet(pairs: Sequence[Pair]) -> bytes:
 
 def _summary(tables: Mapping[str, Mapping[str, int]]) -> str:
     return "; ".join(
-        f"{title}: " + ", ".join(f"{count} {what}" for what, count in counts.items() if count)
+        f"{title}: " + (", ".join(f"{count} {what}" for what, count in counts.items() if count) or "none")
         for title, counts in tables.items()
     )
 

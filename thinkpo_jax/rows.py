@@ -26,17 +26,15 @@ OTHER_FILES = (".json", ".csv", ".tsv", ".txt", ".gz", ".zst", ".arrow")  # othe
 SAVED = ("state.json", "dataset_dict.json")  # what Dataset.save_to_disk and DatasetDict.save_to_disk write
 LONGEST_LINE = 2**28  # bytes; a file without line ends is no JSONL, and must not fill the memory
 PARQUET_ROWS = 64
-ARROW_ENDS = (
-    b"\xff\xff\xff\xff\0\0\0\0",
-    b"ARROW1",
-)  # of a stream and of a file; without it a reader stops early, silently
+# How an Arrow stream and an Arrow file end; what ends otherwise was cut short, which a reader may not notice.
+ARROW_ENDS = (b"\xff\xff\xff\xff\0\0\0\0", b"ARROW1")
 
 
 class BadRow(UserError):  # noqa: N818 -- it is a value more often than it is raised
     """A row that cannot be used: `reason` is the kind of fault, the message says where and what."""
 
     def __init__(self, reason: str, message: str) -> None:
-        super().__init__(message)
+        super().__init__(message.encode(errors="backslashreplace").decode())  # a key may be half of a character
         self.reason = reason
 
 

@@ -73,6 +73,12 @@ class ModelAnswers(_Generated):
     compute: ComputeConfig = ComputeConfig()
     mesh: MeshConfig = MeshConfig()
 
+    @pydantic.model_validator(mode="after")
+    def _pretrained(self) -> "ModelAnswers":
+        if self.model.weights == "random":
+            raise ValueError("model.weights: a model with random weights has no answers; leave out `weights`")
+        return self
+
 
 class ServerAnswers(_Generated):
     """Answers of a server that speaks OpenAI's chat API, such as vLLM."""
@@ -149,8 +155,8 @@ def _joined(config: JoinedAnswers, questions: Sequence[str], *, seed: int) -> li
     wanted = set(keys)
     if keys and found and wanted.isdisjoint(found):
         raise UserError(
-            f"{config.name}: has none of the {len(wanted)} questions. It asks such as {min(found)!r:.100}, and the long "
-            f"answers are to such as {min(wanted)!r:.100}. Check `prompt` and `prompt_suffix` of both."
+            f"{config.name}: has none of the {len(wanted)} questions. It asks such as {min(found)!r:.100}, and the "
+            f"long answers are to such as {min(wanted)!r:.100}. Check `prompt` and `prompt_suffix` of both."
         )
     unused = sum(len(answers) for key, answers in found.items() if key not in wanted)
     skipped = f", {len(bad)} bad rows skipped (the first: {bad[0]})" if bad else ""
