@@ -16,7 +16,7 @@ from thinkpo_jax.chat import Chat, Message
 from thinkpo_jax.config import UserError
 from thinkpo_jax.data import prepare
 from thinkpo_jax.folder import find_model
-from thinkpo_jax.forms import PairData
+from thinkpo_jax.forms import PairData, SftData
 from thinkpo_jax.miniature import MiniatureData
 
 QUESTION: list[Message] = [{"role": "user", "content": "What is 2+2?"}]
@@ -209,6 +209,16 @@ def test_an_empty_thinking_block_is_read_and_not_trained(name: str, tmp_path: Pa
             assert decode(chat, segment.tokens[segment.answer_start :].tolist()) == f"It is 6.{END[name]}"
     # One that thinks is as it is.
     assert [s.tokens.tolist() for s in given[1]] == [s.tokens.tolist() for s in block[1]]
+
+
+def test_a_thought_that_the_prompt_opens_must_end_too(tmp_path: Path, chat_of: Callable[[str], Chat]):
+    """R1's prompt ends in <think>: an answer without any tag never ends that thought."""
+    rows = ["It is 6.", "<think>\n3+3", "3+3=6\n</think>\n\n6", "<think>\n3+3=6\n</think>\n\n6"]
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps({"prompt": "And 3+3?", "response": row}) + "\n" for row in rows))
+    for name, unfinished in (("r1", 2), ("qwen2_5", 1)):
+        (report,) = prepare([SftData(path=str(path))], chat_of(name), row_length=1000, seed=0).reports
+        assert (report.kept, report.open_thinking) == (4, unfinished), name
 
 
 @pytest.mark.parametrize("name", ["qwen3"])

@@ -68,7 +68,8 @@ def test_no_device_is_touched_and_nothing_is_written(tmp_path: Path) -> None:
     environment = os.environ | {"JAX_PLATFORMS": "no_such_platform", "XDG_CACHE_HOME": str(tmp_path / "cache")}
     arguments += ["--set", f"run_dir={tmp_path / 'run'}"]
     told = subprocess.run(arguments, capture_output=True, text=True, cwd=ROOT, env=environment, check=False)
-    assert (told.returncode, told.stderr) == (0, "")
+    assert told.returncode == 0, told.stderr
+    assert "warning" not in told.stderr
     assert not (tmp_path / "run").exists()
     assert not (tmp_path / "cache" / "thinkpo_jax").exists()  # generated rows are not even kept
     assert "40 updates of 16 examples on average" in told.stdout
@@ -156,8 +157,8 @@ def test_bad_rows_are_all_counted_and_then_it_fails(model: Path, tmp_path: Path)
         ),
         (
             [{**PAIR, "chosen": SHORT, "rejected": LONG}] * 2 + [PAIR],
-            "stage only: chosen is shorter than rejected in 2 of 3 pairs: ThinkPO prefers the long answer. Are "
-            "`chosen` and `rejected` the wrong way round?",
+            "stage only: chosen is shorter than rejected in 2 of 3 pairs: ThinkPO prefers the long answer. "
+            "Unless this is the control of swapped pairs, `chosen` and `rejected` are the wrong way round.",
         ),
         (
             [PAIR | {"chosen": LONG[:30]}] * 2 + [PAIR],

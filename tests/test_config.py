@@ -107,7 +107,6 @@ def test_all_problems_of_a_file_are_reported_together(tmp_path: Path):
     found = problems(tmp_path, text)
     assert sorted(found) == [
         "run_dir is required and not given.",
-        "stages.0.batch.size is required and not given.",
         "stages.0.steps: Input should be a valid integer (found 'many').",
         "unknown key extra. Keys here: compute, evaluation, mesh, model, run_dir, seed, stages, title.",
         "unknown key rundir (did you mean run_dir?).",

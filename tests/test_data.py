@@ -13,7 +13,7 @@ from checkpoints import DATA, needs_data
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from thinkpo_jax.chat import Chat
+from thinkpo_jax.chat import Chat, Prompt
 from thinkpo_jax.config import UserError
 from thinkpo_jax.data import Example, Examples, Segment, cache_folder, prepare
 from thinkpo_jax.forms import PairData, SftData
@@ -456,7 +456,7 @@ def test_bad_rows_are_skipped_and_counted_by_reason(tmp_path: Path, chat: Chat):
     found = tokenize(SftData(path=str(path), response="response", on_bad_row="skip"), chat, row_length=1000, seed=0)
     (report,) = found.reports
     expected = {"not JSON": 1, "missing field": 1, "no text": 2, "cannot be tokenised": 1, "not an object": 1}
-    assert (report.rows, report.kept, report.dropped, report.fatal) == (8, 2, expected, None)
+    assert (report.rows, report.kept, report.dropped, report.fatal) == (8, 2, expected, {})
     assert report.bad["no text"] == f"{path}, line 3, response: expected a text, found null."  # the first of its kind
     assert report.bad.keys() == expected.keys()
     assert str(report).startswith(
@@ -469,8 +469,8 @@ def test_all_bad_rows_are_counted_where_asked_for(tmp_path: Path, chat: Chat):
     path = write(tmp_path / "rows.jsonl", ROW, b"{\n", b"[\n", ROW | {"response": "a" * 2000})
     for config in (SftData(path=str(path)), SftData(path=str(path), over_length="raise")):
         (report,) = prepare([config], chat, row_length=1000, seed=0, keep_going=True).reports
-        assert report.fatal is not None
-        assert "line 2: not valid JSON" in report.fatal
+        assert "line 2: not valid JSON" in report.fatal["not JSON"]
+        assert ("longer than row_length 1000" in report.fatal) == (config.over_length == "raise")
         assert report.dropped == {"not JSON": 2, "longer than row_length 1000": 1}
         with pytest.raises(UserError, match="line 2: not valid JSON"):  # also when it was prepared before
             prepare([config], chat, row_length=1000, seed=0)
@@ -519,6 +519,13 @@ def test_what_has_no_room_for_a_token_of_each_answer_is_left_out(tmp_path: Path,
         assert len(found) == kept
 
 
+def test_answers_that_a_cut_makes_equal_are_left_out_and_counted(tmp_path: Path, chat: Chat):
+    row = {"prompt": "q", "chosen": "a" * 40 + "b", "rejected": "a" * 40 + "c"}
+    path = write(tmp_path / "rows.jsonl", row, PAIR)
+    found = tokenize(PairData(path=str(path), over_length="cut"), chat, row_length=2 * len(ASKED) + 20, seed=0)
+    assert (len(found), found.reports[0].dropped) == (1, {"identical after the cut": 1})
+
+
 def test_a_cut_that_takes_the_end_of_the_thinking_is_counted(tmp_path: Path, chat: Chat):
     answer = "<think>" + "t" * 50 + "</think>#4"
     path = write(tmp_path / "rows.jsonl", {"prompt": "q", "response": answer}, {"prompt": "q", "response": answer[:20]})
@@ -527,14 +534,28 @@ def test_a_cut_that_takes_the_end_of_the_thinking_is_counted(tmp_path: Path, cha
         assert (len(found), found.reports[0].open_thinking) == (2, unfinished)
 
 
-def test_a_row_that_cannot_fit_is_not_tokenised(tmp_path: Path, chat: Chat, monkeypatch: pytest.MonkeyPatch):
-    path = write(tmp_path / "rows.jsonl", ROW | {"response": "a" * 1_000_000}, ROW)
+@pytest.mark.parametrize("column", ["response", "prompt"])
+def test_a_row_that_cannot_fit_is_not_tokenised(
+    column: str, tmp_path: Path, chat: Chat, monkeypatch: pytest.MonkeyPatch
+):
+    path = write(tmp_path / "rows.jsonl", ROW | {column: "a" * 1_000_000}, ROW)
     seen: list[int] = []
     answer_ids = Chat.answer_ids
     monkeypatch.setattr(Chat, "answer_ids", lambda self, p, text: seen.append(len(text)) or answer_ids(self, p, text))
     found = tokenize(SftData(path=str(path)), chat, row_length=1000, seed=0)
     assert found.reports[0].dropped == {"longer than row_length 1000": 1}
     assert seen == [1]
+
+
+def test_a_cut_tokenises_no_more_than_could_fit(tmp_path: Path, chat: Chat, monkeypatch: pytest.MonkeyPatch):
+    path = write(tmp_path / "rows.jsonl", ROW | {"response": "a" * 1_000_000})
+    seen: list[int] = []
+    answer_ids = Chat.answer_ids
+    monkeypatch.setattr(Chat, "answer_ids", lambda self, p, text: seen.append(len(text)) or answer_ids(self, p, text))
+    found = tokenize(SftData(path=str(path), over_length="cut"), chat, row_length=1000, seed=0)
+    assert [len(segment.tokens) for segment in only(found)] == [1000]
+    assert found.reports[0].cut == 1
+    assert seen < [100_000]
 
 
 # Several sources.
@@ -561,6 +582,20 @@ def test_a_weight_says_how_often_an_epoch_reads_a_row(
     lengths = [[len(s.tokens) for s in example] for example in found]
     assert found.spans().sum(axis=-1).tolist() == lengths
     assert found.digest() == prepare(configs, chat, row_length=1000, seed=0).digest()
+
+
+def test_a_weight_that_reads_nothing_is_an_error(tmp_path: Path, chat: Chat):
+    path = sources(tmp_path)[0]
+    with pytest.raises(UserError, match=r"a\.jsonl: a weight of 0\.01 reads none of its 4 rows\. Raise it"):
+        prepare([SftData(path=str(path), weight=0.01)], chat, row_length=1000, seed=0)
+
+
+def test_the_draw_of_a_weight_does_not_depend_on_the_order_of_the_sources(tmp_path: Path, chat: Chat):
+    configs = [SftData(path=str(path), weight=0.5) for path in sources(tmp_path)]
+    one, other = (prepare(order, chat, row_length=1000, seed=0) for order in (configs, configs[::-1]))
+    answers = [{read(example[0], chat)[1] for example in found} for found in (one, other)]
+    assert answers[0] == answers[1]
+    assert one.notes()[0].endswith("; each read 0.5 times an epoch")
 
 
 def test_the_draw_of_a_weight_depends_on_the_seed(tmp_path: Path, chat: Chat):
@@ -613,6 +648,7 @@ def test_a_second_start_tokenises_nothing(tmp_path: Path, chat: Chat, work_done:
         {"config": {"limit": 1}},
         {"tokenizer": {"eos": "<other>"}},
         {"tokenizer": {"template": TEMPLATE + " "}},
+        {"tokenizer": {"eos": "<end>"}},
     ],
     ids=str,
 )
@@ -652,6 +688,22 @@ def test_damage_on_disk_is_noticed_and_mended(
     work_done.clear()
     tokenize(SftData(path=str(path)), chat, row_length=500, seed=0)
     assert work_done == []
+
+
+def test_two_processes_may_prepare_the_same_at_once(tmp_path: Path, chat: Chat, monkeypatch: pytest.MonkeyPatch):
+    """The one that comes second finds the first one's tokens in the place of its own."""
+    path = write(tmp_path / "rows.jsonl", ROW, ROW)
+    answer_ids, others = Chat.answer_ids, []
+
+    def meanwhile(self: Chat, prompt: Prompt, text: str) -> list[int]:
+        if not others:
+            others.append(None)
+            others.append(tokenize(SftData(path=str(path)), chat, row_length=500, seed=0))
+        return answer_ids(self, prompt, text)
+
+    monkeypatch.setattr(Chat, "answer_ids", meanwhile)
+    assert same(tokenize(SftData(path=str(path)), chat, row_length=500, seed=0), others[1])
+    assert len([entry for entry in cache_folder().iterdir() if not entry.name.startswith(".")]) == 1
 
 
 def test_a_preparation_that_was_stopped_leaves_nothing_behind(tmp_path: Path, chat: Chat):

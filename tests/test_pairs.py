@@ -369,7 +369,7 @@ def test_questions_of_an_evaluation_are_left_out_and_listed(
     tokenizer: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
     source = {"path": str(DATA / "pairs/math500_pairs.jsonl"), "prompt": "question"}
-    config = real(tokenizer, tmp_path, long=source | {"response": "long"}, filters=UNBOXED)
+    config = real(tokenizer, tmp_path, long=source | {"response": "long"}, filters=UNBOXED | {"complete": False})
     config["short"] = source | {"by": "join", "response": "short"}
     tests = {name: {"name": name, "path": str(DATA / name / "test.jsonl")} for name in ("math500", "gsm8k", "aime24")}
     config["decontaminate"] = {"against": [tests["math500"]]}
@@ -545,6 +545,4 @@ def test_an_answer_that_the_limit_cut_is_left_out(joined: Config):
     with serving(script) as endpoint:
         assert [row["question"] for row in built(served(joined, endpoint.url))] == ["What is\n 1+1?", "3+3?"]
         assert counts(joined)[1]["the short answer was cut"] == 2
-        whole = built(served(joined, endpoint.url, filters=UNBOXED | {"complete": False}))
-    assert len(whole) == 4
     assert len(endpoint.bodies) == 3

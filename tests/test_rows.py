@@ -64,7 +64,7 @@ def write_parquet(path: Path, rows: list[dict[str, Any]]) -> None:
     from datasets import Dataset
 
     path.parent.mkdir(parents=True, exist_ok=True)
-    Dataset.from_list(rows).to_parquet(path)
+    Dataset.from_list(rows).to_parquet(path, batch_size=60)
 
 
 def write_saved(path: Path, rows: list[dict[str, Any]]) -> None:
@@ -351,6 +351,20 @@ def test_one_row_of_fifty_megabytes_is_read_and_counted_as_too_long_at_once(tmp_
         prepare([config.model_copy(update={"over_length": "raise"})], chat, row_length=1000, seed=0)
 
 
+def test_the_message_of_a_bad_row_can_be_printed_and_is_no_copy_of_the_row(tmp_path: Path, chat: Chat):
+    path = tmp_path / "rows.jsonl"
+    for content in (
+        b'{"\\ud83d": 1}',
+        json.dumps({"k" * 10**6: 1}).encode(),
+        b'{"%s": 1, "%s": 2}' % ((b"k" * 10**6,) * 2),
+    ):
+        path.write_bytes(content)
+        with pytest.raises(UserError) as error:
+            prepare([SftData(path=str(path), response="response")], chat, row_length=100, seed=0)
+        assert str(error.value).startswith(f"{path}, line 1: ")
+        assert len(str(error.value).encode()) < 3000
+
+
 # Parquet.
 
 
@@ -360,7 +374,7 @@ def test_one_row_of_fifty_megabytes_is_read_and_counted_as_too_long_at_once(tmp_
         lambda content: b"",
         lambda content: content[:-1],
         lambda content: content[: len(content) // 2],
-        lambda content: content[: len(content) // 2] + content[len(content) // 2 + 1 :],
+        lambda content: content[:300] + content[301:],
         lambda content: b"PAR1" + bytes(len(content) - 8) + b"PAR1",
         lambda content: bytes(1000),
         lambda content: b"PAR1PAR1",
@@ -517,6 +531,36 @@ def test_a_folder_that_datasets_cannot_read_as_a_whole_is_an_error_with_its_name
     found = error_of(folder, streaming=streaming)
     assert ": cannot be read as a data set: " in found
     assert "\n" not in found
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_folder_reads_nothing_outside_itself(streaming: bool, tmp_path: Path):
+    """Nothing would tell that those rows have changed."""
+    write_jsonl(tmp_path / "other.jsonl", OTHER)
+    (tmp_path / "rows").mkdir()
+    for name in ("../other.jsonl", str(tmp_path / "other.jsonl")):
+        readme = f"---\nconfigs:\n- config_name: one\n  data_files: {name}\n---\n"
+        (tmp_path / "rows" / "README.md").write_text(readme)
+        assert f"names {tmp_path / 'other.jsonl'}, which is not in" in error_of(tmp_path / "rows", streaming=streaming)
+    (tmp_path / "rows" / "README.md").unlink()
+    (tmp_path / "rows" / "train.jsonl").symlink_to(tmp_path / "other.jsonl")  # as the cache of the Hub has them
+    assert read(tmp_path / "rows", streaming=streaming)[0]["prompt"] == OTHER[0]["prompt"]
+
+
+def test_files_of_a_folder_that_are_not_read_are_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    for name in ("train-0.jsonl", "train-1.jsonl", "test.jsonl"):
+        write_jsonl(tmp_path / "rows" / name, ROWS)
+    assert len(read(tmp_path / "rows")) == 2 * len(ROWS)
+    write_hub(tmp_path / "hub", ROWS)
+    assert read(tmp_path / "hub", subset="two") == OTHER
+    assert "warning" not in capsys.readouterr().err
+    for name in ("more.jsonl", "train.parquet"):
+        write_jsonl(tmp_path / "rows" / name, ROWS)
+        assert len(read(tmp_path / "rows")) == 2 * len(ROWS)
+        found = capsys.readouterr().err
+        assert f"warning: {tmp_path / 'rows'}: 1 files are in no split and are not read" in found
+        assert f"such as {tmp_path / 'rows' / name}" in found
+        (tmp_path / "rows" / name).unlink()
 
 
 @pytest.mark.parametrize("streaming", [False, True])

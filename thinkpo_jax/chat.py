@@ -34,6 +34,11 @@ class Prompt(NamedTuple):
     text: str
     ids: list[int]
 
+    @property
+    def opening(self) -> str:
+        """`<think>` where the prompt ends in it, so that every answer to it begins in a thought."""
+        return _THINK if self.text.rstrip().endswith(_THINK) else ""
+
 
 def left_open(answer: str, tags: Sequence[tuple[str, str]] = THOUGHTS) -> bool:
     """Whether an answer opens something and does not close it. One that closes only is whole: its prompt opened."""
@@ -105,7 +110,7 @@ class Chat:
         Raises `UserError` where the text has no ids that give it back, and where it holds a special token as text: the
         turn would end in its middle.
         """
-        ids = _ids(self.tokenizer, _without_opening(answer, prompt.text), "answer")
+        ids = _ids(self.tokenizer, _without_opening(answer, prompt), "answer")
         if not ids:
             raise UserError(f"the answer {answer!r:.60} gives no token to train; remove the row from the data.")
         if special := self.special_ids.intersection(ids):
@@ -118,7 +123,7 @@ class Chat:
 
     def empty_thinking(self, prompt: Prompt) -> list[int]:
         """Ids of a thinking block without content, as far as the prompt does not open it already: read, not trained."""
-        return _ids(self.tokenizer, _without_opening(EMPTY_THINKING, prompt.text), "empty thinking block")
+        return _ids(self.tokenizer, _without_opening(EMPTY_THINKING, prompt), "empty thinking block")
 
     def keeps_thinking(self) -> bool:
         """Whether the template would keep the thinking of an answer that is handed to it as a message."""
@@ -165,11 +170,10 @@ def _render(tokenizer: Any, messages: Sequence[Message], *, add_generation_promp
         raise UserError(f"the chat template refuses a conversation with the roles {roles}: {error}") from None
 
 
-def _without_opening(answer: str, prompt: str) -> str:
+def _without_opening(answer: str, prompt: Prompt) -> str:
     """The answer without the `<think>`, and the gap after it, that the prompt already ends in."""
-    open_prompt = prompt.rstrip()
-    if open_prompt.endswith(_THINK) and answer.startswith(_THINK):
-        return answer.removeprefix(_THINK).removeprefix(prompt[len(open_prompt) :])
+    if prompt.opening and answer.startswith(prompt.opening):
+        return answer.removeprefix(prompt.opening).removeprefix(prompt.text[len(prompt.text.rstrip()) :])
     return answer
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import yaml
 
 from thinkpo_jax.chat import Chat
-from thinkpo_jax.config import RunError
+from thinkpo_jax.config import RunError, UserError, together
 from thinkpo_jax.data import Example, Examples, prepare
 from thinkpo_jax.evaluate import read_questions
 from thinkpo_jax.folder import find_model
@@ -23,34 +23,44 @@ READ, TRAINED, PLAIN = "\x1b[2m", "\x1b[1;32m", "\x1b[0m"  # how a terminal tell
 
 def check_run(config: RunConfig) -> None:
     """Prints what a run would read and train on. Raises `RunError` with all that would make it pointless."""
-    resolved = config.model_dump(mode="json", exclude_none=True)
-    print(yaml.safe_dump(resolved, sort_keys=False, allow_unicode=True, default_flow_style=None))
+    print(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True, default_flow_style=None))
     arch, chat = check_folder(find_model(config.model.path, weights=False), weights=False)
     warn_of_lengths(config, arch)
     keeps = "keeps" if chat.keeps_thinking() else "drops"
-    print(
-        f"chat template: {keeps} the thinking of an answer that it renders; here answers are appended as ids, whole\n"
-    )
+    print(f"chat template: {keeps} the thinking of an answer it renders; here answers are appended as ids, whole\n")
     problems: list[str] = []
-    for stage in config.stages:
-        row_length = stage.batch.row_length
-        examples = prepare(
-            stage.data, chat, row_length=row_length, seed=config.seed, title=f"{stage.name} data", keep_going=True
-        )
-        print(f"stage {stage.name} ({stage.objective})")
-        for line in _stage_lines(config, stage, chat, examples):
-            print(f"  {line}".rstrip())
-        print()
-        problems += [f"stage {stage.name}: {problem}" for problem in pointless(stage, examples)]
-    for name, questions in read_questions(config, chat).items():
-        lengths = [len(chat.prompt(question.messages).ids) for question in questions]
-        print(f"benchmark {name}: {len(questions)} questions, prompts of up to {max(lengths)} tokens")
+    with together() as attempt:
+        for stage in config.stages:
+            examples = attempt(prepared, config, stage, chat, keep_going=True)
+            if examples is None:
+                continue
+            print(f"stage {stage.name} ({stage.objective})")
+            for line in _stage_lines(config, stage, chat, examples):
+                print(f"  {line}".rstrip())
+            print()
+            problems += pointless(stage, examples)
+        for name, questions in (attempt(read_questions, config, chat) or {}).items():
+            lengths = [len(chat.prompt(question.messages).ids) for question in questions]
+            print(f"benchmark {name}: {len(questions)} questions, prompts of up to {max(lengths)} tokens")
     if problems:
         raise RunError("\n".join(problems))
 
 
+def prepared(config: RunConfig, stage: Stage, chat: Chat, *, keep_going: bool = False) -> Examples:
+    """The tokenised examples of a stage; see `prepare`. Raises `UserError` that names the stage."""
+    options = {"row_length": stage.batch.row_length, "seed": config.seed, "title": f"{stage.name} data"}
+    try:
+        return prepare(stage.data, chat, **options, keep_going=keep_going)
+    except UserError as error:
+        raise UserError(f"stage {stage.name}: {error}") from None
+
+
 def _stage_lines(config: RunConfig, stage: Stage, chat: Chat, examples: Examples) -> Iterator[str]:
-    yield from map(str, examples.reports)
+    yield from examples.notes()
+    skipped = [
+        first for report in examples.reports for reason, first in report.bad.items() if reason not in report.fatal
+    ]
+    yield from (f"skipped, the first of its kind: {first}" for first in skipped)
     if not len(examples):
         return
     yield f"{len(examples)} examples in an epoch"
@@ -85,10 +95,10 @@ def _length_table(stage: Stage, spans: np.ndarray) -> Iterator[str]:
 
 def _fills(batches: Batches) -> Iterator[tuple[int, float]]:
     """Which share of their tokens packed rows hold, at this and at greater row lengths."""
-    length, total = batches.config.row_length, int(batches.lengths.sum())
-    for tried in (length, *(round(factor * length / ROW_MULTIPLE) * ROW_MULTIPLE for factor in LONGER)):
-        rows = pack(batches.lengths, max(tried, length), np.arange(len(batches.lengths)))
-        yield max(tried, length), total / (len(rows) * max(tried, length))
+    shortest, total = batches.config.row_length, int(batches.lengths.sum())
+    longer = {round(factor * shortest / ROW_MULTIPLE) * ROW_MULTIPLE for factor in LONGER}
+    for length in (shortest, *sorted(length for length in longer if length > shortest)):
+        yield length, total / (len(pack(batches.lengths, length, np.arange(len(batches.lengths)))) * length)
 
 
 def _unfinished(examples: Examples) -> tuple[int, int]:
@@ -118,18 +128,18 @@ def _shortened(text: str) -> str:
     return f"{text[:first]}\n[... {len(text) - first - last:,} characters ...]\n{text[-last:]}"
 
 
-def pointless(stage: Stage, examples: Examples) -> Iterator[str]:
+def pointless(stage: Stage, examples: Examples) -> list[str]:
     """What would stop a stage, or make it pointless."""
-    for report in examples.reports:
-        for reason, first in report.bad.items():
-            if report.fatal is not None or reason == "identical answers":
-                yield f"{report.name}: {report.dropped[reason]} rows: {reason}; the first: {first}"
+    found = [
+        f"{report.name}: {report.dropped[reason]} rows: {reason}; the first: {first}"
+        for report in examples.reports
+        for reason, first in report.fatal.items()
+    ]
     if not len(examples):
-        yield "no example is left. Raise batch.row_length, or mend the data."
-        return
+        found.append("no example is left. Raise batch.row_length, or mend the data.")
     unfinished, kept = _unfinished(examples)
     if 2 * unfinished > kept:
-        yield (
+        found.append(
             f"{unfinished} of {kept} {_answers(stage)[0]} answers begin to think and never end that: the model would "
             "learn not to come to an end. Leave cut answers out."
         )
@@ -137,7 +147,8 @@ def pointless(stage: Stage, examples: Examples) -> Iterator[str]:
         spans = examples.spans()
         shorter = int((spans[:, 0, 1] < spans[:, 1, 1]).sum())
         if 2 * shorter > len(spans):
-            yield (
+            found.append(
                 f"chosen is shorter than rejected in {shorter} of {len(spans)} pairs: ThinkPO prefers the long answer. "
-                "Are `chosen` and `rejected` the wrong way round?"
+                "Unless this is the control of swapped pairs, `chosen` and `rejected` are the wrong way round."
             )
+    return [f"stage {stage.name}: {problem}" for problem in found]

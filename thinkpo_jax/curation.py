@@ -19,6 +19,7 @@ from thinkpo_jax.answers import boxed, boxed_answers
 from thinkpo_jax.chat import SECTIONS, Message, left_open
 from thinkpo_jax.config import Section
 
+MATCHED = 0.2  # lengths that differ by no more than this share of the longer one are alike
 Control = Literal["none", "swapped", "length_matched", "correct_only"]
 ItemT = TypeVar("ItemT")
 Counts = dict[str, int]  # reason -> how many it left out
@@ -69,7 +70,7 @@ class FilterConfig(Section):
     """Which candidates become pairs (the paper's section 2.3)."""
 
     boxed: bool = True  # both answers hold a closed box that is not empty
-    complete: bool = True  # the long answer closes the thought or solution that it opens; the short one was not cut
+    complete: bool = True  # the long answer closes the thought or solution that it opens
     long_agrees: bool = True  # with the reference, where there is one
     # At most this share of the pairs has a short answer that disagrees; 0: none, 1: only such, None: whatever they say.
     disagreeing_share: float | None = pydantic.Field(default=2000 / 10080, ge=0, le=1)
@@ -108,7 +109,7 @@ def filter_pairs(candidates: Sequence[Candidate], config: FilterConfig, *, seed:
         "both answers are the same": lambda c: c.long.strip() == c.short.strip(),
         "the long answer exceeds max_long_tokens": lambda c: c.long_tokens > (config.max_long_tokens or c.long_tokens),
         "the long answer leaves a thought or solution open": lambda c: config.complete and left_open(c.long, SECTIONS),
-        "the short answer was cut": lambda c: config.complete and not c.short_finished,
+        "the short answer was cut": lambda c: not c.short_finished,
         "the long answer has no closed box": lambda c: config.boxed and not boxed(c.long),
         "the short answer has no closed box": lambda c: config.boxed and not boxed(c.short),
     }
@@ -173,12 +174,12 @@ def select(pairs: Sequence[Pair], config: SelectConfig, *, seed: int) -> tuple[l
     return _without(pairs, [i not in selected for i in range(n)], "not selected", counts), counts
 
 
-def apply_control(pairs: Sequence[Pair], control: Control, *, tolerance: float = 0.2) -> tuple[list[Pair], Counts]:
-    """The pairs of a control that the paper lacks. length_matched: lengths within `tolerance` of the longer one."""
+def apply_control(pairs: Sequence[Pair], control: Control) -> tuple[list[Pair], Counts]:
+    """The pairs of a control that the paper lacks. length_matched: lengths within `MATCHED` of the longer one."""
     counts: Counts = {}
     if control == "length_matched":
-        unequal = [abs(pair.gap) > tolerance * max(pair.chosen_tokens, pair.rejected_tokens) for pair in pairs]
-        return _without(pairs, unequal, f"lengths differ by more than {tolerance:.0%}", counts), counts
+        unequal = [abs(pair.gap) > MATCHED * max(pair.chosen_tokens, pair.rejected_tokens) for pair in pairs]
+        return _without(pairs, unequal, f"lengths differ by more than {MATCHED:.0%}", counts), counts
     if control == "correct_only":
         unknown = [pair.agrees is not True for pair in pairs]
         return _without(pairs, unknown, "the short answer is not known to agree", counts), counts

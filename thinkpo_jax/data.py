@@ -3,6 +3,7 @@
 An example is a tuple of segments that stay together: one for SFT, two (chosen, rejected) for a preference pair.
 """
 
+import contextlib
 import functools
 import hashlib
 import importlib.metadata
@@ -16,7 +17,6 @@ import tempfile
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import BinaryIO, overload
@@ -50,9 +50,9 @@ Example = tuple[Segment, ...]
 class SourceReport:
     """What became of the rows of a source: `rows` = `kept` + the sum of `dropped`, which counts by reason.
 
-    `bad` holds, for each reason of `dropped` that is a fault of the row, the message of the first one, and `fatal` the
-    first message for which the config says that the run stops. `cut` answers were cut to fit. `open_thinking` counts
-    kept rows whose (chosen) answer begins to think and does not end that.
+    `bad` holds, for each reason of `dropped` that is a fault of the row, the message of the first one, and `fatal`
+    those for which the config says that the run stops. `cut` answers were cut to fit. `open_thinking` counts kept rows
+    whose (chosen) answer, as it is trained, begins to think and does not end that.
     """
 
     name: str
@@ -60,7 +60,7 @@ class SourceReport:
     kept: int
     dropped: dict[str, int]
     bad: dict[str, str]
-    fatal: str | None
+    fatal: dict[str, str]
     cut: int
     open_thinking: int
 
@@ -95,13 +95,15 @@ class Examples(Sequence[Example]):
     """The examples of a stage: those of each source in their order, each as often as the source's weight says."""
 
     def __init__(self, parts: Sequence[Part], weights: Sequence[float], *, seed: int) -> None:
-        self.parts = tuple(parts)
-        chosen = [
-            np.stack([np.full(len(rows), number), rows], axis=-1)
-            for number, (part, weight) in enumerate(zip(parts, weights, strict=True))
-            for rows in [_weighted(len(part.segments), weight, seed=(seed, number))]
-        ]
-        self.places = np.concatenate(chosen)  # int64 [examples, 2]: part, example of it
+        self.parts, self.weights = tuple(parts), tuple(weights)
+        places: list[np.ndarray] = []
+        for number, (part, weight) in enumerate(zip(parts, weights, strict=True)):
+            rows = _weighted(len(part.segments), weight, seed=(seed, int(part.digest, 16)))
+            if len(part.segments) and not len(rows):
+                few = f"a weight of {weight:g} reads none of its {len(part.segments)} rows"
+                raise UserError(f"{part.report.name}: {few}. Raise it, or leave the source out.")
+            places.append(np.stack([np.full(len(rows), number), rows], axis=-1))
+        self.places = np.concatenate(places)  # int64 [examples, 2]: part, example of it
 
     def __len__(self) -> int:
         return len(self.places)
@@ -120,6 +122,13 @@ class Examples(Sequence[Example]):
     def reports(self) -> tuple[SourceReport, ...]:
         """What became of the rows of each source."""
         return tuple(part.report for part in self.parts)
+
+    def notes(self) -> list[str]:
+        """For each source, what became of its rows and how often an epoch reads them."""
+        return [
+            str(part.report) + (f"; each read {weight:g} times an epoch" if weight != 1 else "")
+            for part, weight in zip(self.parts, self.weights, strict=True)
+        ]
 
     def digest(self) -> str:
         """A digest of all ids and answer spans: whether a resumed stage still reads the same data."""
@@ -153,8 +162,8 @@ def prepare(
     for config in configs:
         work = _Work(config, chat, row_length, seed, title, keep_going)
         part = _generated(work) if config.generate is not None else _kept_or_made(work)
-        if part.report.fatal is not None and not keep_going:
-            raise UserError(part.report.fatal)
+        if part.report.fatal and not keep_going:
+            raise UserError(next(iter(part.report.fatal.values())))
         parts.append(part)
     return Examples(parts, [config.weight for config in configs], seed=seed)
 
@@ -185,7 +194,9 @@ class _Work:
         found = {
             "format": FORMAT,
             "tokenizers": importlib.metadata.version("tokenizers"),
-            "tokenizer": hashlib.sha256(repr((vocabulary, tokenizer.chat_template)).encode()).hexdigest(),
+            "tokenizer": hashlib.sha256(
+                repr((vocabulary, tokenizer.chat_template, tokenizer.special_tokens_map)).encode()
+            ).hexdigest(),
             "end": self.chat.end_id,
             "special": sorted(self.chat.special_ids),
             "rows": identity(self.config, seed=self.seed),
@@ -203,9 +214,9 @@ def _generated(work: _Work) -> Part:
 
 def _kept_or_made(work: _Work) -> Part:
     place = cache_folder() / work.key()
-    if (kept := _kept(place)) is not None:
-        return kept
     try:
+        if (kept := _kept(place)) is not None:
+            return kept
         place.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=place.parent, prefix=f".{place.name}.") as folder:
             entry = Path(folder) / "entry"
@@ -213,14 +224,15 @@ def _kept_or_made(work: _Work) -> Part:
             with (entry / TOKENS).open("wb") as file:
                 segments, report = _write(work, file)
             np.save(entry / SEGMENTS, segments)
-            digest = Part(_mapped(entry / TOKENS), segments, report).digest
-            (entry / REPORT).write_text(json.dumps({"digest": digest, "report": asdict(report)}), encoding="utf-8")
-            shutil.rmtree(place, ignore_errors=True)
-            entry.rename(place)
+            part = Part(_mapped(entry / TOKENS), segments, report)
+            (entry / REPORT).write_text(json.dumps({"digest": part.digest, "report": asdict(report)}), encoding="utf-8")
+            if not place.exists():
+                with contextlib.suppress(OSError):  # another process was first: its entry is as good
+                    entry.rename(place)
+            return part
     except OSError as error:
         problem = f"prepared tokens cannot be kept there: {error}"
         raise UserError(f"{place.parent}: {problem}. Set XDG_CACHE_HOME to a folder with room.") from None
-    return Part(_mapped(place / TOKENS), segments, report)
 
 
 def _kept(place: Path) -> Part | None:
@@ -236,6 +248,7 @@ def _kept(place: Path) -> Part | None:
     except (OSError, ValueError, KeyError, TypeError, EOFError):
         pass
     warn(f"{place}: damaged; the tokens are prepared again.")
+    shutil.rmtree(place)
     return None
 
 
@@ -250,22 +263,25 @@ def _write(work: _Work, file: BinaryIO) -> tuple[np.ndarray, SourceReport]:
     rows = read_rows(config, seed=work.seed)
     form: Columns | None = None
     spans: list[list[tuple[int, int, int]]] = []
-    dropped, bad, fatal = Counter[str](), dict[str, str](), None
+    dropped, bad, fatal = Counter[str](), dict[str, str](), dict[str, str]()
     read = end = cut = open_thinking = 0
-    with ThreadPoolExecutor(os.cpu_count()) as pool, closing(Progress(work.title, None, unit="row")) as progress:
+    with (
+        ThreadPoolExecutor(os.cpu_count()) as pool,
+        contextlib.closing(Progress(work.title, None, unit="row")) as progress,
+    ):
         while chunk := list(itertools.islice(rows, CHUNK)):
             form = form or _form(config, chunk)
             for found in pool.map(functools.partial(_example, work, form or config), chunk):
                 read += 1
                 if isinstance(found, BadRow):
                     dropped[found.reason] += 1
-                    stops = config.over_length if isinstance(found, _TooLong) else config.on_bad_row
-                    if not isinstance(found, _TooLong) or stops == "raise":
+                    stops = (config.over_length if isinstance(found, _TooLong) else config.on_bad_row) == "raise"
+                    if stops and not work.keep_going:
+                        raise UserError(str(found))
+                    if not isinstance(found, _TooLong):
                         bad.setdefault(found.reason, str(found))
-                    if stops == "raise":
-                        if not work.keep_going:
-                            raise UserError(str(found))
-                        fatal = fatal or str(found)
+                    if stops:
+                        fatal.setdefault(found.reason, str(found))
                     continue
                 spans.append([])
                 for segment in found.segments:
@@ -310,10 +326,16 @@ def _example(work: _Work, form: Columns, placed: tuple[str, Row | BadRow]) -> _T
         return row
     try:
         found = asked(detected(form, row, place), row, place)
-        characters = sum(map(len, found.answers))
-        if work.config.over_length != "cut" and characters > SHRINK * work.row_length * work.chat.longest_token:
+        most = SHRINK * work.row_length * work.chat.longest_token  # characters; more are never tokenised
+        characters = sum(len(message["content"].strip()) for message in found.messages)
+        if work.config.over_length == "cut":
+            found = found._replace(answers=tuple(answer[: most + 1] for answer in found.answers))
+        else:
+            characters += sum(map(len, found.answers))
+        if characters > most:
             raise _too_long(work, place, f"{characters} characters")
-        prompts, answers = _ids(work, form, found)
+        prompt = work.chat.prompt(found.messages)
+        prompts, answers = _ids(work, form, found, prompt)
     except BadRow as error:
         return error
     except UserError as error:  # of the tokenizer or its template
@@ -327,9 +349,11 @@ def _example(work: _Work, form: Columns, placed: tuple[str, Row | BadRow]) -> _T
         for prompt, ids, length in zip(prompts, answers, kept, strict=True)
     )
     if len(answers) == 2 and answers[0][: kept[0]] == answers[1][: kept[1]]:
+        if kept != whole:
+            return _TooLong("identical after the cut", f"{place}: the two answers are the same after they were cut.")
         return BadRow("identical answers", f"{place}: the two answers have the same tokens; a pair needs two answers.")
     first = found.answers[0] if kept[0] == whole[0] else work.chat.text(answers[0][: kept[0]])
-    return _Tokenised(segments, sum(map(operator.ne, kept, whole)), left_open(first))
+    return _Tokenised(segments, sum(map(operator.ne, kept, whole)), left_open(prompt.opening + first))
 
 
 def _too_long(work: _Work, place: str, found: str) -> _TooLong:
@@ -337,9 +361,8 @@ def _too_long(work: _Work, place: str, found: str) -> _TooLong:
     return _TooLong(f"longer than {limit}", f"{place}: {found} do not fit {limit}. Raise it, or drop over-long rows.")
 
 
-def _ids(work: _Work, form: Columns, found: Asked) -> tuple[list[list[int]], list[list[int]]]:
+def _ids(work: _Work, form: Columns, found: Asked, prompt: Prompt) -> tuple[list[list[int]], list[list[int]]]:
     """For each answer the ids that are read before it, and its own with the end token."""
-    prompt: Prompt = work.chat.prompt(found.messages)
     prompts = [prompt.ids] * len(found.answers)
     answers = [work.chat.answer_ids(prompt, answer) for answer in found.answers]
     if isinstance(form, PairData) and form.rejected_thinking == "empty_block" and not thinks(found.answers[1]):

@@ -136,6 +136,9 @@ def _side(config: Columns, row: Row, column: str, place: str) -> tuple[list[Mess
         if answer["role"] != "assistant":
             problem = f"the last turn is of the {answer['role']}, expected the assistant's answer"
             raise BadRow("turns out of order", f"{place_in_row}: {problem}.")
+        if before and config.prompt is not None:
+            problem = "holds the prompt before the answer; leave out `prompt`, which names another column"
+            raise BadRow("two prompts", f"{place_in_row}: {problem}.")
         prompt = _question(config, row, before, place, place_in_row) if before else _prompt(config, row, place)
         return prompt, answer["content"]
     return _prompt(config, row, place), text(value, place_in_row)

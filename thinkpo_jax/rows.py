@@ -6,6 +6,7 @@ import hashlib
 import io
 import itertools
 import json
+import os
 import pkgutil
 import re
 import zlib
@@ -17,6 +18,7 @@ from typing import Any
 import pydantic
 
 from thinkpo_jax.config import PathText, Section, UserError, nearest
+from thinkpo_jax.log import warn
 from thinkpo_jax.miniature import MiniatureData
 
 Row = Mapping[str, Any]
@@ -25,6 +27,7 @@ FILES = (".jsonl", ".jsonl.gz", ".parquet")
 OTHER_FILES = (".json", ".csv", ".tsv", ".txt", ".gz", ".zst", ".arrow")  # other dots belong to a Hub id: owner/v1.5
 SAVED = ("state.json", "dataset_dict.json")  # what Dataset.save_to_disk and DatasetDict.save_to_disk write
 LONGEST_LINE = 2**28  # bytes; a file without line ends is no JSONL, and must not fill the memory
+LONGEST_MESSAGE = 2000  # characters; it may quote the keys of a row, of which some have millions
 PARQUET_ROWS = 64
 # How an Arrow stream and an Arrow file end; what ends otherwise was cut short, which a reader may not notice.
 ARROW_ENDS = (b"\xff\xff\xff\xff\0\0\0\0", b"ARROW1")
@@ -34,7 +37,8 @@ class BadRow(UserError):  # noqa: N818 -- it is a value more often than it is ra
     """A row that cannot be used: `reason` is the kind of fault, the message says where and what."""
 
     def __init__(self, reason: str, message: str) -> None:
-        super().__init__(message.encode(errors="backslashreplace").decode())  # a key may be half of a character
+        printable = message.encode(errors="backslashreplace").decode()  # a key may be half of a character
+        super().__init__(printable if len(printable) <= LONGEST_MESSAGE else f"{printable[:LONGEST_MESSAGE]} ...")
         self.reason = reason
 
 
@@ -274,6 +278,7 @@ def _load(source: Source) -> Any:
     path = str(source.location) if local else str(source.path)
     if local:
         _check_arrow(source.location)
+        _check_files(source, datasets.load_dataset_builder(path, source.subset))
     # `datasets` knows a file by its time alone: what it kept of a folder may be another content's.
     mode = "force_redownload" if local and not source.streaming else None
     options = {"split": source.split, "revision": source.revision, "streaming": source.streaming}
@@ -308,6 +313,18 @@ def _check_arrow(folder: Path) -> None:
             file.seek(-min(path.stat().st_size, 8), io.SEEK_END)
             if not file.read().endswith(ARROW_ENDS):
                 raise UserError(f"{path}: not Arrow, or cut short. Write it again.")
+
+
+def _check_files(source: Source, builder: Any) -> None:
+    """Raises `UserError` for a file outside the folder, which no identity tells; warns of one that is in no split."""
+    root = source.location.resolve()
+    named = {Path(os.path.normpath(file)) for files in (builder.config.data_files or {}).values() for file in files}
+    if outside := sorted(str(file) for file in named if not file.is_relative_to(root)):
+        raise UserError(f"{source.name}: its README.md names {outside[0]}, which is not in the folder. Move it there.")
+    files = {file for file in root.rglob("*") if file.name.endswith(FILES)}
+    if len(builder.builder_configs) < 2 and (left := sorted(files - named)):  # what other subsets have is not lost
+        advice = "Name them under `configs:` in its README.md, or give all the same kind and no split in their names."
+        warn(f"{source.name}: {len(left)} files are in no split and are not read, such as {left[0]}. {advice}")
 
 
 @contextlib.contextmanager

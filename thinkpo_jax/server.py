@@ -165,9 +165,9 @@ def _read(text: str) -> ServerAnswer | None:
         return None
     if content is None and reason == "length":
         return ServerAnswer("", False)  # the limit cut the thinking, which some servers keep apart
-    if content is None and reason == "content_filter":
+    if reason == "content_filter":
         return ServerAnswer("", False, refused="the server's content filter")
-    if not isinstance(content, str):
+    if not isinstance(content, str) or reason == "abort":  # vLLM: the request was ended, not the answer
         return None
     return ServerAnswer(content.encode(errors="replace").decode(), reason != "length")  # half a surrogate pair: "?"
 

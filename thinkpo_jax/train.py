@@ -14,12 +14,12 @@ from typing import Any
 import jax
 import numpy as np
 
-from thinkpo_jax.check import check_run, pointless
+from thinkpo_jax.check import check_run, pointless, prepared
 from thinkpo_jax.checkpoint import Checkpoints
 from thinkpo_jax.commands import config_arguments, program, stop_requests
 from thinkpo_jax.config import RunError, UserError
 from thinkpo_jax.convert import save_model
-from thinkpo_jax.data import Examples, prepare
+from thinkpo_jax.data import Examples
 from thinkpo_jax.evaluate import evaluate_run, read_questions
 from thinkpo_jax.log import MetricsFile, Progress, read_metrics, say, warn, write_whole
 from thinkpo_jax.model import Transformer
@@ -58,19 +58,15 @@ def run_all(config: RunConfig) -> Run:
 
 
 def read_examples(run: Run, stage: Stage) -> Examples:
-    """The tokenised examples of a stage; says what was left out. Raises `UserError`."""
-    try:
-        found = prepare(
-            stage.data, run.chat, row_length=stage.batch.row_length, seed=run.config.seed, title=f"{stage.name} data"
-        )
-    except UserError as error:
-        raise UserError(f"stage {stage.name}: {error}") from None
-    for report in found.reports:
-        say(f"{stage.name}: {report}")
-    for problem in pointless(stage, found):
-        if not len(found):
-            raise UserError(f"stage {stage.name}: {problem}")
-        warn(f"stage {stage.name}: {problem}")
+    """The tokenised examples of a stage; says what became of the rows. Raises `UserError`."""
+    found = prepared(run.config, stage, run.chat)
+    for note in found.notes():
+        say(f"{stage.name}: {note}")
+    problems = pointless(stage, found)
+    if not len(found):
+        raise UserError("\n".join(problems))
+    for problem in problems:
+        warn(problem)
     check_data(run, stage, found)
     return found
 
@@ -189,7 +185,7 @@ def finish_stage(run: Run, stage: Stage, state: TrainState, batches: Batches, ex
     """Exports the stage's end and marks the stage as finished."""
     folder = run.folder / stage.name
     lines = read_metrics(folder / "metrics.jsonl")
-    notes = [*map(str, examples.reports), f"{len(examples)} examples", batches.describe()]
+    notes = [*examples.notes(), f"{len(examples)} examples", batches.describe()]
     card = model_card(run, stage.name, step=len(batches), notes=notes)
     stops = run.chat.stop_ids
     save_model(state.model, folder / "model", like=run.start_folder, dtype="float32", stops=stops, card=card)
@@ -214,7 +210,10 @@ def main(arguments: Sequence[str]) -> None:
     parser.add_argument("--check", action="store_true", help="only read, count and show the data; touches no device")
     parsed = parser.parse_args(arguments)
     config = load_config(parsed.config, parsed.assignments)
-    check_run(config) if parsed.check else run_all(config)
+    if parsed.check:
+        check_run(config)
+    else:
+        run_all(config)
 
 
 if __name__ == "__main__":
