@@ -95,7 +95,7 @@ def miniature(tmp_path: Path) -> Config:
         "out": str(tmp_path / "out"),
         "tokenizer": "builtin:miniature",
         "long": {"generate": {"questions": 40}, "prompt": "question", "response": "long"},
-        "short": {"by": "model", "model": {"path": "builtin:miniature"}, "system": None,
+        "short": {"by": "sample", "model": {"path": "builtin:miniature"}, "system": None,
                   "sampling": {"max_new_tokens": 64, "batch_size": 2}},
         "filters": UNBOXED,
     }  # fmt: skip
@@ -103,7 +103,7 @@ def miniature(tmp_path: Path) -> Config:
 
 def served(joined: Config, url: str, **changes: Any) -> Config:
     server = {"url": url, "model": "tiny", "retries": 1, "concurrency": 1}
-    return joined | {"short": {"by": "server", "server": server}, "filters": UNBOXED} | changes
+    return joined | {"short": {"by": "request", "server": server}, "filters": UNBOXED} | changes
 
 
 def build(config: Config, *assignments: str) -> int:
@@ -391,7 +391,7 @@ def test_questions_of_an_evaluation_are_left_out_and_listed(
 def test_the_defaults_are_the_papers_whatever_else_is_given(joined: Config):
     server = {"url": "http://localhost:8000/v1", "model": "tiny"}
     for given in ({}, {"sampling": {"batch_size": 8}}):
-        raw = joined | {"short": {"by": "server", "server": server, **given}}
+        raw = joined | {"short": {"by": "request", "server": server, **given}}
         short = parse(PairsConfig, raw, source="x").short
         assert isinstance(short, ServerAnswers)
         sampling = short.sampling

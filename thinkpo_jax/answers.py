@@ -5,11 +5,14 @@ No checker falls back to the last number of a text: a response that was cut off 
 
 import logging
 import re
+import signal
 from collections.abc import Sequence
 from concurrent.futures import TimeoutError as CheckTimeout
 from typing import Any
 
 import pebble
+
+from thinkpo_jax.log import Progress
 
 CHECK_SECONDS = 10.0
 
@@ -47,11 +50,18 @@ def boxed_answers(responses: Sequence[str], references: Sequence[str]) -> list[b
         return results
     with pebble.ProcessPool(max_workers=2, initializer=_prepare, context=_spawn()) as pool:
         waiting = [pool.schedule(_equal, args=(found[i], references[i]), timeout=CHECK_SECONDS) for i in open_ids]
-        for i, future in zip(open_ids, waiting, strict=True):
-            try:
-                results[i] = future.result()
-            except (CheckTimeout, pebble.ProcessExpired):
-                results[i] = False
+        progress = Progress("answers compared", len(open_ids), unit="answer")
+        try:
+            for number, (i, future) in enumerate(zip(open_ids, waiting, strict=True), 1):
+                try:
+                    results[i] = future.result()
+                except (CheckTimeout, pebble.ProcessExpired):
+                    results[i] = False
+                progress.update(number)
+        except BaseException:
+            pool.stop()  # leaving it would wait for all that is left
+            raise
+        progress.close()
     return results
 
 
@@ -70,6 +80,7 @@ def _prepare() -> None:
     """Imports what takes seconds before the clock of an answer starts."""
     import math_verify  # noqa: F401 - imported for `_equal`
 
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the process that waits
     # It warns at every answer that it has no time limit of its own; see below.
     logging.getLogger("math_verify").setLevel(logging.ERROR)
 

@@ -1,4 +1,4 @@
-"""How do commands start and end? Their arguments, their exit status, and what Ctrl-C means."""
+"""How do commands start and end? Their arguments, their exit status, what Ctrl-C means, and who may write."""
 
 import argparse
 import contextlib
@@ -11,7 +11,10 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
+import filelock
+
 from thinkpo_jax.config import RunError, UserError
+from thinkpo_jax.log import warn
 
 STOPPED = 130  # the exit status after Ctrl-C
 
@@ -57,6 +60,28 @@ def program(main: Callable[[Sequence[str]], None]) -> NoReturn:
         sys.stderr.flush()
         os._exit(status)
     sys.exit(status)
+
+
+@contextlib.contextmanager
+def writing(folder: Path, key: str) -> Iterator[None]:
+    """Makes a folder, which the configuration names under `key`; within it no other process does the same.
+
+    Raises `UserError` where it cannot be made, or another process holds it.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{key}: {folder} cannot be made: {error}. Set {key} to a folder.") from None
+    with contextlib.ExitStack() as stack:
+        try:
+            stack.enter_context(filelock.FileLock(folder / ".lock", blocking=False))
+        except filelock.Timeout:
+            raise UserError(
+                f"{key}: another process writes to {folder}. Wait for it, or choose another {key}."
+            ) from None
+        except (OSError, NotImplementedError) as error:
+            warn(f"{folder} cannot be locked ({error}): see to it that no other process writes there.")
+        yield
 
 
 @contextlib.contextmanager

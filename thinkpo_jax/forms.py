@@ -1,13 +1,13 @@
 """What does a row say? Columns of many forms -> a conversation that asks, and the answers to it."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 import pydantic
 
 from thinkpo_jax.chat import Message
 from thinkpo_jax.config import Section, nearest
-from thinkpo_jax.rows import BadRow, Row, Source
+from thinkpo_jax.rows import BadRow, Row, Source, read_rows
 
 ROLES = {"human": "user", "gpt": "assistant", "user": "user", "assistant": "assistant", "system": "system"}
 CONVERSATIONS = ("messages", "conversations")  # columns that are taken for a conversation where none is named
@@ -126,6 +126,23 @@ def asked(config: Columns, row: Row, place: str) -> Asked:
         problem = f"{config.chosen} and {config.rejected} are the same text; a pair needs two answers"
         raise BadRow("identical answers", f"{place}: {problem}.")
     return Asked(sides[0][0], (sides[0][1], sides[1][1]))
+
+
+def read_answered(config: Answered, *, seed: int) -> Iterator[tuple[str, Asked, Row] | BadRow]:
+    """(place, what is asked and answered, row) of each row. A bad row is raised, or given where it is to be skipped."""
+    form: Answered | None = None
+    for place, row in read_rows(config, seed=seed):
+        try:
+            if isinstance(row, BadRow):
+                raise row
+            found = detected(form or config, row, place)
+            assert isinstance(found, Answered)
+            form = form or found
+            yield place, asked(form, row, place), row
+        except BadRow as error:
+            if config.on_bad_row == "raise":
+                raise
+            yield error
 
 
 def _side(config: Columns, row: Row, column: str, place: str) -> tuple[list[Message], str]:

@@ -1,6 +1,6 @@
 """How do preference pairs come to be? A long and a short answer to each question, filtered, selected and counted.
 
-Example: python -m thinkpo_jax.pairs --config configs/pairs.yaml
+Example: python -m thinkpo_jax.pairs --config configs/pairs_miniature.yaml
 """
 
 import argparse
@@ -9,20 +9,19 @@ import io
 import json
 import math
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
-import filelock
 import numpy as np
 import pydantic
 import yaml
 
 from thinkpo_jax.benchmarks import TABLE, BenchmarkConfig, questions
 from thinkpo_jax.chat import Chat, Message
-from thinkpo_jax.commands import config_arguments, program
-from thinkpo_jax.config import PathText, RunError, Section, UserError, override, parse, read_yaml
+from thinkpo_jax.commands import config_arguments, program, writing
+from thinkpo_jax.config import PathText, RunError, Section, override, parse, read_yaml
 from thinkpo_jax.curation import (
     Candidate,
     Control,
@@ -35,11 +34,11 @@ from thinkpo_jax.curation import (
     select,
 )  # fmt: skip
 from thinkpo_jax.folder import find_model
-from thinkpo_jax.forms import Answered, field, text
+from thinkpo_jax.forms import Answered, field, read_answered, text
 from thinkpo_jax.log import Progress, say, warn, write_whole
 from thinkpo_jax.report import pair_lengths_figure, png
 from thinkpo_jax.rows import BadRow, Row
-from thinkpo_jax.short_answers import ShortAnswer, ShortAnswers, read_answered, short_answers
+from thinkpo_jax.short_answers import ShortAnswer, ShortAnswers, short_answers
 
 PAIRS, CARD, PLOT, HITS = "pairs.parquet", "README.md", "lengths.png", "contaminated.jsonl"
 NOT_COMPARED = "The questions were not compared with those of any evaluation."
@@ -98,7 +97,7 @@ def build_pairs(config: PairsConfig) -> list[Pair]:
     Raises `UserError` for bad input and while another process writes to `out`, `RunError` where no pair is left.
     """
     folder = Path(config.out).expanduser()
-    with _writing(folder):
+    with writing(folder, "out"):
         return _build(config, folder)
 
 
@@ -133,23 +132,6 @@ def _build(config: PairsConfig, folder: Path) -> list[Pair]:
     say(_summary(tables))
     say(f"{len(pairs)} pairs: {folder / PAIRS}; data card: {folder / CARD}")
     return pairs
-
-
-@contextlib.contextmanager
-def _writing(folder: Path) -> Iterator[None]:
-    """Makes the folder; within it no other process can write to it."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"out: {folder} cannot be made: {error}. Set out to a folder.") from None
-    with contextlib.ExitStack() as stack:
-        try:
-            stack.enter_context(filelock.FileLock(folder / ".lock", blocking=False))
-        except filelock.Timeout:
-            raise UserError(f"out: another process writes to {folder}. Wait for it, or choose another out.") from None
-        except (OSError, NotImplementedError) as error:
-            warn(f"{folder} cannot be locked ({error}): see to it that no other process writes there.")
-        yield
 
 
 def _bare(messages: Sequence[Message], benchmark: BenchmarkConfig) -> str:
@@ -291,7 +273,7 @@ def main(arguments: Sequence[str]) -> None:
     parser = argparse.ArgumentParser(
         prog="python -m thinkpo_jax.pairs",
         description="Build preference pairs. Answers that were generated before are not generated again.",
-        epilog="example: python -m thinkpo_jax.pairs --config configs/pairs.yaml --set select.gap=short",
+        epilog="example: python -m thinkpo_jax.pairs --config configs/pairs_miniature.yaml --set select.gap=short",
     )
     config_arguments(parser)
     parsed = parser.parse_args(arguments)

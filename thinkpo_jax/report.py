@@ -72,9 +72,7 @@ class ComparedModels:
 
 
 def write_report(run_dir: Path, contents: ReportContents) -> None:
-    """Write `report.json`, `report.md` and `plots/*.png` into `run_dir`, each file whole or not at all.
-
-    A stage without `metrics.jsonl` has no curve, and without results there are no accuracy and length plots.
+    """Write `report.json`, `report.md` and `plots/*.png` of what there is into `run_dir`, each whole or not at all.
 
     Raises:
         ValueError: a comparison of models without a common benchmark, or answers that `scoring` refuses.
@@ -350,13 +348,15 @@ def pair_lengths_figure(chosen: NDArray[np.int64], rejected: NDArray[np.int64]) 
     """Histograms of the tokens of chosen and rejected answers, and of their differences."""
     figure, (left, right) = _grid(2, f"Answer lengths of {len(chosen):,} pairs")
     _label(left, f"medians {np.median(chosen):,.0f} and {np.median(rejected):,.0f}", "tokens (log scale)", "pairs")
-    bins = np.geomspace(max(1, min(chosen.min(), rejected.min())), max(chosen.max(), rejected.max()) + 1, 41).tolist()
-    colours, names = (_CHOSEN, _REJECTED), ("chosen", "rejected")
-    left.hist([chosen, rejected], bins, color=colours, label=names, histtype="stepfilled", alpha=0.6)
+    both, gaps = np.maximum(1, [chosen, rejected]), chosen - rejected
+    bins, colours = np.geomspace(both.min() / 2, both.max() * 2, 41).tolist(), (_CHOSEN, _REJECTED)
+    left.hist(list(both), bins, color=colours, label=("chosen", "rejected"), histtype="stepfilled", alpha=0.6)
     left.set_xscale("log")
     _legend(left)
-    _label(right, f"chosen - rejected: median {np.median(chosen - rejected):,.0f}", "tokens", "pairs")
-    right.hist(chosen - rejected, 41, color=_MARGIN)
+    _label(right, f"chosen - rejected: median {np.median(gaps):,.0f}", "tokens", "pairs")
+    right.hist(gaps, np.linspace(gaps.min() - 20, gaps.max() + 20, 42).tolist(), color=_MARGIN)
+    for axis in (left.yaxis, right.yaxis, right.xaxis):
+        axis.set_major_locator(MaxNLocator(nbins=6, integer=True))
     return figure
 
 

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
-import filelock
 import jax
 import pydantic
 import yaml
@@ -21,6 +20,7 @@ from thinkpo_jax.architecture import Architecture, read_architecture
 from thinkpo_jax.benchmarks import BenchmarkConfig
 from thinkpo_jax.chat import Chat
 from thinkpo_jax.checkpoint import CheckpointConfig
+from thinkpo_jax.commands import writing
 from thinkpo_jax.config import (
     PathText,
     Section,
@@ -198,19 +198,7 @@ class Run:
     @contextlib.contextmanager
     def writing(self) -> Iterator[None]:
         """Makes the run folder and writes config.yaml; within it no other process can do the same."""
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UserError(f"run_dir: {self.folder} cannot be made: {error}. Set run_dir to a folder.") from None
-        with contextlib.ExitStack() as stack:
-            try:
-                stack.enter_context(filelock.FileLock(self.folder / ".lock", blocking=False))
-            except filelock.Timeout:
-                raise UserError(
-                    f"run_dir: another process writes to {self.folder}. Wait for it, or choose another run_dir."
-                ) from None
-            except (OSError, NotImplementedError) as error:
-                warn(f"{self.folder} cannot be locked ({error}): see to it that no other process writes there.")
+        with writing(self.folder, "run_dir"):
             self._write_config()
             yield
 

@@ -17,10 +17,10 @@ from thinkpo_jax.config import Section, UserError
 from thinkpo_jax.convert import load_model
 from thinkpo_jax.curation import join_key
 from thinkpo_jax.folder import ModelConfig, find_model, fingerprint
-from thinkpo_jax.forms import Answered, Asked, asked, detected
+from thinkpo_jax.forms import Answered, read_answered
 from thinkpo_jax.log import Progress, say
 from thinkpo_jax.model import ComputeConfig
-from thinkpo_jax.rows import BadRow, read_rows
+from thinkpo_jax.rows import BadRow
 from thinkpo_jax.run import check_folder
 from thinkpo_jax.sample import SamplingConfig, generate
 from thinkpo_jax.server import ServerConfig, ask_server
@@ -68,7 +68,7 @@ class _Generated(Section):
 class ModelAnswers(_Generated):
     """Answers of a model on this machine."""
 
-    by: Literal["model"]
+    by: Literal["sample"]
     model: ModelConfig
     compute: ComputeConfig = ComputeConfig()
     mesh: MeshConfig = MeshConfig()
@@ -83,28 +83,11 @@ class ModelAnswers(_Generated):
 class ServerAnswers(_Generated):
     """Answers of a server that speaks OpenAI's chat API, such as vLLM."""
 
-    by: Literal["server"]
+    by: Literal["request"]
     server: ServerConfig
 
 
 ShortAnswers = JoinedAnswers | ModelAnswers | ServerAnswers
-
-
-def read_answered(config: Answered, *, seed: int) -> Iterator[tuple[str, Asked, Mapping[str, Any]] | BadRow]:
-    """(place, what is asked and answered, row) of each row. A bad row is raised, or given where it is to be skipped."""
-    form: Answered | None = None
-    for place, row in read_rows(config, seed=seed):
-        try:
-            if isinstance(row, BadRow):
-                raise row
-            found = detected(form or config, row, place)
-            assert isinstance(found, Answered)
-            form = form or found
-            yield place, asked(form, row, place), row
-        except BadRow as error:
-            if config.on_bad_row == "raise":
-                raise
-            yield error
 
 
 def short_answers(
