@@ -58,7 +58,8 @@ def test_a_batch_holds_the_examples_as_they_are() -> None:
     for step in range(3):
         batch = batches[step]
         flat = [array.reshape(-1, *array.shape[2:]) for array in batch]
-        for tokens, targets, mask, positions, segments, indices, _ in zip(*flat, strict=True):
+        for tokens, targets, regions, positions, segments, indices, _ in zip(*flat, strict=True):
+            mask = regions > 0
             held = [segment for index in indices[indices >= 0] for segment in examples[index]]
             assert segments.max() == len(held)
             for number, segment in enumerate(held, 1):

@@ -16,7 +16,7 @@ from thinkpo_jax.config import RunError, UserError
 from thinkpo_jax.convert import named
 from thinkpo_jax.data import Example
 from thinkpo_jax.model import ComputeConfig, Transformer
-from thinkpo_jax.objectives import Objective, sft, thinkpo
+from thinkpo_jax.objectives import Objective, PreferenceConfig, sft, thinkpo
 from thinkpo_jax.optimizer import OptimizerConfig, learning_rate, make_optimizer
 from thinkpo_jax.packing import Batches
 from thinkpo_jax.reference import check_start, reference_logprobs
@@ -26,7 +26,7 @@ from thinkpo_jax.step import TrainState, initial_state, make_step
 STEPS = 4
 ADAM = OptimizerConfig(learning_rate=3e-3, warmup_ratio=0.25, weight_decay=0.1)
 EXAMPLES = {"sft": small.singles(24), "thinkpo": small.pairs(24)}
-OBJECTIVES: dict[str, Objective] = {"sft": sft, "thinkpo": thinkpo(0.5)}
+OBJECTIVES: dict[str, Objective] = {"sft": sft, "thinkpo": thinkpo(PreferenceConfig(beta=0.5), end_id=1)}
 
 
 def _start(mesh: Mesh, compute: ComputeConfig = small.FLOAT32) -> Transformer:
@@ -122,7 +122,7 @@ def test_errors_of_both_signs_do_not_hide_from_the_start_check() -> None:
         batches.reference[::2, 0] += 0.05
         batches.reference[1::2, 0] -= 0.05
         with pytest.raises(RunError, match="differ from the cached reference"):
-            check_start(thinkpo(0.01), small.model(), batches[0], mesh)
+            check_start(thinkpo(PreferenceConfig(), end_id=1), small.model(), batches[0], mesh)
 
 
 def test_a_stage_of_one_update_has_a_learning_rate() -> None:

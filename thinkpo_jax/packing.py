@@ -19,6 +19,7 @@ from thinkpo_jax.config import Section, UserError
 from thinkpo_jax.data import Example
 
 ArrayT = TypeVar("ArrayT")
+HEAD, REGIONS = 128, 3  # see `Batch.regions`
 
 
 class BatchConfig(Section):
@@ -47,16 +48,23 @@ class Batch(NamedTuple, Generic[ArrayT]):
     """Rows of one update. Leading axes [micro-batch M, row R]; T is the row length, P examples per row.
 
     Segment ids count from 1 along a row, 0 is padding; a pair's chosen and rejected are neighbours. `targets` are the
-    tokens moved one to the left, and `answer_mask` is 1 where the target belongs to an answer.
+    tokens moved one to the left. `regions` say which target is trained, and where it lies in its answer: 0: it belongs
+    to no answer; 1: to its first `HEAD` tokens; 2: to the others up to the length of the example's shortest answer;
+    3: to what only a longer answer has.
     """
 
     tokens: ArrayT  # [M, R, T] int32
     targets: ArrayT  # [M, R, T] int32
-    answer_mask: ArrayT  # [M, R, T] float32
+    regions: ArrayT  # [M, R, T] int32
     positions: ArrayT  # [M, R, T] int32, within the segment
     segments: ArrayT  # [M, R, T] int32
     examples: ArrayT  # [M, R, P] int32: which example; -1: none
-    reference: ArrayT  # [M, R, P, S] float32: the reference's log-prob of each answer of the example
+    reference: ArrayT  # [M, R, P, S, 3] float32: the reference's log-prob of each region of each answer of the example
+
+
+def _shortest(example: Example) -> int:
+    """Tokens of the shortest answer of an example."""
+    return min(len(segment.tokens) - segment.answer_start for segment in example)
 
 
 def pack(lengths: np.ndarray, row_length: int, order: np.ndarray) -> list[list[int]]:
@@ -112,7 +120,7 @@ class Batches:
         at_once = min(rows, (config.rows_per_device or rows) * shards)
         self.rows = math.ceil(at_once / shards) * shards
         self.micro_batches = math.ceil(rows / self.rows)
-        self.reference = np.zeros((len(examples), self.answers), np.float32)
+        self.reference = np.zeros((len(examples), self.answers, REGIONS), np.float32)
 
     def _updates(self, rows: int) -> int:
         """How many updates an epoch of so many rows has."""
@@ -168,22 +176,26 @@ class Batches:
         batch = Batch(
             tokens=np.zeros((rows, length), np.int32),
             targets=np.zeros((rows, length), np.int32),
-            answer_mask=np.zeros((rows, length), np.float32),
+            regions=np.zeros((rows, length), np.int32),
             positions=np.zeros((rows, length), np.int32),
             segments=np.zeros((rows, length), np.int32),
             examples=np.full((rows, self.examples_per_row), -1, np.int32),
-            reference=np.zeros((rows, self.examples_per_row, self.answers), np.float32),
+            reference=np.zeros((rows, self.examples_per_row, self.answers, REGIONS), np.float32),
         )
         for row, indices in enumerate(update):
             batch.examples[row, : len(indices)] = indices
             batch.reference[row, : len(indices)] = self.reference[indices]
-            segments = [segment for index in indices for segment in self.examples[index]]
+            examples = [self.examples[index] for index in indices]
+            placed = [(segment, _shortest(example)) for example in examples for segment in example]
             start = 0
-            for number, segment in enumerate(segments, 1):
+            for number, (segment, shortest) in enumerate(placed, 1):
                 end = start + len(segment.tokens)
                 batch.tokens[row, start:end] = segment.tokens
                 batch.targets[row, start : end - 1] = segment.tokens[1:]
-                batch.answer_mask[row, start + segment.answer_start - 1 : end - 1] = 1.0
+                answer = batch.regions[row, start + segment.answer_start - 1 : end - 1]
+                answer[:] = 3
+                answer[:shortest] = 2
+                answer[: min(HEAD, shortest)] = 1
                 batch.positions[row, start:end] = np.arange(end - start)
                 batch.segments[row, start:end] = number
                 start = end

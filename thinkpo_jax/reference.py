@@ -10,7 +10,7 @@ from jax.sharding import Mesh
 
 from thinkpo_jax.config import RunError
 from thinkpo_jax.model import Transformer
-from thinkpo_jax.objectives import Objective, Sums, sequence_logprobs
+from thinkpo_jax.objectives import Objective, Sums, region_logprobs
 from thinkpo_jax.packing import Batches, DeviceBatch, HostBatch
 from thinkpo_jax.sharding import put_batch
 
@@ -22,12 +22,12 @@ START_TOLERANCE = {"float32": 1e-5, "bfloat16": 1e-3}
 def reference_logprobs(
     model: Transformer, batches: Batches, mesh: Mesh, *, progress: Callable[[int], object] | None = None
 ) -> np.ndarray:
-    """The model's log-prob of each answer of each example: float32 [examples, answers].
+    """The model's log-prob of each region of each answer of each example: float32 [examples, answers, 3].
 
     Uses the rows that the first epoch of training uses, and the function that the objective uses.
     """
-    score = jax.jit(lambda model, batch: jax.lax.map(lambda rows: sequence_logprobs(model, rows), batch))
-    logprobs = np.full((len(batches.examples), batches.answers), np.nan, np.float32)
+    score = jax.jit(lambda model, batch: jax.lax.map(lambda rows: region_logprobs(model, rows), batch))
+    logprobs = np.full(batches.reference.shape, np.nan, np.float32)
     epoch = batches.first_epoch()
     for index in range(len(epoch)):
         batch = epoch[index]
@@ -36,10 +36,10 @@ def reference_logprobs(
         if progress is not None:
             progress(index + 1)
     if not np.isfinite(logprobs).all():
-        example = int(np.flatnonzero(~np.isfinite(logprobs).all(axis=-1))[0])
+        example = int(np.flatnonzero(~np.isfinite(logprobs).all(axis=(1, 2)))[0])
         raise RunError(
-            f"the start model's log-probs of example {example} are {logprobs[example].tolist()}: its weights are "
-            "broken, or too large for the compute dtype."
+            f"the start model's log-probs of example {example} are {logprobs[example].sum(axis=-1).tolist()}: its "
+            "weights are broken, or too large for the compute dtype."
         )
     return logprobs
 
@@ -51,14 +51,15 @@ def check_start(objective: Objective, model: Transformer, batch: HostBatch, mesh
     """
 
     def rows(model: Transformer, rows: DeviceBatch) -> tuple[Sums, jax.Array]:
-        return objective(model, rows), sequence_logprobs(model, rows)
+        return objective(model, rows), region_logprobs(model, rows)
 
     sums, live = jax.jit(lambda model, batch: jax.lax.map(functools.partial(rows, model), batch))(
         model, put_batch(batch, mesh)
     )
     loss = float(sums.loss.sum() / sums.weight.sum())
     real = batch.examples >= 0
-    apart = np.abs(np.asarray(live) - batch.reference)[real] / (1 + np.abs(batch.reference[real]))
+    cached = batch.reference.sum(axis=-1)[real]
+    apart = np.abs(np.asarray(live).sum(axis=-1)[real] - cached) / (1 + np.abs(cached))
     if not apart.max() <= START_TOLERANCE[model.compute.dtype]:
         example = int(batch.examples[real][apart.max(axis=-1).argmax()])
         raise RunError(

@@ -37,6 +37,7 @@ from thinkpo_jax.folder import ModelConfig, find_model, fingerprint, stop_ids
 from thinkpo_jax.forms import PairData, SftData
 from thinkpo_jax.log import read_metrics, warn, write_whole
 from thinkpo_jax.model import ComputeConfig, Transformer
+from thinkpo_jax.objectives import PreferenceConfig
 from thinkpo_jax.optimizer import OptimizerConfig
 from thinkpo_jax.packing import BatchConfig
 from thinkpo_jax.sample import SamplingConfig
@@ -85,12 +86,11 @@ class SftStage(_Stage):
     data: Sources[SftData]
 
 
-class ThinkpoStage(_Stage):
+class ThinkpoStage(_Stage, PreferenceConfig):
     """ThinkPO on (long, short) pairs against the model that the stage starts from."""
 
     objective: Literal["thinkpo"]
     data: Sources[PairData]
-    beta: float = pydantic.Field(default=0.01, gt=0)
 
 
 Stage = SftStage | ThinkpoStage

@@ -23,7 +23,7 @@ from thinkpo_jax.data import Examples
 from thinkpo_jax.evaluate import evaluate_run, read_questions
 from thinkpo_jax.log import MetricsFile, Progress, read_metrics, say, warn, write_whole
 from thinkpo_jax.model import Transformer
-from thinkpo_jax.objectives import sft, thinkpo
+from thinkpo_jax.objectives import readable, sft, thinkpo
 from thinkpo_jax.optimizer import learning_rate, make_optimizer
 from thinkpo_jax.packing import Batches
 from thinkpo_jax.reference import check_start, reference_logprobs
@@ -98,7 +98,7 @@ def train_stage(run: Run, stage: Stage, examples: Examples) -> None:
     model = run.load(start)
     objective = sft
     if isinstance(stage, ThinkpoStage):
-        objective = thinkpo(stage.beta)
+        objective = thinkpo(stage, end_id=run.chat.end_id)
         batches.reference = stage_reference(run, stage, batches, model)
         check_start(objective, model, batches[0], run.mesh)
     optimizer = make_optimizer(stage.optimizer, len(batches))
@@ -151,7 +151,7 @@ def stage_reference(run: Run, stage: Stage, batches: Batches, model: Transformer
 
 
 def _cached_reference(path: Path, batches: Batches) -> np.ndarray:
-    expected = (len(batches.examples), batches.answers)
+    expected = batches.reference.shape
     try:
         found = np.load(path, allow_pickle=False)
     except (ValueError, EOFError) as error:
@@ -163,7 +163,7 @@ def _cached_reference(path: Path, batches: Batches) -> np.ndarray:
 
 def metrics_line(metrics: dict[str, Any], index: int, batches: Batches) -> dict[str, float]:
     """The metrics of update `index` (from 0) as plain numbers."""
-    line = {name: float(value) for name, value in metrics.items()}
+    line = readable({name: float(value) for name, value in metrics.items()})
     return {"step": index + 1, "epoch": (index + 1) / batches.steps_per_epoch, **line}
 
 
