@@ -1,5 +1,6 @@
 """Every loss, and the metrics beside it, is what TRL's DPOTrainer computes from the same log-probs."""
 
+import importlib
 import math
 from collections import defaultdict
 from types import SimpleNamespace
@@ -51,8 +52,8 @@ class FakeLogprobs:
     def loss_of_trl(self, config: PreferenceConfig) -> tuple[float, dict[str, float]]:
         """TRL's own code, given a model that answers with these log-probs."""
         import torch
-        from trl import DPOTrainer
 
+        trl: Any = importlib.import_module("trl")  # it exports lazily
         sides = [[(i, side) for i in range(len(self.examples))] for side in (0, 1)]
         order = [*sides[0], *sides[1]]  # chosen answers first
         length = 1 + max(len(self.policy[i][side]) for i, side in order)
@@ -100,7 +101,7 @@ class FakeLogprobs:
             _total_train_tokens=0,
             _tp_size=1,
         )
-        loss = DPOTrainer._compute_loss(trainer, lambda **_: outputs, inputs, return_outputs=False)
+        loss = trl.DPOTrainer._compute_loss(trainer, lambda **_: outputs, inputs, return_outputs=False)
         return float(loss), {name: values[0] for name, values in metrics.items()}
 
 

@@ -1,5 +1,6 @@
 """Thirty updates are those of TRL: losses, rewards, log-probs, gradient norms and the final weights."""
 
+import importlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -78,8 +79,8 @@ def theirs(kind: str, folder: Path, out: Path, ordered: Sequence[dict[str, str]]
     import torch
     from datasets import Dataset
     from transformers import AutoModelForCausalLM, AutoTokenizer
-    from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
+    trl: Any = importlib.import_module("trl")  # it exports lazily
     common: dict[str, Any] = {
         "output_dir": str(out / "trl"),
         "per_device_train_batch_size": SIZE,
@@ -98,7 +99,7 @@ def theirs(kind: str, folder: Path, out: Path, ordered: Sequence[dict[str, str]]
         "gradient_checkpointing": False,
         "seed": 0,
     }
-    trainer_class, config_class = (DPOTrainer, DPOConfig) if kind == "dpo" else (SFTTrainer, SFTConfig)
+    trainer_class, config_class = (trl.DPOTrainer, trl.DPOConfig) if kind == "dpo" else (trl.SFTTrainer, trl.SFTConfig)
 
     class InOrder(trainer_class):
         """The rows as they stand, and what is logged without rounding."""
@@ -118,7 +119,7 @@ def theirs(kind: str, folder: Path, out: Path, ordered: Sequence[dict[str, str]]
         | {name: [{"role": "assistant", "content": row[column]}] for name, column in turn.items()}
         for row in ordered
     ]
-    options = {"beta": BETA} if kind == "dpo" else {"completion_only_loss": True}
+    options: dict[str, Any] = {"beta": BETA} if kind == "dpo" else {"completion_only_loss": True}
     trainer = InOrder(
         model=AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32),
         args=config_class(**common, **options),

@@ -189,6 +189,9 @@ def finish_stage(run: Run, stage: Stage, state: TrainState, batches: Batches, ex
     card = model_card(run, stage.name, step=len(batches), notes=notes)
     stops = run.chat.stop_ids
     save_model(state.model, folder / "model", like=run.start_folder, dtype="float32", stops=stops, card=card)
+    if lines and (share := lines[-1].get("saturated", 0.0)) > 0.5:
+        advice = "A smaller beta, or `loss: sigmoid_norm`, lets them count."
+        warn(f"stage {stage.name}: at its end {share:.0%} of the pairs had next to no gradient left. {advice}")
     summary = {"steps": len(batches), "seconds": sum(line["seconds"] for line in lines), "notes": notes}
     write_record(run, stage, examples, summary)
 
