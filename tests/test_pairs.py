@@ -262,7 +262,7 @@ def test_no_pair_left_is_a_failed_run_with_the_counts(joined: Config, capsys: py
     [
         ("tokeniser=x", "unknown key tokeniser (did you mean tokenizer?)"),
         ("short.respons=x", "unknown key short.respons (did you mean response?)"),
-        ("short.by=vllm", "short.by: expected one of 'join', 'model', 'server' (found 'vllm')"),
+        ("short.by=vllm", "short.by: expected one of 'join', 'sample', 'request' (found 'vllm')"),
         ("out={file}", "out: {file} cannot be made"),
         ("out={file}/x", "out: {file}/x cannot be made"),
         ("tokenizer=/nowhere", "/nowhere: there is no such folder"),

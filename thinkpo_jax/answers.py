@@ -57,7 +57,8 @@ def boxed_answers(responses: Sequence[str], references: Sequence[str]) -> list[b
                     results[i] = future.result()
                 except (CheckTimeout, pebble.ProcessExpired):
                     results[i] = False
-                progress.update(number)
+                if number < len(open_ids):  # a quick check says nothing
+                    progress.update(number)
         except BaseException:
             pool.stop()  # leaving it would wait for all that is left
             raise
