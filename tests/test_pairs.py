@@ -117,7 +117,7 @@ def built(config: Config, *assignments: str) -> list[dict[str, Any]]:
     """The rows that the command writes, once it is seen that the counts of the card add up."""
     assert build(config, *assignments) == 0
     found = table(config).to_pylist()
-    rows, candidates = counts(config)
+    rows, _, candidates = counts(config)
     left_out = sum(count for reason, count in rows.items() if reason != "read")
     assert rows["read"] - left_out == candidates["all"] or config["short"]["by"] == "join"
     assert candidates["all"] == len(found) + sum(count for what, count in candidates.items() if what != "all")
@@ -154,8 +154,9 @@ def test_each_long_answer_is_paired_with_each_short_one_to_its_question(joined: 
     texts = [(row["chosen"], row["rejected"], row["agrees"]) for row in found[1:]]
     short = [(SHORT[1]["response"], True), (SHORT[2]["response"], False)]
     assert texts == [(LONG[i]["response"], *answer) for i in (1, 2) for answer in short]
-    rows, candidates = counts(joined)
+    rows, answered, candidates = counts(joined)
     assert rows == {"read": 4, "no short answer to the question": 1}
+    assert answered == {"read": len(SHORT), "to other questions": 1}
     assert {what: count for what, count in candidates.items() if count} == {"all": 5}
 
 
@@ -234,6 +235,7 @@ def test_a_bad_short_row_stops_or_is_skipped_and_told(
     joined["short"]["on_bad_row"] = "skip"
     assert len(built(joined)) == 5
     assert capsys.readouterr().err.count("bad.jsonl, line 5: not valid JSON") == 2
+    assert counts(joined)[1]["bad row: not JSON"] == 1
 
 
 def test_data_of_which_nothing_joins_is_an_error_with_an_example_of_both(
@@ -299,7 +301,7 @@ def test_a_join_of_many_rows_takes_seconds(tmp_path: Path):
     rows = [{"prompt": f"What is {i}+{i}?", "response": str(2 * i)} for i in range(30_000)]
     config = JoinedAnswers(by="join", path=write(tmp_path / "short.jsonl", rows))
     start = time.monotonic()
-    found = short_answers(config, [row["prompt"] for row in reversed(rows)], tmp_path, seed=0)
+    found = short_answers(config, [row["prompt"] for row in reversed(rows)], tmp_path, seed=0, counts=Counter())
     assert time.monotonic() - start < 10  # a step for each pair of rows takes half a minute
     assert found == [[ShortAnswer(row["response"])] for row in reversed(rows)]
 
@@ -409,7 +411,7 @@ def test_a_model_answers_each_question(miniature: Config, straight: dict[str, by
     found = built(miniature)
     assert found[0]["question"] == "865230?"
     assert all(re.fullmatch(r"[0-9+=;#]+", row["rejected"]) for row in found)
-    assert len({line["key"] for line in kept(miniature)}) == len(kept(miniature)) == counts(miniature)[1]["all"] == 40
+    assert len({line["key"] for line in kept(miniature)}) == len(kept(miniature)) == counts(miniature)[-1]["all"] == 40
     straight["miniature"] = (Path(miniature["out"]) / "pairs.parquet").read_bytes()
 
 
@@ -474,7 +476,7 @@ def test_a_question_that_the_template_cannot_ask_is_refused(
     rows = [{"prompt": text, "response": "#1"} for text in ("123456?", "1<|end|>2?", "what?")]
     miniature["long"] = {"path": write(tmp_path / "long.jsonl", rows)}
     assert [row["question"] for row in built(miniature)] == ["123456?"]
-    assert counts(miniature)[1]["the question was refused"] == 2
+    assert counts(miniature)[-1]["the question was refused"] == 2
     assert "2 of 3 questions were refused, the first because: the user's text holds '<|end|>'" in (
         capsys.readouterr().err
     )
@@ -531,7 +533,7 @@ def test_a_refused_question_is_counted_and_asked_again_on_a_rerun(joined: Config
 
     with serving(script) as endpoint:
         assert [row["question"] for row in built(served(joined, endpoint.url))] == ["What is\n 1+1?", "3+3?"]
-    assert {what: n for what, n in counts(joined)[1].items() if n} == {"all": 4, "the question was refused": 2}
+    assert {what: n for what, n in counts(joined)[-1].items() if n} == {"all": 4, "the question was refused": 2}
     assert "2 of 4 questions were refused, the first because: too long" in capsys.readouterr().err
     with serving(said("7")) as endpoint:
         assert len(built(served(joined, endpoint.url))) == 4
@@ -544,5 +546,5 @@ def test_an_answer_that_the_limit_cut_is_left_out(joined: Config):
 
     with serving(script) as endpoint:
         assert [row["question"] for row in built(served(joined, endpoint.url))] == ["What is\n 1+1?", "3+3?"]
-        assert counts(joined)[1]["the short answer was cut"] == 2
+        assert counts(joined)[-1]["the short answer was cut"] == 2
     assert len(endpoint.bodies) == 3

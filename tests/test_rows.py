@@ -217,6 +217,7 @@ def test_what_a_saved_folder_does_not_have_cannot_be_chosen_in_it(tmp_path: Path
     assert "no split 'test'; the folder holds one data set" in error_of(tmp_path / "whole", split="test")
     for name in ("splits", "whole"):
         assert "no subset 'one'" in error_of(tmp_path / name, subset="one")
+        assert "Leave `streaming` out" in error_of(tmp_path / name, streaming=True)
         assert "`revision`" in error_of(tmp_path / name, revision="main")
 
 

@@ -110,7 +110,9 @@ def _build(config: PairsConfig, folder: Path) -> list[Pair]:
     rows: Counter[str] = Counter()  # what became of the rows with long answers
     longs = _read_long(config, rows)
     longs = _decontaminated(config, longs, held_out, folder, rows)
-    shorts = short_answers(config.short, [long.question for long in longs], folder, seed=config.seed)
+    asked = [long.question for long in longs]
+    answered: Counter[str] = Counter()  # ... of where the short answers come from
+    shorts = short_answers(config.short, asked, folder, seed=config.seed, counts=answered)
     rows["no short answer to the question"] = sum(not found for found in shorts)
     counts: Counter[str] = Counter()  # ... and of the candidates: each long answer with each short one
     pairs, left_out = filter_pairs(_candidates(chat, longs, shorts, counts), config.filters, seed=config.seed)
@@ -122,7 +124,11 @@ def _build(config: PairsConfig, folder: Path) -> list[Pair]:
     for step in reversed(steps) if config.control == "swapped" else steps:  # selected by the gap before the exchange
         pairs, left_out = step(pairs)
         counts.update(left_out)
-    tables = {"Rows with a long answer": rows, "Candidates, a long and a short answer": counts}
+    tables = {
+        "Rows with a long answer": rows,
+        "Short answers": answered,
+        "Candidates, a long and a short answer": counts,
+    }
     if not pairs:
         raise RunError(f"no pair is left. {_summary(tables)}. Loosen `filters`, or mend the data.")
     write_whole(folder / PAIRS, _parquet(pairs))

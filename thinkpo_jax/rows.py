@@ -294,6 +294,8 @@ def _saved(source: Source, path: Path) -> Any:
 
     if source.subset is not None:
         raise UserError(f"{path}: no subset {source.subset!r}: `save_to_disk` wrote the folder. Leave `subset` out.")
+    if source.streaming:
+        raise UserError(f"{path}: is read in place, as `save_to_disk` wrote it. Leave `streaming` out.")
     _check_arrow(path)
     found = datasets.load_from_disk(str(path))
     if isinstance(found, datasets.Dataset):

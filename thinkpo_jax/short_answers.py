@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
@@ -91,16 +92,16 @@ ShortAnswers = JoinedAnswers | ModelAnswers | ServerAnswers
 
 
 def short_answers(
-    config: ShortAnswers, questions: Sequence[str], folder: Path, *, seed: int
+    config: ShortAnswers, questions: Sequence[str], folder: Path, *, seed: int, counts: Counter[str]
 ) -> list[list[ShortAnswer]]:
-    """The short answers to each question: those of another data set, or one that is generated.
+    """The short answers to each question: those of another data set, or one that is generated; `counts` tells of which.
 
     What is generated is kept in `folder` as it comes, so that the same command goes on where it stopped; a question
     that was refused is asked again. Raises `UserError` where what is kept is damaged or has other settings, and where
     another data set has none of the questions.
     """
     if isinstance(config, JoinedAnswers):
-        return _joined(config, questions, seed=seed)
+        return _joined(config, questions, seed=seed, counts=counts)
     system: list[Message] = [] if config.system is None else [{"role": "system", "content": config.system}]
     conversations: dict[str, list[Message]] = {}  # by key: a question that stands twice is asked once
     for question in questions:
@@ -114,6 +115,8 @@ def short_answers(
     path = folder / ANSWERS
     known = _kept(path, settings | {"seed": seed})
     todo = {key: messages for key, messages in conversations.items() if key not in known}
+    counts["questions, each asked once"] = len(conversations)
+    counts["answered in an earlier try"] = len(conversations) - len(todo)
     say(f"short answers: {len(conversations) - len(todo)} of {len(conversations)} are there")
     if todo:
         with path.open("a", encoding="utf-8") as file:
@@ -125,12 +128,16 @@ def short_answers(
     return [[known[_key([*system, {"role": "user", "content": question}])]] for question in questions]
 
 
-def _joined(config: JoinedAnswers, questions: Sequence[str], *, seed: int) -> list[list[ShortAnswer]]:
+def _joined(
+    config: JoinedAnswers, questions: Sequence[str], *, seed: int, counts: Counter[str]
+) -> list[list[ShortAnswer]]:
     found: dict[str, list[ShortAnswer]] = {}
-    bad: list[BadRow] = []
     for read in read_answered(config, seed=seed):
+        counts["read"] += 1
         if isinstance(read, BadRow):
-            bad.append(read)
+            if not counts[f"bad row: {read.reason}"]:
+                say(f"skipped, the first of its kind: {read}")
+            counts[f"bad row: {read.reason}"] += 1
             continue
         _, said, _ = read
         found.setdefault(join_key(said.question(config.prompt_suffix)), []).append(ShortAnswer(said.answers[0]))
@@ -141,9 +148,7 @@ def _joined(config: JoinedAnswers, questions: Sequence[str], *, seed: int) -> li
             f"{config.name}: has none of the {len(wanted)} questions. It asks such as {min(found)!r:.100}, and the "
             f"long answers are to such as {min(wanted)!r:.100}. Check `prompt` and `prompt_suffix` of both."
         )
-    unused = sum(len(answers) for key, answers in found.items() if key not in wanted)
-    skipped = f", {len(bad)} bad rows skipped (the first: {bad[0]})" if bad else ""
-    say(f"short answers: {sum(map(len, found.values()))} in {config.name}, {unused} to other questions{skipped}")
+    counts["to other questions"] = sum(len(answers) for key, answers in found.items() if key not in wanted)
     return [found.get(key, []) for key in keys]
 
 
