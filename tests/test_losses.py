@@ -206,3 +206,13 @@ def test_metrics_by_region_gap_and_end(monkeypatch: pytest.MonkeyPatch) -> None:
     assert 0 < saturated < 1
     assert found["saturated"] == pytest.approx(saturated)
     assert not any(name.startswith("_") for name in found)
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_no_sum_of_log_probs_is_a_matrix_product(loss: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On accelerators those are rounded to bfloat16 by default, which near -4,000 steps by 16."""
+    batch, logprobs = FakeLogprobs(PAIRS).ours()
+    monkeypatch.setattr(objectives, "answer_logprobs", lambda model, batch: logprobs)
+    config = PreferenceConfig.model_validate({"loss": loss, "ld_alpha": 0.5, "nll_weight": 0.1})
+    objective = thinkpo(config, end_id=END)
+    assert "dot_general" not in str(jax.make_jaxpr(lambda batch: objective(small.model(), batch))(batch))

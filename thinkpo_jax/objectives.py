@@ -95,13 +95,17 @@ def thinkpo(config: PreferenceConfig, *, end_id: int) -> Objective:
     smoothing = {"label_smoothing": config.label_smoothing} if loss.smoothed else {}
     region_weights = jnp.array([1.0, 1.0, config.ld_alpha])
 
+    def whole(values_RPS3: jax.Array) -> jax.Array:
+        """The sum over the regions; no matrix product, which an accelerator would round to bfloat16."""
+        return (values_RPS3 * region_weights).sum(axis=-1)
+
     def objective(model: Transformer, batch: DeviceBatch) -> Sums:
         logprobs_RT = answer_logprobs(model, batch)
         regions_RPS3 = region_sums(logprobs_RT, batch)
         lengths_RPS = region_sums((batch.regions > 0).astype(jnp.float32), batch).sum(axis=-1)
         real_RP = batch.examples >= 0
         ratios_RPS3 = regions_RPS3 - batch.reference
-        ratios_RPS = ratios_RPS3 @ region_weights
+        ratios_RPS = whole(ratios_RPS3)
         compared_RPS = ratios_RPS / jnp.maximum(lengths_RPS, 1.0) if loss.per_token else ratios_RPS
         loss_RP = loss.function(compared_RPS[..., 0], compared_RPS[..., 1], config.beta, **smoothing)
         if config.nll_weight > 0:
@@ -111,7 +115,7 @@ def thinkpo(config: PreferenceConfig, *, end_id: int) -> Objective:
         def total(values_RP: jax.Array) -> jax.Array:
             return jnp.where(real_RP, values_RP.astype(jnp.float32), 0.0).sum()
 
-        rewards_RPS, logps_RPS = config.beta * ratios_RPS, regions_RPS3 @ region_weights
+        rewards_RPS, logps_RPS = config.beta * ratios_RPS, whole(regions_RPS3)
         margins_RP = rewards_RPS[..., 0] - rewards_RPS[..., 1]
         metrics = {
             "rewards/chosen": total(rewards_RPS[..., 0]),
