@@ -472,6 +472,7 @@ def test_all_bad_rows_are_counted_where_asked_for(tmp_path: Path, chat: Chat):
         assert "line 2: not valid JSON" in report.fatal["not JSON"]
         assert ("longer than row_length 1000" in report.fatal) == (config.over_length == "raise")
         assert report.dropped == {"not JSON": 2, "longer than row_length 1000": 1}
+        assert report.bad.keys() == {"not JSON"}  # a row that is long is no bad row
         with pytest.raises(UserError, match="line 2: not valid JSON"):  # also when it was prepared before
             prepare([config], chat, row_length=1000, seed=0)
 
@@ -664,6 +665,20 @@ def test_what_changes_the_tokens_has_them_prepared_again(
     config = SftData(path=str(path), **change.get("config", {}))
     tokenize(config, other, row_length=change.get("row_length", 500), seed=0)
     assert len(work_done) == 1
+
+
+def test_another_bos_has_the_tokens_prepared_again(tmp_path: Path, work_done: list[str]):
+    """The template may write it; it stands in tokenizer_config.json alone."""
+    path = write(tmp_path / "rows.jsonl", ROW)
+    folder = byte_tokenizer(tmp_path / "model", template="{{ bos_token }}" + TEMPLATE)
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    prompts = []
+    for bos in ("<eos>", "<end>"):
+        (folder / "tokenizer_config.json").write_text(json.dumps(settings | {"bos_token": bos}))
+        chat = Chat.load(folder)
+        prompts.append(read(only(tokenize(SftData(path=str(path)), chat, row_length=500, seed=0))[0], chat)[0])
+    assert prompts == ["<eos>[user]2+2?[assistant]", "<end>[user]2+2?[assistant]"]
+    assert len(work_done) == 2
 
 
 @pytest.mark.parametrize("name", ["tokens.int32", "segments.npy", "report.json"])
