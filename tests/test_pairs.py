@@ -172,6 +172,16 @@ def test_columns_have_these_types_whatever_the_rows(joined: Config):
     assert {field.name: str(field.type) for field in table(joined).schema} == types
 
 
+def test_the_settings_of_the_card_are_those_that_made_the_pairs(joined: Config):
+    """Null too, where it is not the default."""
+    joined["filters"] = UNBOXED
+    assert build(joined) == 0
+    card = (Path(joined["out"]) / "README.md").read_text(encoding="utf-8")
+    told = yaml.safe_load(card.partition("```yaml\n")[2].partition("```")[0])
+    assert parse(PairsConfig, told, source="card") == parse(PairsConfig, joined, source="given")
+    assert parse(PairsConfig, told, source="card").filters.disagreeing_share is None
+
+
 @pytest.mark.parametrize("name", ["pairs.parquet", ""], ids=["file", "folder"])
 def test_a_thinkpo_stage_reads_the_pairs_without_further_keys(name: str, joined: Config, tokenizer: str):
     joined["long"]["system"] = "Think."

@@ -254,7 +254,7 @@ def _card(config: PairsConfig, pairs: Sequence[Pair], tables: Mapping[str, Mappi
         "tags": ["thinkpo_jax", "preference"],
         "configs": [{"config_name": "default", "data_files": PAIRS}],
     }
-    settings = yaml.safe_dump(config.model_dump(mode="json", exclude_none=True), sort_keys=False, allow_unicode=True)
+    settings = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
     verdicts = Counter({True: "agree", False: "disagree", None: "cannot be compared"}[pair.agrees] for pair in pairs)
     shares = ", ".join(f"{count} {verdict}" for verdict, count in sorted(verdicts.items()))
     counted = "".join(
