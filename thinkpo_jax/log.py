@@ -60,11 +60,11 @@ def read_metrics(path: Path) -> list[dict[str, float]]:
 class Progress:
     """A bar on a terminal; in a pipe or a file a plain line every few seconds, and at the end.
 
-    `total` is None where it is not known.
+    `total` is None where it is not known, and so is the end.
     """
 
     def __init__(self, title: str, total: int | None, *, done: int = 0, unit: str = "step") -> None:
-        self._bar, self._done = None, done
+        self._bar = None
         self._title, self._total, self._unit = title, total, unit
         self._first, self._start, self._said = done, time.monotonic(), time.monotonic()
         if sys.stderr.isatty():
@@ -72,7 +72,7 @@ class Progress:
 
     def update(self, done: int, shown: Mapping[str, str] | None = None) -> None:
         """`done` of the total are finished; `shown` are the values beside them."""
-        shown, self._done = shown or {}, done
+        shown = shown or {}
         if self._bar is not None:
             self._bar.set_postfix(shown, refresh=False)
             self._bar.update(done - self._bar.n)
@@ -92,8 +92,6 @@ class Progress:
         """Leaves the bar as it stands."""
         if self._bar is not None:
             self._bar.close()
-        elif self._total is None and self._said > self._start:
-            print(f"{self._title}: {self._unit} {self._done}, finished", file=sys.stderr, flush=True)
 
 
 def say(text: str) -> None:
