@@ -94,9 +94,8 @@ class Chat:
 
         Raises `UserError` where a turn holds a special token as text, and where the text has no ids that give it back.
         """
-        tokens = self.tokenizer.convert_ids_to_tokens(sorted(self.special_ids))
         for message in messages:
-            if found := [token for token in tokens if token in message["content"]]:
+            if found := [token for token in self.special_tokens if token in message["content"]]:
                 raise UserError(
                     f"the {message['role']}'s text holds {', '.join(map(repr, found))}, special to this tokenizer: it "
                     "would end the turn, or begin one. Remove it from the data."
@@ -130,6 +129,11 @@ class Chat:
         answer = f"<think>\n{_MARK}\n</think>\n\n4"
         messages: list[Message] = [{"role": "user", "content": _QUESTION}, {"role": "assistant", "content": answer}]
         return _MARK in _render(self.tokenizer, messages, add_generation_prompt=False)
+
+    @functools.cached_property
+    def special_tokens(self) -> list[str]:
+        """The tokens of `special_ids`."""
+        return self.tokenizer.convert_ids_to_tokens(sorted(self.special_ids))
 
     @functools.cached_property
     def longest_token(self) -> int:

@@ -32,7 +32,7 @@ from thinkpo_jax.rows import BadRow, Row, identity, read_rows
 FORMAT = 1  # of what is kept on disk; raised whenever the same rows give other ids, or the files another layout
 CHUNK = 256  # rows that are tokenised at a time
 TOKENS, SEGMENTS, REPORT = "tokens.int32", "segments.npy", "report.json"
-SHRINK = 4  # how many characters a tokenizer's normalisation may make of one
+SHRINK = 4  # as many characters a tokenizer's normalisation may make one of
 
 
 @dataclass(frozen=True)

@@ -103,10 +103,9 @@ def short_answers(
     if isinstance(config, JoinedAnswers):
         return _joined(config, questions, seed=seed, counts=counts)
     system: list[Message] = [] if config.system is None else [{"role": "system", "content": config.system}]
-    conversations: dict[str, list[Message]] = {}  # by key: a question that stands twice is asked once
-    for question in questions:
-        messages: list[Message] = [*system, {"role": "user", "content": question}]
-        conversations.setdefault(_key(messages), messages)
+    asked: list[list[Message]] = [[*system, {"role": "user", "content": question}] for question in questions]
+    keys = [_key(messages) for messages in asked]
+    conversations = dict(zip(keys, asked, strict=True))  # a question that stands twice is asked once
     settings = config.model_dump(mode="json", exclude={"sampling": {"batch_size"}, "mesh": True})
     if isinstance(config, ModelAnswers):
         settings["model"]["fingerprint"] = fingerprint(find_model(config.model.path))
@@ -120,12 +119,15 @@ def short_answers(
     say(f"short answers: {len(conversations) - len(todo)} of {len(conversations)} are there")
     if todo:
         with path.open("a", encoding="utf-8") as file:
-            ask = _ask_model if isinstance(config, ModelAnswers) else _ask_server
-            for key, answer in ask(config, conversations, todo, seed):  # type: ignore[arg-type] -- by its class
+            if isinstance(config, ModelAnswers):
+                answers = _ask_model(config, conversations, todo, seed)
+            else:
+                answers = _ask_server(config, conversations, todo, seed)
+            for key, answer in answers:
                 known[key] = answer
                 if answer.refused is None:
                     _append(file, {"key": key, "text": answer.text, "finished": answer.finished})
-    return [[known[_key([*system, {"role": "user", "content": question}])]] for question in questions]
+    return [[known[key]] for key in keys]
 
 
 def _joined(
