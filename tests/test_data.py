@@ -242,6 +242,17 @@ PAIR_OF_LISTS = {"chosen": turns("q", "long"), "rejected": turns("q", "b")}
             {"messages": "m"},
             (f"[system]S{ASKED}", "a<end>"),
         ),
+        # The form is told by the row, as far as it is not named.
+        ({"prompt": "q", "completion": "a"}, {}, (ASKED, "a<end>")),
+        ({"question": "q", "completion": "a"}, {"prompt": "question"}, (ASKED, "a<end>")),
+        ({"messages": turns("q", "a")}, {}, (ASKED, "a<end>")),
+        ({"messages": turns("q", "a"), "system": "not ShareGPT's"}, {}, (ASKED, "a<end>")),
+        ({"conversations": SHAREGPT}, {}, (ASKED, "a<end>")),
+        ({"conversations": SHAREGPT, "system": "S"}, {}, (f"[system]S{ASKED}", "a<end>")),
+        ({"conversations": SHAREGPT, "system": ""}, {}, (ASKED, "a<end>")),
+        ({"conversations": SHAREGPT, "system": None}, {}, (ASKED, "a<end>")),
+        ({"conversations": SHAREGPT, "system": "S"}, {"system": "T"}, (f"[system]T{ASKED}", "a<end>")),
+        ({"messages": turns("q", "a"), "prompt": "q", "response": "b"}, {"response": "response"}, (ASKED, "b<end>")),
     ],
     ids=str,
 )
@@ -392,33 +403,6 @@ def test_every_row_is_kept_whole_and_in_order_or_counted(
     assert examples.spans().sum(axis=(1, 2)).tolist() == [
         sum(len(segment.tokens) for segment in pair) for pair in examples
     ]
-
-
-# Forms that the first row tells.
-
-
-@pytest.mark.parametrize(
-    ("row", "config", "expected"),
-    [
-        ({"prompt": "q", "completion": "a"}, {}, (ASKED, "a<end>")),
-        ({"question": "q", "completion": "a"}, {"prompt": "question"}, (ASKED, "a<end>")),
-        ({"messages": turns("q", "a")}, {}, (ASKED, "a<end>")),
-        ({"messages": turns("q", "a"), "system": "not ShareGPT's"}, {}, (ASKED, "a<end>")),
-        ({"conversations": SHAREGPT}, {}, (ASKED, "a<end>")),
-        ({"conversations": SHAREGPT, "system": "S"}, {}, (f"[system]S{ASKED}", "a<end>")),
-        ({"conversations": SHAREGPT, "system": ""}, {}, (ASKED, "a<end>")),
-        ({"conversations": SHAREGPT, "system": None}, {}, (ASKED, "a<end>")),
-        ({"conversations": SHAREGPT, "system": "S"}, {"system": "T"}, (f"[system]T{ASKED}", "a<end>")),
-        ({"messages": turns("q", "a"), "prompt": "q", "response": "b"}, {"response": "response"}, (ASKED, "b<end>")),
-    ],
-    ids=str,
-)
-def test_the_form_is_detected_and_can_be_named(
-    row: dict[str, Any], config: dict[str, Any], expected: tuple[str, str], tmp_path: Path, chat: Chat
-):
-    path = write(tmp_path / "rows.jsonl", row)
-    (segment,) = only(tokenize(SftData(path=str(path), **config), chat, row_length=1000, seed=0))
-    assert read(segment, chat) == expected
 
 
 @pytest.mark.parametrize(
