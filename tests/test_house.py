@@ -26,7 +26,7 @@ FLOORS = (
     ("convert", "sample", "forms", "benchmarks"),
     ("data", "server", "curation"),
     ("packing",),
-    ("objectives", "scoring"),
+    ("objectives", "flops", "scoring"),
     ("step", "reference"),
     ("checkpoint",),
     ("run", "report"),

@@ -42,11 +42,12 @@ class FakeLogprobs:
                 head = min(128, shortest)
                 side[:] = answer[:head].sum(), answer[head:shortest].sum(), answer[shortest:].sum()
         batch = jax.tree.map(lambda array: jnp.array(array[0]), batches[0])
-        logprobs = np.zeros(batch.tokens.shape, np.float32)
+        logprobs = np.zeros(batch.targets.shape, np.float32)
         for row, indices in enumerate(np.asarray(batch.examples)):
             answers = [answer for index in indices if index >= 0 for answer in self.policy[index]]
             for number, answer in enumerate(answers, 1):
-                logprobs[row, (batch.segments[row] == number) & (batch.regions[row] > 0)] = answer
+                segments = np.append(batch.segments[row], [0] * batch.targets.shape[1])[batch.trained[row]]
+                logprobs[row, segments == number] = answer
         return batch, jnp.array(logprobs)
 
     def loss_of_trl(self, config: PreferenceConfig) -> tuple[float, dict[str, float]]:

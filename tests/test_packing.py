@@ -7,14 +7,15 @@ import pytest
 import small
 
 from thinkpo_jax.config import UserError
-from thinkpo_jax.packing import BatchConfig, pack
+from thinkpo_jax.data import Segment
+from thinkpo_jax.packing import BatchConfig, Batches, held_out, pack
 
 
 @hypothesis.settings(max_examples=2000, deadline=None)
 @hypothesis.given(lengths=st.lists(st.integers(1, 64), min_size=1, max_size=80), seed=st.integers(0, 2**16))
 def test_every_example_lies_in_one_row_and_no_row_is_too_long(lengths: list[int], seed: int) -> None:
     sizes = np.array(lengths)
-    rows = pack(sizes, 64, np.random.default_rng(seed).permutation(len(sizes)))
+    rows = pack(sizes[:, None], (64,), np.random.default_rng(seed).permutation(len(sizes)))
     assert sorted(index for row in rows for index in row) == list(range(len(sizes)))
     assert all(sizes[row].sum() <= 64 for row in rows)
     # Best fit leaves no two rows that could be one.
@@ -38,7 +39,7 @@ def test_rows_are_nearly_full_at_the_lengths_of_the_paper(
     assert 600 < rejected.mean() < 750
     lengths = chosen + rejected + 2 * prompt
     for row_length, least in ((cap * 3 // 2, at_least), (cap + 1280, 0.95 if cap == 8192 else 0.98)):
-        rows = pack(lengths, row_length, rng.permutation(10_080))
+        rows = pack(lengths[:, None], (row_length,), rng.permutation(10_080))
         assert lengths.sum() / (len(rows) * row_length) >= least
 
 
@@ -58,17 +59,71 @@ def test_a_batch_holds_the_examples_as_they_are() -> None:
     for step in range(3):
         batch = batches[step]
         flat = [array.reshape(-1, *array.shape[2:]) for array in batch]
-        for tokens, targets, regions, positions, segments, indices, _ in zip(*flat, strict=True):
-            mask = regions > 0
+        for tokens, positions, segments, trained, targets, regions, indices, _ in zip(*flat, strict=True):
             held = [segment for index in indices[indices >= 0] for segment in examples[index]]
             assert segments.max() == len(held)
+            used = regions > 0
+            answers = segments[trained[used]]  # of each slot in use, the segment that its place lies in
             for number, segment in enumerate(held, 1):
                 where = segments == number
                 np.testing.assert_array_equal(tokens[where], segment.tokens)
                 np.testing.assert_array_equal(positions[where], np.arange(len(segment.tokens)))
-                # What is trained is the answer, all of it, and nothing else.
-                np.testing.assert_array_equal(targets[where][mask[where] > 0], segment.tokens[segment.answer_start :])
-            assert mask[segments == 0].sum() == 0
+                # What is trained is the answer, all of it, and nothing else, each token from the place before it.
+                np.testing.assert_array_equal(targets[used][answers == number], segment.tokens[segment.answer_start :])
+                places = np.flatnonzero(where)[segment.answer_start - 1 : -1]
+                np.testing.assert_array_equal(trained[used][answers == number], places)
+            assert used.sum() == sum(len(s.tokens) - s.answer_start for s in held)
+            assert (trained[~used] >= len(tokens)).all()
+            assert (np.diff(trained) > 0).all()
+
+
+@hypothesis.settings(max_examples=300, deadline=None)
+@hypothesis.given(
+    sizes=st.lists(st.tuples(st.integers(2, 40), st.integers(1, 40)), min_size=1, max_size=40),
+    limits=st.tuples(st.integers(40, 90), st.integers(1, 5), st.integers(40, 60)),
+)
+def test_rows_keep_every_limit(sizes: list[tuple[int, int]], limits: tuple[int, int, int]) -> None:
+    table = np.array([(length, 1, min(trained, length)) for length, trained in sizes])
+    rows = pack(table, limits, np.arange(len(table)))
+    assert sorted(index for row in rows for index in row) == list(range(len(table)))
+    assert all((table[row].sum(axis=0) <= limits).all() for row in rows)
+
+
+def test_batches_over_some_examples_have_the_shape_of_the_updates() -> None:
+    examples = small.pairs(40)
+    batches = small.batches(examples, steps=3, size=7, rows_per_device=2)
+    for indices in ([3], [*range(0, 40, 3)], [*range(40)]):
+        found = batches.over(indices)
+        for batch in found:
+            assert [array.shape for array in batch] == [array.shape for array in batches[0]]
+        seen = np.concatenate([batch.examples.ravel() for batch in found])
+        assert sorted(seen[seen >= 0].tolist()) == indices
+        assert sum((batch.regions > 0).sum() for batch in found) == sum(
+            len(segment.tokens) - segment.answer_start for index in indices for segment in examples[index]
+        )
+
+
+def test_held_out_examples_are_in_no_update_and_share_no_prompt_with_one() -> None:
+    examples = small.pairs(60)
+    # Every prompt stands three times.
+    examples = [
+        tuple(Segment(np.concatenate([s.tokens[: s.answer_start], s.tokens[s.answer_start :][::-1]]), s.answer_start)
+              for s in examples[index % 20]) if index >= 20 else examples[index]
+        for index in range(60)
+    ]  # fmt: skip
+    for seed in range(5):
+        apart = held_out(examples, 0.2, seed=seed)
+        assert 9 <= len(apart) <= 15
+        assert {index % 20 for index in apart}.isdisjoint({i % 20 for i in range(60)} - {int(i) % 20 for i in apart})
+        assert len(apart) == 3 * len({index % 20 for index in apart})
+        config = BatchConfig(size=8, row_length=48)
+        batches = Batches(examples, config, seed=0, shards=1, steps=None, epochs=1.0, held_out=apart)
+        seen = np.concatenate([batches[i].examples.ravel() for i in range(len(batches))])
+        assert sorted(seen[seen >= 0].tolist()) == sorted(set(range(60)) - set(apart.tolist()))
+        assert "held out" in batches.describe()
+    assert set(held_out(examples, 0.2, seed=0)) != set(held_out(examples, 0.2, seed=1))
+    with pytest.raises(UserError, match="all examples have the same prompt"):
+        held_out([examples[0]] * 4, 0.5, seed=0)
 
 
 def test_neither_devices_nor_micro_batches_change_what_an_update_reads() -> None:

@@ -16,7 +16,7 @@ from thinkpo_jax.config import RunError, UserError
 from thinkpo_jax.convert import named
 from thinkpo_jax.data import Example
 from thinkpo_jax.model import ComputeConfig, Transformer
-from thinkpo_jax.objectives import Objective, PreferenceConfig, sft, thinkpo
+from thinkpo_jax.objectives import Objective, PreferenceConfig, comparison, sft, thinkpo
 from thinkpo_jax.optimizer import OptimizerConfig, learning_rate, make_optimizer
 from thinkpo_jax.packing import Batches
 from thinkpo_jax.reference import check_start, reference_logprobs
@@ -26,7 +26,9 @@ from thinkpo_jax.step import TrainState, initial_state, make_step
 STEPS = 4
 ADAM = OptimizerConfig(learning_rate=3e-3, warmup_ratio=0.25, weight_decay=0.1)
 EXAMPLES = {"sft": small.singles(24), "thinkpo": small.pairs(24)}
-OBJECTIVES: dict[str, Objective] = {"sft": sft, "thinkpo": thinkpo(PreferenceConfig(beta=0.5), end_id=1)}
+PREFERENCE = PreferenceConfig(beta=0.5)
+COMPARE = comparison(PREFERENCE, end_id=1)
+OBJECTIVES: dict[str, Objective] = {"sft": sft, "thinkpo": thinkpo(PREFERENCE, end_id=1)}
 
 
 def _start(mesh: Mesh, compute: ComputeConfig = small.FLOAT32) -> Transformer:
@@ -107,10 +109,10 @@ def test_a_start_that_is_not_the_reference_is_refused() -> None:
     with jax.set_mesh(mesh):
         batches = small.batches(EXAMPLES["thinkpo"])
         batches.reference = reference_logprobs(small.model(seed=1), batches, mesh)
-        with pytest.raises(RunError, match=r"not ln 2 = 0\.693147"):
-            check_start(OBJECTIVES["thinkpo"], small.model(), batches[0], mesh)
+        with pytest.raises(RunError, match=r"not 0\.693147"):
+            check_start(PREFERENCE, COMPARE, small.model(), batches[0], mesh)
         batches.reference = reference_logprobs(small.model(), batches, mesh)
-        found = check_start(OBJECTIVES["thinkpo"], small.model(), batches[0], mesh)
+        found = check_start(PREFERENCE, COMPARE, small.model(), batches[0], mesh)
         assert found == pytest.approx(math.log(2), abs=1e-6)
 
 
@@ -122,7 +124,7 @@ def test_errors_of_both_signs_do_not_hide_from_the_start_check() -> None:
         batches.reference[::2, 0] += 0.05
         batches.reference[1::2, 0] -= 0.05
         with pytest.raises(RunError, match="differ from the cached reference"):
-            check_start(thinkpo(PreferenceConfig(), end_id=1), small.model(), batches[0], mesh)
+            check_start(PREFERENCE, COMPARE, small.model(), batches[0], mesh)
 
 
 def test_a_stage_of_one_update_has_a_learning_rate() -> None:
@@ -204,7 +206,7 @@ def test_an_update_that_is_not_finite_is_not_applied() -> None:
         state = initial_state(small.model(), optimizer, mesh)
         state, metrics = make_step(OBJECTIVES["thinkpo"], optimizer, mesh, state)(state, put_batch(batches[0], mesh))
     assert not metrics["finite"]
-    assert int(state.step) == 0
+    assert int(state.step) == 1  # the next update reads the next batch
     for before, after in zip(jax.tree.leaves(model), jax.tree.leaves(state.model), strict=True):
         np.testing.assert_array_equal(before, after)
 

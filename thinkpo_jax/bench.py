@@ -1,6 +1,7 @@
 """How fast is it, and against what? Each benchmark times two things side by side and prints their ratio.
 
-Example: python -m thinkpo_jax.bench load --gib 1
+Examples: python -m thinkpo_jax.bench load --gib 1
+          python -m thinkpo_jax.bench step --against trl
 """
 
 import argparse
@@ -19,6 +20,8 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from thinkpo_jax.architecture import read_architecture
+from thinkpo_jax.bench_pairs import SHAPE as LLAMA
+from thinkpo_jax.bench_step import bench_step
 from thinkpo_jax.commands import program
 from thinkpo_jax.convert import expected_shapes, load_model
 from thinkpo_jax.folder import WEIGHTS
@@ -95,17 +98,34 @@ def main(arguments: Sequence[str]) -> None:
     """Parses the command line and measures."""
     parser = argparse.ArgumentParser(
         prog="python -m thinkpo_jax.bench",
-        description="Time two things side by side in one process; only their ratio is worth comparing.",
-        epilog="example: python -m thinkpo_jax.bench load --gib 1",
+        description="Time two things side by side on one machine; only their ratio is worth comparing.",
+        epilog="examples: python -m thinkpo_jax.bench load --gib 1; python -m thinkpo_jax.bench step --against trl",
     )
-    parser.add_argument("what", choices=("load",), help="load: a checkpoint onto the devices, against reading its file")
-    parser.add_argument("--gib", type=float, default=1.0, help="size of the checkpoint (default: 1)")
-    parser.add_argument("--repeats", type=int, default=5, help="how often each side is timed (default: 5)")
+    what = parser.add_subparsers(dest="what", required=True, metavar="WHAT")
+    load = what.add_parser("load", help="a checkpoint onto the devices, against reading its file")
+    load.add_argument("--gib", type=float, default=1.0, help="size of the checkpoint (default: 1)")
+    load.add_argument("--repeats", type=int, default=5, help="how often each side is timed (default: 5)")
+    step = what.add_parser("step", help="a ThinkPO update on the CPU, against that of another trainer")
+    step.add_argument("--against", choices=("trl",), default="trl", help="the other trainer (default: trl)")
+    step.add_argument("--pairs", type=int, default=16, help="pairs of an epoch, an even number (default: 16)")
+    step.add_argument("--max-length", type=int, default=2048, help="most tokens of prompt and answer (default: 2048)")
+    step.add_argument("--row-length", type=int, help="tokens of our packed rows (default: twice --max-length)")
+    step.add_argument("--repeats", type=int, default=3, help="rounds, in which the sides take turns (default: 3)")
     parsed = parser.parse_args(arguments)
-    if not 0 < parsed.gib < 1000 or parsed.repeats < 1:
-        parser.error("--gib is a positive number of GiB, --repeats at least 1")
+    if parsed.repeats < 1:
+        parser.error("--repeats is at least 1")
+    if parsed.what == "load" and not 0 < parsed.gib < 1000:
+        parser.error("--gib is a positive number of GiB")
+    if parsed.what == "step":
+        row_length = parsed.row_length or 2 * parsed.max_length
+        if parsed.pairs < 2 or parsed.pairs % 2 or parsed.max_length < 16 or row_length < 2 * parsed.max_length:
+            parser.error("--pairs is even, --max-length at least 16, --row-length at least twice --max-length")
     print("; ".join(f"{name} {version}" for name, version in versions().items()))
-    bench_load(parsed.gib, parsed.repeats)
+    if parsed.what == "load":
+        bench_load(parsed.gib, parsed.repeats)
+    else:
+        sizes = {"pairs": parsed.pairs, "max_length": parsed.max_length, "row_length": row_length}
+        bench_step(LLAMA, **sizes, repeats=parsed.repeats)
 
 
 if __name__ == "__main__":

@@ -124,6 +124,14 @@ class Chat:
         """Ids of a thinking block without content, as far as the prompt does not open it already: read, not trained."""
         return _ids(self.tokenizer, _without_opening(EMPTY_THINKING, prompt), "empty thinking block")
 
+    def thought_ends(self) -> list[list[int]]:
+        """For each tag that ends a thought the ids that it has wherever a line begins with it.
+
+        A tag that is no token of its own is told by all ids but its last, which can be one with what follows it.
+        """
+        found = (self.tokenizer.encode(closing, add_special_tokens=False) for _, closing in THOUGHTS)
+        return [ids[:-1] if len(ids) > 1 else ids for ids in found]
+
     def keeps_thinking(self) -> bool:
         """Whether the template would keep the thinking of an answer that is handed to it as a message."""
         answer = f"<think>\n{_MARK}\n</think>\n\n4"

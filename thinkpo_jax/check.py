@@ -95,10 +95,10 @@ def _length_table(stage: Stage, spans: np.ndarray) -> Iterator[str]:
 
 def _fills(batches: Batches) -> Iterator[tuple[int, float]]:
     """Which share of their tokens packed rows hold, at this and at greater row lengths."""
-    shortest, total = batches.config.row_length, int(batches.lengths.sum())
+    lengths, everything, shortest = batches.sizes[:, :1], np.arange(len(batches.sizes)), batches.config.row_length
     longer = {round(factor * shortest / ROW_MULTIPLE) * ROW_MULTIPLE for factor in LONGER}
     for length in (shortest, *sorted(length for length in longer if length > shortest)):
-        yield length, total / (len(pack(batches.lengths, length, np.arange(len(batches.lengths)))) * length)
+        yield length, lengths.sum() / (len(pack(lengths, (length,), everything)) * length)
 
 
 def _unfinished(examples: Examples) -> tuple[int, int]:

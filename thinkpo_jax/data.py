@@ -130,6 +130,13 @@ class Examples(Sequence[Example]):
             for part, weight in zip(self.parts, self.weights, strict=True)
         ]
 
+    def names(self, indices: Sequence[int]) -> str:
+        """Examples as a person can find them: which of the kept rows of which source."""
+        found: dict[str, list[int]] = {}
+        for part, row in self.places[sorted(indices)].tolist():
+            found.setdefault(self.parts[part].report.name, []).append(row + 1)
+        return "; ".join(f"{name}: {', '.join(map(str, rows))}" for name, rows in found.items())
+
     def digest(self) -> str:
         """A digest of all ids and answer spans: whether a resumed stage still reads the same data."""
         parts = " ".join(part.digest for part in self.parts)

@@ -3,7 +3,9 @@
 import hashlib
 import json
 import math
+import os
 from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Literal
@@ -117,6 +119,18 @@ def fingerprint(folder: Path) -> str | None:
                 file.seek(start)
                 digest.update(file.read(_SAMPLED_BYTES))
     return digest.hexdigest()[:16]
+
+
+def content_digest(folder: Path) -> str:
+    """A digest of a model's configuration and of every byte of its weights."""
+    files = [folder / "config.json", *sorted(folder.glob("*.safetensors"))]
+
+    def of_file(path: Path) -> bytes:
+        with path.open("rb") as file:
+            return path.name.encode() + hashlib.file_digest(file, "sha256").digest()
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:  # hashing lets go of the interpreter
+        return hashlib.sha256(b"".join(pool.map(of_file, files))).hexdigest()[:32]
 
 
 def read_headers(folder: Path) -> dict[str, Tensor]:

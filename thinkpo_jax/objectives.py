@@ -1,11 +1,11 @@
 """What is minimised? Each objective maps a model and rows to sums, so that any split of the rows gives the same result.
 
-Letters: R rows, T row length, P examples per row, S answers per example (2 for a pair: chosen, rejected), 3 the regions
-of an answer (`Batch.regions`).
+Letters: R rows, T row length, D embed, A slots for trained tokens, P examples per row, S answers per example (2 for a
+pair: chosen, rejected), 3 the regions of an answer (`Batch.regions`).
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Literal, NamedTuple
 
 import jax
@@ -32,6 +32,7 @@ class Sums(NamedTuple):
 
 
 Objective = Callable[[Transformer, DeviceBatch], Sums]
+Comparison = Callable[[jax.Array, DeviceBatch], Sums]
 
 
 class PreferenceConfig(Section):
@@ -59,19 +60,30 @@ class PreferenceConfig(Section):
 
 
 def answer_logprobs(model: Transformer, batch: DeviceBatch) -> jax.Array:
-    """Log-prob of each target token that belongs to an answer, 0 elsewhere; float32 [R, T]."""
+    """Log-prob of each trained token, 0 in unused slots; float32 [R, A]. No other token reaches the head."""
     hidden_RTD, _ = model(batch.tokens, Places(batch.segments, batch.positions))
-    logprobs = token_logprobs(hidden_RTD.reshape(-1, hidden_RTD.shape[-1]), model.head(), batch.targets.reshape(-1))
-    return jnp.where(batch.regions > 0, logprobs.reshape(batch.targets.shape), 0.0)
+    logprobs_RA = token_logprobs(_at_trained(hidden_RTD, batch), model.head(), batch.targets)
+    return jnp.where(batch.regions > 0, logprobs_RA, 0.0)
 
 
-def region_sums(values_RT: jax.Array, batch: DeviceBatch) -> jax.Array:
-    """Values of target tokens summed over the regions of every answer; [R, P, S, 3]."""
+def _at_trained(values: jax.Array, batch: DeviceBatch) -> jax.Array:
+    """[R, T, ...] at the places that predict the trained tokens, 0 in unused slots; [R, A, ...]."""
+
+    def of_row(values: jax.Array, places: jax.Array) -> jax.Array:
+        found = values.at[places]
+        return found.get(mode="fill", fill_value=0, indices_are_sorted=True, unique_indices=True)
+
+    return jax.vmap(of_row)(values, batch.trained)
+
+
+def region_sums(values_RA: jax.Array, batch: DeviceBatch) -> jax.Array:
+    """Values of trained tokens summed over the regions of every answer; [R, P, S, 3]."""
     examples, answers = batch.reference.shape[-3:-1]
     # Segments 1, 2, ... are the answers of the row, in order; what belongs to none goes to place 0.
-    places_RT = jnp.where(batch.regions > 0, (batch.segments - 1) * REGIONS + batch.regions, 0)
+    answers_RA = _at_trained(batch.segments, batch) - 1
+    places_RA = jnp.where(batch.regions > 0, answers_RA * REGIONS + batch.regions, 0)
     sums = jax.vmap(lambda values, places: jax.ops.segment_sum(values, places, examples * answers * REGIONS + 1))
-    return sums(values_RT, places_RT)[:, 1:].reshape(-1, examples, answers, REGIONS)
+    return sums(values_RA, places_RA)[:, 1:].reshape(-1, examples, answers, REGIONS)
 
 
 def region_logprobs(model: Transformer, batch: DeviceBatch) -> jax.Array:
@@ -85,31 +97,37 @@ def sft(model: Transformer, batch: DeviceBatch) -> Sums:
     return Sums(loss, (batch.regions > 0).sum().astype(jnp.float32), {})
 
 
-def thinkpo(config: PreferenceConfig, *, end_id: int) -> Objective:
-    """DPO on (long, short) pairs: arXiv 2502.13173, section 2.2, with a loss of losses.py.
+def thinkpo(config: PreferenceConfig, *, end_id: int, thought_ends: Sequence[Sequence[int]] = ()) -> Objective:
+    """DPO on (long, short) pairs: arXiv 2502.13173, section 2.2, with a loss of losses.py; see `comparison`."""
+    compare = comparison(config, end_id=end_id, thought_ends=thought_ends)
+    return lambda model, batch: compare(answer_logprobs(model, batch), batch)
+
+
+def comparison(config: PreferenceConfig, *, end_id: int, thought_ends: Sequence[Sequence[int]] = ()) -> Comparison:
+    """What the log-probs [R, A] of a batch's trained tokens come to against its reference.
 
     Log-probs are summed over the answer; the weight is the number of pairs. Metrics carry TRL's names where it has
-    them; `readable` makes the others out of sums. `end_id` is the token that ends an answer.
+    them; `readable` makes the others out of sums. `end_id` is the token that ends an answer, `thought_ends` are the
+    ids of the tags that end a thought.
     """
     loss = LOSSES[config.loss]
-    smoothing = {"label_smoothing": config.label_smoothing} if loss.smoothed else {}
+    smoothing = _smoothing(config)
     region_weights = jnp.array([1.0, 1.0, config.ld_alpha])
 
     def whole(values_RPS3: jax.Array) -> jax.Array:
         """The sum over the regions; no matrix product, which an accelerator would round to bfloat16."""
         return (values_RPS3 * region_weights).sum(axis=-1)
 
-    def objective(model: Transformer, batch: DeviceBatch) -> Sums:
-        logprobs_RT = answer_logprobs(model, batch)
-        regions_RPS3 = region_sums(logprobs_RT, batch)
+    def compare(logprobs_RA: jax.Array, batch: DeviceBatch) -> Sums:
+        regions_RPS3 = region_sums(logprobs_RA, batch)
         lengths_RPS = region_sums((batch.regions > 0).astype(jnp.float32), batch).sum(axis=-1)
         real_RP = batch.examples >= 0
         ratios_RPS3 = regions_RPS3 - batch.reference
         ratios_RPS = whole(ratios_RPS3)
         compared_RPS = ratios_RPS / jnp.maximum(lengths_RPS, 1.0) if loss.per_token else ratios_RPS
         loss_RP = loss.function(compared_RPS[..., 0], compared_RPS[..., 1], config.beta, **smoothing)
+        nll_RP = -regions_RPS3[..., 0, :].sum(axis=-1) / jnp.maximum(lengths_RPS[..., 0], 1.0)
         if config.nll_weight > 0:
-            nll_RP = -regions_RPS3[..., 0, :].sum(axis=-1) / jnp.maximum(lengths_RPS[..., 0], 1.0)
             loss_RP = loss_RP + config.nll_weight * nll_RP
 
         def total(values_RP: jax.Array) -> jax.Array:
@@ -124,6 +142,7 @@ def thinkpo(config: PreferenceConfig, *, end_id: int) -> Objective:
             "rewards/accuracies": total(margins_RP > 0),
             "logps/chosen": total(logps_RPS[..., 0]),
             "logps/rejected": total(logps_RPS[..., 1]),
+            "nll/chosen": total(nll_RP),
             "saturated": total(jax.nn.sigmoid(-margins_RP) < SATURATED),
         }
         margins_RP3 = config.beta * (ratios_RPS3[..., 0, :] - ratios_RPS3[..., 1, :])
@@ -134,11 +153,35 @@ def thinkpo(config: PreferenceConfig, *, end_id: int) -> Objective:
         gaps_RP = gaps_RP / 1024  # so that squares of thousands do not swallow the rest in float32
         moments = {"m": margins_RP, "g": gaps_RP, "mg": margins_RP * gaps_RP, "mm": margins_RP**2, "gg": gaps_RP**2}
         metrics |= {f"_moment/{name}": total(values_RP) for name, values_RP in moments.items()}
-        ends_RT = (batch.regions > 0) & (batch.targets == end_id)
-        metrics |= {"_end/logps": jnp.where(ends_RT, logprobs_RT, 0.0).sum(), "_end/count": ends_RT.sum()}
+        for name, tags in (("end", [[end_id]]), *([("thought_end", thought_ends)] if thought_ends else [])):
+            found = jnp.array([_sums_of_tag(tag, logprobs_RA, batch) for tag in tags]).sum(axis=0)
+            metrics |= {f"_{name}/logps": found[0], f"_{name}/count": found[1]}
         return Sums(total(loss_RP), real_RP.sum().astype(jnp.float32), metrics)
 
-    return objective
+    return compare
+
+
+def _smoothing(config: PreferenceConfig) -> dict[str, float]:
+    return {"label_smoothing": config.label_smoothing} if LOSSES[config.loss].smoothed else {}
+
+
+def start_loss(config: PreferenceConfig, nll: float) -> float:
+    """The loss where policy and reference are one model, ln 2 for DPO's; `nll` is the metric `nll/chosen`."""
+    same = jnp.zeros(())
+    return float(LOSSES[config.loss].function(same, same, config.beta, **_smoothing(config))) + config.nll_weight * nll
+
+
+def _sums_of_tag(tag: Sequence[int], logprobs_RA: jax.Array, batch: DeviceBatch) -> tuple[jax.Array, jax.Array]:
+    """Over all places where these ids stand in an answer: their summed log-probs, and how many places there are."""
+    starts_RA, logps_RA = jnp.ones(batch.targets.shape, bool), jnp.zeros(batch.targets.shape)
+    for number, token in enumerate(tag):
+        # The slots of an answer are neighbours, and so are their places: a tag never runs over its end.
+        ahead = [
+            jnp.roll(array, -number, axis=1) for array in (batch.trained, batch.targets, batch.regions, logprobs_RA)
+        ]
+        starts_RA &= (ahead[0] == batch.trained + number) & (ahead[1] == token) & (ahead[2] > 0)
+        logps_RA += ahead[3]
+    return jnp.where(starts_RA, logps_RA, 0.0).sum(), starts_RA.sum()
 
 
 MARGINS = (f"first_{HEAD}", "shared", "tail")  # the rewards' margin by region
@@ -158,16 +201,17 @@ def readable(metrics: Mapping[str, float]) -> dict[str, float]:
     """The metrics of an update as people read them: what `_...` sums are made for in their place.
 
     `accuracies/gap_...`: reward accuracy of the pairs whose chosen answer is so many tokens longer.
-    `margins/length_corr`: Pearson correlation of margin and length gap. `logps/end`: log-prob of an answer's end token.
-    What has no pairs, or no spread, is left out.
+    `margins/length_corr`: Pearson correlation of margin and length gap. `logps/end`: log-prob of an answer's end token;
+    `logps/thought_end`: of the tag that ends a thought. What has no pairs, or no spread, is left out.
     """
     found = {name: value for name, value in metrics.items() if not name.startswith("_")}
     for name, count in metrics.items():
         if name.startswith("_in/") and count > 0:
             bucket = name.removeprefix("_in/")
             found[f"accuracies/{bucket}"] = metrics[f"_right/{bucket}"] / count
-    if metrics.get("_end/count", 0) > 0:
-        found["logps/end"] = metrics["_end/logps"] / metrics["_end/count"]
+    for name in ("end", "thought_end"):
+        if metrics.get(f"_{name}/count", 0) > 0:
+            found[f"logps/{name}"] = metrics[f"_{name}/logps"] / metrics[f"_{name}/count"]
     if "_moment/m" in metrics:
         m, g, mg, mm, gg = (metrics[f"_moment/{name}"] for name in ("m", "g", "mg", "mm", "gg"))
         spread = (mm - m * m) * (gg - g * g)

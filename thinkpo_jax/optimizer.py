@@ -12,7 +12,11 @@ from thinkpo_jax.config import Section
 
 
 class OptimizerConfig(Section):
-    """AdamW (arXiv 1711.05101) and its learning rate over the stage's updates."""
+    """AdamW (arXiv 1711.05101) and its learning rate over the stage's updates.
+
+    `moment_dtype` is that of the first moment; bfloat16 saves two bytes a parameter. The second one, whose small
+    changes bfloat16 would swallow, and the weights are float32 always.
+    """
 
     learning_rate: float = pydantic.Field(gt=0)
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
@@ -22,6 +26,7 @@ class OptimizerConfig(Section):
     b1: float = pydantic.Field(default=0.9, ge=0, lt=1)
     b2: float = pydantic.Field(default=0.999, ge=0, lt=1)
     eps: float = pydantic.Field(default=1e-8, gt=0)
+    moment_dtype: Literal["float32", "bfloat16"] = "float32"
 
 
 def learning_rate(config: OptimizerConfig, steps: int) -> optax.Schedule:
@@ -48,6 +53,7 @@ def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransfo
             b1=config.b1,
             b2=config.b2,
             eps=config.eps,
+            mu_dtype=config.moment_dtype,
             weight_decay=config.weight_decay,
             mask=_is_matrix,
         ),

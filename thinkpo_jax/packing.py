@@ -7,8 +7,8 @@ came before, and neither the number of devices nor of micro-batches changes whic
 import bisect
 import itertools
 import math
-from collections.abc import Iterator, Sequence
-from typing import Generic, NamedTuple, TypeVar
+from collections.abc import Callable, Iterator, Sequence
+from typing import Generic, NamedTuple, TypeVar, overload
 
 import grain
 import jax
@@ -20,6 +20,8 @@ from thinkpo_jax.data import Example
 
 ArrayT = TypeVar("ArrayT")
 HEAD, REGIONS = 128, 3  # see `Batch.regions`
+SLOTS_MULTIPLE = 128  # of the trained tokens that a row has room for: what a TPU computes at once
+UNBOUNDED = 2**31 - 1
 
 
 class BatchConfig(Section):
@@ -44,53 +46,88 @@ class BatchConfig(Section):
         return self
 
 
+class ValidationConfig(Section):
+    """Examples that are not trained, for the loss and the metrics on what the model has not seen.
+
+    `share` of the examples are held out, all examples of a prompt together; they are computed before the first update,
+    after every `every` updates, and after the last.
+    """
+
+    share: float = pydantic.Field(gt=0, le=0.5)
+    every: int = pydantic.Field(default=50, ge=1)
+
+
 class Batch(NamedTuple, Generic[ArrayT]):
     """Rows of one update. Leading axes [micro-batch M, row R]; T is the row length, P examples per row.
 
-    Segment ids count from 1 along a row, 0 is padding; a pair's chosen and rejected are neighbours. `targets` are the
-    tokens moved one to the left. `regions` say which target is trained, and where it lies in its answer: 0: it belongs
-    to no answer; 1: to its first `HEAD` tokens; 2: to the others up to the length of the example's shortest answer;
-    3: to what only a longer answer has.
+    Segment ids count from 1 along a row, 0 is padding; a pair's chosen and rejected are neighbours. The tokens that are
+    trained, and only they, have one of A slots, in their order: `trained` is the place in the row that predicts it (in
+    an unused slot T + the slot, so that places ascend), `targets` is the token. `regions` say where it lies in its
+    answer: 0: nowhere, the slot is unused; 1: in its first `HEAD` tokens; 2: in the others up to the length of the
+    example's shortest answer; 3: in what only a longer answer has.
     """
 
     tokens: ArrayT  # [M, R, T] int32
-    targets: ArrayT  # [M, R, T] int32
-    regions: ArrayT  # [M, R, T] int32
     positions: ArrayT  # [M, R, T] int32, within the segment
     segments: ArrayT  # [M, R, T] int32
+    trained: ArrayT  # [M, R, A] int32
+    targets: ArrayT  # [M, R, A] int32
+    regions: ArrayT  # [M, R, A] int32
     examples: ArrayT  # [M, R, P] int32: which example; -1: none
     reference: ArrayT  # [M, R, P, S, 3] float32: the reference's log-prob of each region of each answer of the example
 
 
-def _shortest(example: Example) -> int:
-    """Tokens of the shortest answer of an example."""
-    return min(len(segment.tokens) - segment.answer_start for segment in example)
-
-
-def pack(lengths: np.ndarray, row_length: int, order: np.ndarray) -> list[list[int]]:
+def pack(sizes: np.ndarray, limits: Sequence[int], order: np.ndarray) -> list[list[int]]:
     """Rows of example indices: best fit, longest first; among equal lengths the given order decides.
 
-    Every index of `order` stands in exactly one row, and no row is longer than `row_length`.
+    Every index of `order` stands in exactly one row. `sizes` [n, k] are what an example takes of each of the k things
+    that a row has `limits` of; the first is its length, which decides the fit. No row exceeds a limit, unless by one
+    example alone.
     """
     rows: list[list[int]] = []
+    left: list[np.ndarray] = []  # of each row, what is left of the limits
     room: list[tuple[int, int]] = []  # (free tokens, row), ascending
-    for index in sorted(order.tolist(), key=lambda i: -lengths[i]):
-        length = int(lengths[index])
-        place = bisect.bisect_left(room, (length, -1))
-        free, row = room.pop(place) if place < len(room) else (row_length, len(rows))
-        if row == len(rows):
+    for index in sorted(order.tolist(), key=lambda i: -sizes[i, 0]):
+        place = bisect.bisect_left(room, (int(sizes[index, 0]), -1))
+        while place < len(room) and (left[room[place][1]] < sizes[index]).any():
+            place += 1
+        if place < len(room):
+            row = room.pop(place)[1]
+        else:
+            row = len(rows)
             rows.append([])
+            left.append(np.array(limits, np.int64))
         rows[row].append(index)
-        bisect.insort(room, (free - length, row))
+        left[row] = left[row] - sizes[index]
+        bisect.insort(room, (int(left[row][0]), row))
     return rows
+
+
+def held_out(examples: Sequence[Example], share: float, *, seed: int) -> np.ndarray:
+    """The indices of about `share` of the examples, drawn by prompt: one prompt is never on both sides.
+
+    Raises `UserError` where the prompts are too few to leave an example on either side.
+    """
+    groups: dict[bytes, list[int]] = {}
+    for index, example in enumerate(examples):
+        groups.setdefault(example[0].tokens[: example[0].answer_start].tobytes(), []).append(index)
+    prompts = list(groups.values())
+    if len(prompts) < 2:
+        raise UserError("validation: all examples have the same prompt. Leave `validation` out, or add data.")
+    drawn: list[int] = []
+    for number in np.random.default_rng((seed, len(examples))).permutation(len(prompts))[1:].tolist():
+        if drawn and len(drawn) + len(prompts[number]) / 2 > share * len(examples):
+            break
+        drawn += prompts[number]
+    return np.sort(np.array(drawn))
 
 
 HostBatch = Batch[np.ndarray]
 DeviceBatch = Batch[jax.Array]
 
 
-class Batches:
-    """The updates of a stage, by index. `reference` [n, S], where given, is read into the batches."""
+class Batches(Sequence[HostBatch]):
+    """The updates of a stage, by index. `reference` [n, S, 3], where given, is read into the batches."""
 
     def __init__(
         self,
@@ -101,21 +138,30 @@ class Batches:
         shards: int,
         steps: int | None,
         epochs: float,
+        held_out: Sequence[int] | np.ndarray = (),
     ) -> None:
-        """`steps` updates, or those of `epochs` epochs where `steps` is None. Rows are padded to `shards` parts."""
+        """`steps` updates, or those of `epochs` epochs where `steps` is None. Rows are padded to `shards` parts.
+
+        The examples whose indices are `held_out` are in no update.
+        """
         self.examples = examples
         self.config = config
-        self.lengths = np.array([sum(len(segment.tokens) for segment in example) for example in examples])
-        if self.lengths.max() > config.row_length:
-            raise UserError(f"an example has {self.lengths.max()} tokens, more than row_length {config.row_length}.")
+        self.answers = len(examples[0])
+        self.sizes = np.array([_sizes(example) for example in examples])  # [n, 3]: tokens, examples, trained tokens
+        if self.sizes[:, 0].max() > config.row_length:
+            raise UserError(
+                f"an example has {self.sizes[:, 0].max()} tokens, more than row_length {config.row_length}."
+            )
+        self.held_out = np.asarray(held_out, np.int64)
+        self.read = np.setdiff1d(np.arange(len(examples)), self.held_out)
         # The number of rows is the same in every epoch: it depends on the sorted lengths alone.
-        rows = len(pack(self.lengths, config.row_length, np.arange(len(examples)))) if config.pack else len(examples)
-        self.steps_per_epoch = self._updates(rows)
+        self.steps_per_epoch = self._updates(len(self._rows(self.read)))
         self.steps = steps if steps is not None else max(1, round(self.steps_per_epoch * epochs))
         count = max(1, math.ceil(self.steps / self.steps_per_epoch))
         self.epochs = [self._epoch(np.random.default_rng((seed, epoch))) for epoch in range(count)]
-        self.answers = len(examples[0])
-        self.examples_per_row = max(len(row) for epoch in self.epochs for update in epoch for row in update)
+        planned = [self.sizes[row].sum(axis=0) for epoch in self.epochs for update in epoch for row in update]
+        _, self.examples_per_row, trained = np.maximum(np.max(planned, axis=0), self.sizes.max(axis=0)).tolist()
+        self.trained_per_row = min(-(-trained // SLOTS_MULTIPLE) * SLOTS_MULTIPLE, config.row_length)
         rows = max(len(update) for epoch in self.epochs for update in epoch)
         at_once = min(rows, (config.rows_per_device or rows) * shards)
         self.rows = math.ceil(at_once / shards) * shards
@@ -127,12 +173,17 @@ class Batches:
         if self.config.size is None:
             assert self.config.rows is not None
             return math.ceil(rows / self.config.rows)
-        return min(max(1, round(len(self.examples) / self.config.size)), rows)
+        return min(max(1, round(len(self.read) / self.config.size)), rows)
+
+    def _rows(self, order: np.ndarray, limits: tuple[int, int] = (UNBOUNDED, UNBOUNDED)) -> list[list[int]]:
+        """Rows for the examples of `order`; `limits`: the most examples and the most trained tokens of a row."""
+        if not self.config.pack:
+            return [[index] for index in order.tolist()]
+        return pack(self.sizes, (self.config.row_length, *limits), order)
 
     def _epoch(self, rng: np.random.Generator) -> list[list[list[int]]]:
         """The rows of each update of one epoch; the rows are spread evenly over the updates."""
-        order = rng.permutation(len(self.examples))
-        rows = pack(self.lengths, self.config.row_length, order) if self.config.pack else [[i] for i in order.tolist()]
+        rows = self._rows(rng.permutation(self.read))
         if self.config.pack:
             rows = [rows[i] for i in rng.permutation(len(rows))]
         bounds = np.linspace(0, len(rows), self.steps_per_epoch + 1).round().astype(int)
@@ -141,7 +192,13 @@ class Batches:
     def __len__(self) -> int:
         return self.steps
 
-    def __getitem__(self, index: int) -> HostBatch:
+    @overload
+    def __getitem__(self, index: int) -> HostBatch: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[HostBatch]: ...
+    def __getitem__(self, index: int | slice) -> HostBatch | list[HostBatch]:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
         if not 0 <= index < self.steps:
             raise IndexError(index)
         epoch, update = divmod(index, self.steps_per_epoch)
@@ -152,33 +209,38 @@ class Batches:
         options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=2)
         return iter(grain.MapDataset.source(self)[start:].to_iter_dataset(options))
 
-    def first_epoch(self) -> "Batches":
-        """The same batches, but exactly one epoch of them: every example once."""
-        once = object.__new__(Batches)
-        once.__dict__.update(self.__dict__ | {"steps": len(self.epochs[0])})
-        return once
+    def over(self, indices: Sequence[int] | np.ndarray) -> Sequence[HostBatch]:
+        """Batches of these examples, each once, in the shape of the updates, so that one program serves both."""
+        rows = self._rows(np.asarray(indices, np.int64), (self.examples_per_row, self.trained_per_row))
+        at_once = self.micro_batches * self.rows
+        return _Filled(self._fill, [rows[start : start + at_once] for start in range(0, len(rows), at_once)])
+
+    def slots(self) -> int:
+        """Places for tokens in an update, padding included."""
+        return self.micro_batches * self.rows * self.config.row_length
 
     def efficiency(self) -> float:
         """Share of the first epoch's token slots that hold a token."""
-        updates = len(self.epochs[0])
-        return float(self.lengths.sum() / (updates * self.micro_batches * self.rows * self.config.row_length))
+        return float(self.sizes[self.read, 0].sum() / (len(self.epochs[0]) * self.slots()))
 
     def describe(self) -> str:
         """How the examples are laid out, in words."""
-        per_update = len(self.examples) / self.steps_per_epoch
+        per_update = len(self.read) / self.steps_per_epoch
+        apart = f"; {len(self.held_out)} examples held out" if len(self.held_out) else ""
         return (
             f"{len(self)} updates of {per_update:.4g} examples on average; {self.micro_batches} micro-batch(es) of "
-            f"{self.rows} rows x {self.config.row_length} tokens, {self.efficiency():.1%} of them useful"
+            f"{self.rows} rows x {self.config.row_length} tokens, {self.efficiency():.1%} of them useful{apart}"
         )
 
-    def _fill(self, update: list[list[int]]) -> HostBatch:
-        rows, length = self.micro_batches * self.rows, self.config.row_length
+    def _fill(self, update: Sequence[Sequence[int]]) -> HostBatch:
+        rows, length, slots = self.micro_batches * self.rows, self.config.row_length, self.trained_per_row
         batch = Batch(
             tokens=np.zeros((rows, length), np.int32),
-            targets=np.zeros((rows, length), np.int32),
-            regions=np.zeros((rows, length), np.int32),
             positions=np.zeros((rows, length), np.int32),
             segments=np.zeros((rows, length), np.int32),
+            trained=np.tile(np.arange(length, length + slots, dtype=np.int32), (rows, 1)),
+            targets=np.zeros((rows, slots), np.int32),
+            regions=np.zeros((rows, slots), np.int32),
             examples=np.full((rows, self.examples_per_row), -1, np.int32),
             reference=np.zeros((rows, self.examples_per_row, self.answers, REGIONS), np.float32),
         )
@@ -187,16 +249,47 @@ class Batches:
             batch.reference[row, : len(indices)] = self.reference[indices]
             examples = [self.examples[index] for index in indices]
             placed = [(segment, _shortest(example)) for example in examples for segment in example]
-            start = 0
+            start = slot = 0
             for number, (segment, shortest) in enumerate(placed, 1):
-                end = start + len(segment.tokens)
+                end, answer = start + len(segment.tokens), segment.tokens[segment.answer_start :]
                 batch.tokens[row, start:end] = segment.tokens
-                batch.targets[row, start : end - 1] = segment.tokens[1:]
-                answer = batch.regions[row, start + segment.answer_start - 1 : end - 1]
-                answer[:] = 3
-                answer[:shortest] = 2
-                answer[: min(HEAD, shortest)] = 1
                 batch.positions[row, start:end] = np.arange(end - start)
                 batch.segments[row, start:end] = number
-                start = end
+                batch.trained[row, slot : slot + len(answer)] = np.arange(end - len(answer) - 1, end - 1)
+                batch.targets[row, slot : slot + len(answer)] = answer
+                regions = batch.regions[row, slot : slot + len(answer)]
+                regions[:] = 3
+                regions[:shortest] = 2
+                regions[: min(HEAD, shortest)] = 1
+                start, slot = end, slot + len(answer)
         return Batch(*(array.reshape(self.micro_batches, self.rows, *array.shape[1:]) for array in batch))
+
+
+class _Filled(Sequence[HostBatch]):
+    """Batches that are filled when they are asked for."""
+
+    def __init__(self, fill: Callable[[Sequence[Sequence[int]]], HostBatch], updates: list[list[list[int]]]) -> None:
+        self._fill, self._updates = fill, updates
+
+    def __len__(self) -> int:
+        return len(self._updates)
+
+    @overload
+    def __getitem__(self, index: int) -> HostBatch: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[HostBatch]: ...
+    def __getitem__(self, index: int | slice) -> HostBatch | list[HostBatch]:
+        return (
+            [*map(self._fill, self._updates[index])] if isinstance(index, slice) else self._fill(self._updates[index])
+        )
+
+
+def _sizes(example: Example) -> tuple[int, int, int]:
+    """What an example takes of a row: tokens, one example, trained tokens."""
+    answers = [len(segment.tokens) - segment.answer_start for segment in example]
+    return sum(len(segment.tokens) for segment in example), 1, sum(answers)
+
+
+def _shortest(example: Example) -> int:
+    """Tokens of the shortest answer of an example."""
+    return min(len(segment.tokens) - segment.answer_start for segment in example)

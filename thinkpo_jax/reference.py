@@ -1,70 +1,254 @@
-"""What did the frozen model say? Log-probs of every answer, computed once before training."""
+"""What did the frozen model say? Log-probs of every answer, computed once before training and kept by content.
 
-import functools
-import math
-from collections.abc import Callable
+Below `store_folder()` every identity (weights, compute dtype, device, this file's format) has a folder with two files:
+`identity.json`, and `logprobs`, records of one example each (its digest, its log-probs, a checksum) in the order in
+which they were computed. A record is looked up by the digest of its token ids, which stand for the row, the tokenizer,
+the template and the length policy alike; so another share of the same data finds what is there, and adds the rest.
+"""
 
+import contextlib
+import hashlib
+import json
+import zlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+
+import filelock
 import jax
 import numpy as np
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from thinkpo_jax.config import RunError
+from thinkpo_jax.config import RunError, UserError, read_json
+from thinkpo_jax.data import Example, cache_folder
+from thinkpo_jax.log import say, warn, write_whole
 from thinkpo_jax.model import Transformer
-from thinkpo_jax.objectives import Objective, Sums, region_logprobs
-from thinkpo_jax.packing import Batches, DeviceBatch, HostBatch
+from thinkpo_jax.objectives import (
+    Comparison,
+    PreferenceConfig,
+    Sums,
+    answer_logprobs,
+    region_logprobs,
+    region_sums,
+    start_loss,
+)
+from thinkpo_jax.packing import HEAD, REGIONS, Batches, DeviceBatch, HostBatch
 from thinkpo_jax.sharding import put_batch
 
+FORMAT = 1  # raised whenever the same weights and tokens give other log-probs, or the files another layout
+IDENTITY, RECORDS, LOCK = "identity.json", "logprobs", ".lock"
 # How far a live log-prob may be from the cached one, relative to 1 + its size: the two come from two compiled programs,
 # and bfloat16 rounds differently in each.
 START_TOLERANCE = {"float32": 1e-5, "bfloat16": 1e-3}
 
 
-def reference_logprobs(
-    model: Transformer, batches: Batches, mesh: Mesh, *, progress: Callable[[int], object] | None = None
+def store_folder() -> Path:
+    """Where log-probs are kept, beside the prepared tokens."""
+    return cache_folder().parent / "reference"
+
+
+class Store:
+    """The log-probs that one model gave to answers, on disk; `identity` says by its names what determines them."""
+
+    def __init__(self, identity: Mapping[str, str], *, answers: int) -> None:
+        self.identity = {"format": f"{FORMAT}, first {HEAD} tokens apart", **identity}
+        key = hashlib.sha256(json.dumps([sorted(self.identity.items()), answers]).encode()).hexdigest()[:32]
+        self.folder = store_folder() / key
+        digest, values = ("example", np.uint8, 16), ("logprobs", "<f4", (answers, REGIONS))
+        self._record = np.dtype([digest, values, ("checksum", "<u4")])
+
+    @contextlib.contextmanager
+    def writing(self) -> Iterator[None]:
+        """Within it no other process adds to the store; one that computes the same is waited for."""
+        with contextlib.ExitStack() as stack:
+            try:
+                self.folder.mkdir(parents=True, exist_ok=True)
+                if not (self.folder / IDENTITY).exists():
+                    write_whole(self.folder / IDENTITY, json.dumps(self.identity).encode())
+                lock = filelock.FileLock(self.folder / LOCK)
+                try:
+                    stack.enter_context(lock.acquire(blocking=False))
+                except filelock.Timeout:
+                    say("another process computes the reference of the same model: waiting for it")
+                    stack.enter_context(lock.acquire())
+            except NotImplementedError as error:
+                warn(f"{self.folder} cannot be locked ({error}): other processes may compute the same.")
+            except OSError as error:
+                problem = f"the reference's log-probs cannot be kept there: {error}"
+                raise UserError(f"{self.folder}: {problem}. Set XDG_CACHE_HOME to a folder with room.") from None
+            yield
+
+    def read(self) -> dict[bytes, np.ndarray]:
+        """Log-probs [answers, 3] by the digest of an example. Damaged records are left out, said and removed."""
+        path = self.folder / RECORDS
+        content = path.read_bytes() if path.exists() else b""
+        whole = len(content) // self._record.itemsize * self._record.itemsize
+        records = np.frombuffer(content[:whole], self._record)
+        good = records[self._checksums(records) == records["checksum"]]
+        if len(good) < len(records):
+            warn(f"{path}: {len(records) - len(good)} of {len(records)} records are damaged; they are computed again.")
+        if good.nbytes < len(content):
+            write_whole(path, good.tobytes())
+        return dict(zip(map(bytes, good["example"]), good["logprobs"], strict=True))
+
+    def add(self, digests: Sequence[bytes], logprobs: np.ndarray) -> None:
+        """Appends the log-probs [n, answers, 3] of examples."""
+        records = np.zeros(len(digests), self._record)
+        records["example"] = np.frombuffer(b"".join(digests), np.uint8).reshape(-1, 16)
+        records["logprobs"] = logprobs
+        records["checksum"] = self._checksums(records)
+        with (self.folder / RECORDS).open("ab") as file:
+            file.write(records.tobytes())
+
+    def differences(self) -> list[str]:
+        """By which names the identity differs from that of the most similar store; none where there is no other."""
+        found: list[list[str]] = []
+        for path in sorted(store_folder().glob(f"*/{IDENTITY}")):
+            with contextlib.suppress(UserError):
+                other = read_json(path)
+                found.append([name for name, value in self.identity.items() if other.get(name) != value])
+        return min(filter(None, found), key=len, default=[])
+
+    def _checksums(self, records: np.ndarray) -> np.ndarray:
+        covered = self._record.itemsize - 4
+        return np.array([zlib.crc32(record.tobytes()[:covered]) for record in records], np.uint32)
+
+
+def example_digest(example: Example) -> bytes:
+    """16 bytes that stand for the ids of an example and for where its answers begin."""
+    found = hashlib.sha256()
+    for segment in example:
+        found.update(np.array([len(segment.tokens), segment.answer_start], np.int64).tobytes())
+        found.update(np.asarray(segment.tokens, np.int32).tobytes())
+    return found.digest()[:16]
+
+
+Watch = Callable[[int, int], object]  # is told how many batches are done, of how many
+
+
+def stored_logprobs(
+    model: Transformer, batches: Batches, mesh: Mesh, *, identity: Mapping[str, str], watch: Watch | None = None
 ) -> np.ndarray:
+    """What `reference_logprobs` gives, for all examples; only those are computed that are not kept on disk.
+
+    What is computed is kept batch by batch: a pass that was stopped goes on where it was. With several processes the
+    first one reads and writes, and the others get what it found.
+    """
+    store = Store(identity, answers=batches.answers)
+    digests = [example_digest(example) for example in batches.examples]
+    first = jax.process_index() == 0
+    with store.writing() if first else contextlib.nullcontext():
+        logprobs = np.full(batches.reference.shape, np.nan, np.float32)
+        if first:
+            kept = store.read()
+            for index, digest in enumerate(digests):
+                if digest in kept:
+                    logprobs[index] = kept[digest]
+        logprobs = _from_the_first(logprobs)
+        missing = {digests[i]: i for i in np.flatnonzero(np.isnan(logprobs).any(axis=(1, 2))).tolist()}
+        say(_tell(store, len(digests), len({*digests} - missing.keys()), len(missing)))
+        for indices, found in _passes(model, batches, [*missing.values()], mesh, watch):
+            logprobs[indices] = found
+            if first:
+                store.add([digests[index] for index in indices], found)
+    place = {digest: index for index, digest in reversed([*enumerate(digests)])} | missing
+    return logprobs[[place[digest] for digest in digests]]
+
+
+def _tell(store: Store, examples: int, kept: int, missing: int) -> str:
+    """What is computed of the reference, and why."""
+    if not missing:
+        return f"reference: the log-probs of all {examples} examples are kept in {store.folder}"
+    if kept:
+        why = f"{kept} others are kept; other rows, tokenizer, template or length policy make an example another one"
+    elif different := store.differences():
+        why = f"what is kept has another {', another '.join(different)}"
+    else:
+        why = "nothing is kept yet"
+    return f"reference: computing the log-probs of {missing} examples ({why})"
+
+
+def reference_logprobs(model: Transformer, batches: Batches, mesh: Mesh) -> np.ndarray:
     """The model's log-prob of each region of each answer of each example: float32 [examples, answers, 3].
 
-    Uses the rows that the first epoch of training uses, and the function that the objective uses.
+    Uses rows of the shape that training uses, and the function that the objective uses. Raises `RunError` where one is
+    not finite.
     """
-    score = jax.jit(lambda model, batch: jax.lax.map(lambda rows: region_logprobs(model, rows), batch))
-    logprobs = np.full(batches.reference.shape, np.nan, np.float32)
-    epoch = batches.first_epoch()
-    for index in range(len(epoch)):
-        batch = epoch[index]
-        real = batch.examples >= 0
-        logprobs[batch.examples[real]] = np.asarray(score(model, put_batch(batch, mesh)))[real]
-        if progress is not None:
-            progress(index + 1)
-    if not np.isfinite(logprobs).all():
-        example = int(np.flatnonzero(~np.isfinite(logprobs).all(axis=(1, 2)))[0])
-        raise RunError(
-            f"the start model's log-probs of example {example} are {logprobs[example].sum(axis=-1).tolist()}: its "
-            "weights are broken, or too large for the compute dtype."
-        )
+    logprobs = np.zeros(batches.reference.shape, np.float32)
+    for indices, found in _passes(model, batches, range(len(batches.examples)), mesh, None):
+        logprobs[indices] = found
     return logprobs
 
 
-def check_start(objective: Objective, model: Transformer, batch: HostBatch, mesh: Mesh) -> float:
-    """The loss on the first batch before any update; policy and reference are one model, so it is ln 2.
+def _passes(
+    model: Transformer, batches: Batches, indices: Sequence[int], mesh: Mesh, watch: Watch | None
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Batch by batch, which examples it holds and their log-probs."""
+    score = jax.jit(
+        lambda model, batch: jax.lax.map(lambda rows: region_logprobs(model, rows), batch),
+        out_shardings=NamedSharding(mesh, PartitionSpec()),
+    )
+    planned = batches.over(indices)
+    for number, batch in enumerate(planned, 1):
+        real = batch.examples >= 0
+        found = np.asarray(score(model, put_batch(batch, mesh)))[real]
+        if not np.isfinite(found).all():
+            place = int(np.flatnonzero(~np.isfinite(found).all(axis=(1, 2)))[0])
+            raise RunError(
+                f"the start model's log-probs of example {batch.examples[real][place]} are "
+                f"{found[place].sum(axis=-1).tolist()}: its weights are broken, or too large for the compute dtype."
+            )
+        yield batch.examples[real], found
+        if watch is not None:
+            watch(number, len(planned))
 
-    Raises `RunError` where the log-prob of any answer differs from its cached one, saying by how much.
+
+def _from_the_first(array: np.ndarray) -> np.ndarray:
+    """The array of the first process, in every process."""
+    if jax.process_count() == 1:
+        return array
+    from jax.experimental import multihost_utils
+
+    return np.array(multihost_utils.broadcast_one_to_all(array))
+
+
+def check_start(
+    config: PreferenceConfig, compare: Comparison, model: Transformer, batch: HostBatch, mesh: Mesh
+) -> float:
+    """The loss on the rows of a batch before any update; policy and reference are one model, so for DPO it is ln 2.
+
+    Raises `RunError`, saying what differs and by how much, where the log-prob of an answer is not the cached one, or
+    where against its own log-probs the model's margins are not 0 or its loss is not that of `start_loss`.
     """
 
-    def rows(model: Transformer, rows: DeviceBatch) -> tuple[Sums, jax.Array]:
-        return objective(model, rows), region_logprobs(model, rows)
+    def rows(model: Transformer, rows: DeviceBatch) -> tuple[Sums, Sums, jax.Array]:
+        logprobs_RA = answer_logprobs(model, rows)
+        live = region_sums(logprobs_RA, rows)
+        return compare(logprobs_RA, rows), compare(logprobs_RA, rows._replace(reference=live)), live
 
-    sums, live = jax.jit(lambda model, batch: jax.lax.map(functools.partial(rows, model), batch))(
-        model, put_batch(batch, mesh)
+    def batched(model: Transformer, batch: DeviceBatch) -> tuple[Sums, Sums, jax.Array]:
+        return jax.lax.map(lambda given: rows(model, given), batch)
+
+    program = jax.jit(batched, out_shardings=NamedSharding(mesh, PartitionSpec()))
+    found, itself, live = jax.device_get(program(model, put_batch(batch, mesh)))
+    loss, own = (float(sums.loss.sum() / sums.weight.sum()) for sums in (found, itself))
+    nll, margins = (
+        float(itself.metrics[name].sum() / itself.weight.sum()) for name in ("nll/chosen", "rewards/margins")
     )
-    loss = float(sums.loss.sum() / sums.weight.sum())
+    right = start_loss(config, nll)
     real = batch.examples >= 0
     cached = batch.reference.sum(axis=-1)[real]
-    apart = np.abs(np.asarray(live).sum(axis=-1)[real] - cached) / (1 + np.abs(cached))
+    apart = np.abs(live.sum(axis=-1)[real] - cached) / (1 + np.abs(cached))
     if not apart.max() <= START_TOLERANCE[model.compute.dtype]:
         example = int(batch.examples[real][apart.max(axis=-1).argmax()])
         raise RunError(
             f"before the first update the model's log-probs differ from the cached reference by {apart.max():.2g} "
-            f"of their size (example {example}); the loss is {loss:.6f}, not ln 2 = {math.log(2):.6f}. The cached "
-            "reference is not that of the model that starts: remove the stage's folder and run again."
+            f"of their size (example {example}); the loss is {loss:.6f}, not {right:.6f}. The cached reference is not "
+            f"that of the model that starts: remove {store_folder()} and run again."
+        )
+    if not (abs(margins) <= 1e-5 and abs(own - right) <= 1e-5 * (1 + abs(right))):
+        raise RunError(
+            f"before the first update, against its own log-probs, the model's margins are {margins:.6g}, not 0, and "
+            f"the loss is {own:.6f}, not {right:.6f}. Rows and answers are mixed up: a fault of thinkpo_jax; please "
+            "report it with the configuration."
         )
     return loss

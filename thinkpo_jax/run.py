@@ -33,13 +33,13 @@ from thinkpo_jax.config import (
     together,
 )
 from thinkpo_jax.convert import abstract_model, check_weights, load_model, random_model
-from thinkpo_jax.folder import ModelConfig, find_model, fingerprint, stop_ids
+from thinkpo_jax.folder import ModelConfig, content_digest, find_model, fingerprint, stop_ids
 from thinkpo_jax.forms import PairData, SftData
 from thinkpo_jax.log import read_metrics, warn, write_whole
 from thinkpo_jax.model import ComputeConfig, Transformer
 from thinkpo_jax.objectives import PreferenceConfig
 from thinkpo_jax.optimizer import OptimizerConfig
-from thinkpo_jax.packing import BatchConfig
+from thinkpo_jax.packing import BatchConfig, ValidationConfig
 from thinkpo_jax.sample import SamplingConfig
 from thinkpo_jax.sharding import MeshConfig, make_mesh, shardings
 
@@ -62,7 +62,11 @@ Sources = Annotated[tuple[DataT, ...], pydantic.BeforeValidator(_listed), pydant
 
 
 class _Stage(Section):
-    """What every stage has. It starts from `start` (a stage, or `base`), by default from the stage before it."""
+    """What every stage has. It starts from `start` (a stage, or `base`), by default from the stage before it.
+
+    `on_nonfinite`: whether an update whose loss or gradient is not finite stops the run, or is left out, `max_skipped`
+    of them at most.
+    """
 
     name: str = pydantic.Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")
     start: str | None = None
@@ -70,7 +74,16 @@ class _Stage(Section):
     epochs: float | None = pydantic.Field(default=None, gt=0, le=1000)
     batch: BatchConfig
     optimizer: OptimizerConfig
+    validation: ValidationConfig | None = None
+    on_nonfinite: Literal["stop", "skip"] = "stop"
+    max_skipped: int = pydantic.Field(default=10, ge=1)
     checkpoint: CheckpointConfig = CheckpointConfig()
+
+    @pydantic.model_validator(mode="after")
+    def _skips_are_allowed(self) -> "_Stage":
+        if self.on_nonfinite == "stop" and self.max_skipped != 10:
+            raise ValueError("`max_skipped` has no effect without `on_nonfinite: skip`")
+        return self
 
     @pydantic.model_validator(mode="after")
     def _one_length(self) -> "_Stage":
@@ -168,13 +181,20 @@ class Run:
         """Everything but the data that determines the weights of a stage: a change means another model."""
         stage = next(stage for stage in self.config.stages if stage.name == name)
         # How rows are laid out over devices and time does not change the result (tests/test_step.py).
-        own = stage.model_dump(mode="json", exclude={"checkpoint": True, "start": True, "batch": {"rows_per_device"}})
+        apart = {"checkpoint": True, "start": True, "batch": {"rows_per_device"}, "validation": {"every"}}
+        own = stage.model_dump(mode="json", exclude=apart)
         start = {"model": self.start_of(stage), "fingerprint": self.fingerprint(self.start_of(stage))}
         return {"stage": own, "seed": self.config.seed, "dtype": self.config.compute.dtype, "start": start}
 
     def fingerprint(self, name: str) -> str | None:
         """A digest of a model of the run; None for a stage that is not finished."""
         return fingerprint(self.model_folder(name))
+
+    def weights(self, name: str) -> str:
+        """What stands for every weight of a model of the run."""
+        if name == BASE and self.config.model.weights == "random":
+            return f"random, seed {self.config.seed}, {content_digest(self.start_folder)}"
+        return content_digest(self.model_folder(name))
 
     def finished(self, name: str) -> bool:
         """Whether a stage is done. Raises `UserError` where the folder holds a stage with other settings."""

@@ -5,7 +5,7 @@ them, and with them both Adam moments (which keep the metadata), the activations
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -103,6 +103,43 @@ def constrain(x: jax.Array, axes: tuple[str | None, ...]) -> jax.Array:
     if jax.sharding.get_abstract_mesh().empty:
         return x
     return jax.lax.with_sharding_constraint(x, spec(axes))
+
+
+def per_device(
+    function: Callable[..., Any],
+    in_axes: tuple[tuple[str | None, ...], ...],
+    out_axes: tuple[tuple[str | None, ...], ...],
+) -> Callable[..., Any]:
+    """`function` on each device's parts of its arguments, split by the table; `function` itself where there is no mesh.
+
+    An axis that is None is whole on every device. Inside, devices exchange what they must along `mesh_axes`.
+    """
+    if jax.sharding.get_abstract_mesh().empty:
+        return function
+    in_specs, out_specs = tuple(map(spec, in_axes)), tuple(map(spec, out_axes))
+    return jax.shard_map(function, in_specs=in_specs, out_specs=out_specs, check_vma=False)
+
+
+def mesh_axes(*axes: str | None) -> tuple[str, ...]:
+    """The mesh axes that logical axes are split over, for collectives; none where there is no mesh."""
+    sizes = jax.sharding.get_abstract_mesh().shape
+    rules = [None if axis is None else RULES[axis] for axis in axes]
+    found = [part for rule in rules for part in ((rule,) if isinstance(rule, str) else rule or ())]
+    return tuple(part for part in found if sizes.get(part, 1) > 1)
+
+
+def summed_parts(x: jax.Array, over: tuple[str | None, ...], axes: tuple[str | None, ...]) -> jax.Array:
+    """Inside `per_device`: the sum of all devices' `x` along the logical axes `over`.
+
+    Where an axis of `x`, named by `axes`, lies on the same mesh axis, each device gets its part of the sum.
+    """
+    left = mesh_axes(*over)
+    for dimension, axis in enumerate(axes):
+        for part in mesh_axes(axis):
+            if part in left:
+                x = jax.lax.psum_scatter(x, part, scatter_dimension=dimension, tiled=True)
+                left = tuple(other for other in left if other != part)
+    return jax.lax.psum(x, left)
 
 
 def data_shards(mesh: Mesh) -> int:

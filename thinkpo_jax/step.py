@@ -27,20 +27,24 @@ Step = Callable[[TrainState, DeviceBatch], tuple[TrainState, Metrics]]
 
 
 def initial_state(model: Transformer, optimizer: optax.GradientTransformation, mesh: Mesh) -> TrainState:
-    """The state before the first update; the moments lie on the mesh like their parameters."""
+    """The state before the first update; the moments lie on the mesh like their parameters.
+
+    The model becomes part of the state, which is no second copy: it cannot be used on its own afterwards.
+    """
 
     def build(model: Transformer) -> TrainState:
         return TrainState(model, optimizer.init(model), jnp.zeros((), jnp.int32))  # pyright: ignore[reportArgumentType] -- a Module is a pytree
 
     layout = shardings(jax.eval_shape(build, model), mesh)
-    return jax.jit(build, out_shardings=layout)(model)
+    return jax.jit(build, donate_argnums=0, out_shardings=layout)(model)
 
 
 def make_step(objective: Objective, optimizer: optax.GradientTransformation, mesh: Mesh, state: TrainState) -> Step:
     """One update on a batch [M, R, ...]: gradients of M micro-batches are summed, then divided once by the weight.
 
-    An update whose loss or gradient is not finite leaves the state as it was; its metrics say so (`finite` is 0).
-    Metrics are means over the weight, with `loss`, `grad_norm` (before clipping), `weight` and `finite`.
+    An update whose loss or gradient is not finite leaves weights and moments as they were and only counts as a step;
+    its metrics say so (`finite` is 0). Metrics are means over the weight, with `loss`, `grad_norm` (before clipping),
+    `weight` and `finite`.
     """
 
     def step(state: TrainState, batch: DeviceBatch) -> tuple[TrainState, Metrics]:
@@ -49,9 +53,10 @@ def make_step(objective: Objective, optimizer: optax.GradientTransformation, mes
         gradients = jax.tree.map(lambda gradient: gradient / weight, gradients)
         norm = optax.tree.norm(gradients)
         updates, moments = optimizer.update(gradients, state.optimizer, state.model)  # pyright: ignore[reportArgumentType] -- a Module is a pytree
-        updated = TrainState(optax.apply_updates(state.model, updates), moments, state.step + 1)  # pyright: ignore[reportArgumentType] -- a Module is a pytree
         finite = jnp.isfinite(sums.loss) & jnp.isfinite(norm)
-        state = jax.tree.map(lambda new, old: jnp.where(finite, new, old), updated, state)
+        new = (optax.apply_updates(state.model, updates), moments)  # pyright: ignore[reportArgumentType] -- a Module is a pytree
+        kept = jax.tree.map(lambda new, old: jnp.where(finite, new, old), new, (state.model, state.optimizer))
+        state = TrainState(kept[0], kept[1], state.step + 1)
         metrics = {name: value / weight for name, value in sums.metrics.items()}
         metrics |= {"loss": sums.loss / weight, "grad_norm": norm, "weight": sums.weight, "finite": finite}
         return state, metrics
@@ -74,3 +79,12 @@ def _accumulate(objective: Objective, model: Transformer, batch: DeviceBatch) ->
     first = jax.tree.map(lambda array: array[0], batch)
     zeros = jax.tree.map(lambda like: jnp.zeros(like.shape, like.dtype), jax.eval_shape(gradient, model, first))
     return jax.lax.scan(body, zeros, batch)[0]
+
+
+def make_evaluation(objective: Objective) -> Callable[[Transformer, DeviceBatch], Sums]:
+    """The sums of an objective over a batch [M, R, ...], of the shape that the updates have; nothing is trained."""
+
+    def evaluate(model: Transformer, batch: DeviceBatch) -> Sums:
+        return jax.tree.map(lambda sums: sums.sum(axis=0), jax.lax.map(lambda rows: objective(model, rows), batch))
+
+    return jax.jit(evaluate)

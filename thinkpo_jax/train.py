@@ -5,10 +5,10 @@ Example: python -m thinkpo_jax.train --config configs/quickstart.yaml --set seed
 
 import argparse
 import json
+import math
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack, closing
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -21,15 +21,17 @@ from thinkpo_jax.config import RunError, UserError
 from thinkpo_jax.convert import save_model
 from thinkpo_jax.data import Examples
 from thinkpo_jax.evaluate import evaluate_run, read_questions
+from thinkpo_jax.flops import throughput
 from thinkpo_jax.log import MetricsFile, Progress, read_metrics, say, warn, write_whole
 from thinkpo_jax.model import Transformer
-from thinkpo_jax.objectives import readable, sft, thinkpo
+from thinkpo_jax.objectives import Objective, comparison, readable, sft, thinkpo
 from thinkpo_jax.optimizer import learning_rate, make_optimizer
-from thinkpo_jax.packing import Batches
-from thinkpo_jax.reference import check_start, reference_logprobs
+from thinkpo_jax.packing import Batches, held_out
+from thinkpo_jax.reference import check_start, stored_logprobs
 from thinkpo_jax.run import (
     Run,
     RunConfig,
+    SftStage,
     Stage,
     ThinkpoStage,
     load_config,
@@ -38,7 +40,9 @@ from thinkpo_jax.run import (
     read_record,
 )  # fmt: skip
 from thinkpo_jax.sharding import data_shards, put_batch
-from thinkpo_jax.step import TrainState, initial_state, make_step
+from thinkpo_jax.step import TrainState, initial_state, make_evaluation, make_step
+
+METRICS, VALIDATION = "metrics.jsonl", "validation.jsonl"  # of a stage, one line for each (validated) update
 
 
 def run_all(config: RunConfig) -> Run:
@@ -84,26 +88,23 @@ def check_data(run: Run, stage: Stage, examples: Examples) -> None:
 def train_stage(run: Run, stage: Stage, examples: Examples) -> None:
     """Trains one stage from its last checkpoint, or from its start model, and exports its end."""
     folder, start = run.folder / stage.name, run.start_of(stage)
-    shards = data_shards(run.mesh)
+    apart = held_out(examples, stage.validation.share, seed=run.config.seed) if stage.validation else ()
     batches = Batches(
         examples,
         stage.batch,
         seed=run.config.seed,
-        shards=shards,
+        shards=data_shards(run.mesh),
         steps=stage.steps,
         epochs=stage.epochs or 1.0,
+        held_out=apart,
     )
     say(f"{stage.name}: {batches.describe()}, from {start}")
     write_record(run, stage, examples, None)
     model = run.load(start)
-    objective = sft
-    if isinstance(stage, ThinkpoStage):
-        objective = thinkpo(stage, end_id=run.chat.end_id)
-        batches.reference = stage_reference(run, stage, batches, model)
-        check_start(objective, model, batches[0], run.mesh)
+    objective = sft if isinstance(stage, SftStage) else against_reference(run, stage, batches, model)
     optimizer = make_optimizer(stage.optimizer, len(batches))
     state = initial_state(model, optimizer, run.mesh)
-    del model
+    del model  # it is part of the state now
     with ExitStack() as stack:
         checkpoints = stack.enter_context(Checkpoints(folder / "checkpoints", keep=stage.checkpoint.keep))
         stopping = stack.enter_context(stop_requests())
@@ -111,24 +112,28 @@ def train_stage(run: Run, stage: Stage, examples: Examples) -> None:
             state = checkpoints.restore(state)
             say(f"{stage.name}: going on from update {int(state.step)}")
         step = make_step(objective, optimizer, run.mesh, state)
-        metrics_file = stack.enter_context(closing(MetricsFile(folder / "metrics.jsonl", step=int(state.step))))
+        metrics_file = stack.enter_context(closing(MetricsFile(folder / METRICS, step=int(state.step))))
+        validate = stack.enter_context(Validation(run, stage, batches, objective, step=int(state.step)))
         progress = stack.enter_context(closing(Progress(stage.name, len(batches), done=int(state.step), unit="update")))
         rate = learning_rate(stage.optimizer, len(batches))
+        skipped = sum("skipped" in line for line in read_metrics(folder / METRICS))
+        validate(state)
         began = time.monotonic()
         for index, batch in enumerate(batches.stream(int(state.step)), int(state.step)):
+            # What is skipped moves no counter of the optimizer, so its schedule stays behind.
+            line = {"learning_rate": np.asarray(rate(index - skipped)).item()}
             state, metrics = step(state, put_batch(batch, run.mesh))
-            line = metrics_line(jax.device_get(metrics), index, batches)
+            line = metrics_line(jax.device_get(metrics), index, batches) | line
             seconds, began = time.monotonic() - began, time.monotonic()  # the wait for data and saving included
-            line |= {"learning_rate": np.asarray(rate(index)).item(), **speed(batch.segments, seconds)}
+            line |= throughput(batch, state.model.arch, state.model.compute, seconds)
             if not line.pop("finite"):
-                raise RunError(
-                    f"stage {stage.name}, update {index + 1}: loss {line['loss']}, gradient norm {line['grad_norm']}; "
-                    "the update was not applied. A lower learning rate may help. Its examples: "
-                    f"{sorted(batch.examples[batch.examples >= 0].tolist())}."
-                )
+                skipped += 1
+                not_finite(stage, line, skipped, examples.names(batch.examples[batch.examples >= 0].tolist()))
+                line = {name: value for name, value in line.items() if math.isfinite(value)} | {"skipped": 1}
             metrics_file.write(line)
             progress.update(index + 1, shown(line))
             stop = stopping()
+            validate(state)
             if (index + 1) % stage.checkpoint.every == 0 or index + 1 == len(batches) or stop:
                 checkpoints.save(state)
             if stop:
@@ -136,29 +141,70 @@ def train_stage(run: Run, stage: Stage, examples: Examples) -> None:
     finish_stage(run, stage, state, batches, examples)
 
 
-def stage_reference(run: Run, stage: Stage, batches: Batches, model: Transformer) -> np.ndarray:
-    """The start model's log-probs of a stage's answers; kept in its folder, so that a resumed stage has the same."""
-    path = run.folder / stage.name / "reference.npy"
-    if path.exists():
-        return _cached_reference(path, batches)
-    progress = Progress(f"{stage.name} reference", len(batches.first_epoch()), unit="batch")
-    found = reference_logprobs(model, batches, run.mesh, progress=progress.update)
-    progress.close()
-    partial = path.with_suffix(".partial.npy")
-    np.save(partial, found)
-    partial.rename(path)
-    return found
+def against_reference(run: Run, stage: ThinkpoStage, batches: Batches, model: Transformer) -> Objective:
+    """ThinkPO against the start model: puts its log-probs into the batches, and sees that the first loss is right."""
+    device = jax.devices()[0]
+    numerics = f"{device.platform} {device.device_kind}"
+    identity = {"weights": run.weights(run.start_of(stage)), "dtype": run.config.compute.dtype, "device": numerics}
+    progress: Progress | None = None
+
+    def watch(done: int, total: int) -> None:
+        nonlocal progress
+        progress = progress or Progress(f"{stage.name} reference", total, unit="batch")
+        progress.update(done)
+
+    batches.reference = stored_logprobs(model, batches, run.mesh, identity=identity, watch=watch)
+    if progress is not None:
+        progress.close()
+    tags = {"end_id": run.chat.end_id, "thought_ends": run.chat.thought_ends()}
+    loss = check_start(stage, comparison(stage, **tags), model, batches[0], run.mesh)
+    say(f"{stage.name}: before the first update the loss is {loss:.6f}, as it must be")
+    return thinkpo(stage, **tags)
 
 
-def _cached_reference(path: Path, batches: Batches) -> np.ndarray:
-    expected = batches.reference.shape
-    try:
-        found = np.load(path, allow_pickle=False)
-    except (ValueError, EOFError) as error:
-        raise UserError(f"{path}: damaged: {error}. Remove it; it is computed again.") from None
-    if found.shape != expected:
-        raise UserError(f"{path}: has the shape {found.shape}, expected {expected}. Remove it; it is computed again.")
-    return found
+class Validation:
+    """Loss and metrics of the examples that a stage holds out, into `validation.jsonl`; nothing without them."""
+
+    def __init__(self, run: Run, stage: Stage, batches: Batches, objective: Objective, *, step: int) -> None:
+        """`step`: the updates that are done; lines of later ones, from an earlier try, are removed."""
+        self._mesh, self._last, self._every = run.mesh, len(batches), stage.validation and stage.validation.every
+        if self._every is not None:
+            self._evaluate, self._batches = make_evaluation(objective), batches.over(batches.held_out)
+            self._file = MetricsFile(run.folder / stage.name / VALIDATION, step=step)
+            self._done = {line["step"] for line in read_metrics(run.folder / stage.name / VALIDATION)}
+
+    def __enter__(self) -> "Validation":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._every is not None:
+            self._file.close()
+
+    def __call__(self, state: TrainState) -> None:
+        """Computes and writes a line where it is time for one and there is none yet."""
+        step = int(state.step)
+        if self._every is None or step in self._done or (step % self._every and step != self._last):
+            return
+        found = [jax.device_get(self._evaluate(state.model, put_batch(batch, self._mesh))) for batch in self._batches]
+        total = jax.tree.map(lambda *sums: sum(sums), *found)
+        means = {name: float(value / total.weight) for name, value in total.metrics.items()}
+        line = readable(means | {"loss": float(total.loss / total.weight)})
+        self._file.write({"step": step, **line})
+        self._done.add(step)
+        say(f"held out, after {step} updates: " + ", ".join(f"{name} {value}" for name, value in told(line).items()))
+
+
+def not_finite(stage: Stage, line: dict[str, float], skipped: int, names: str) -> None:
+    """Says which update was not applied. Raises `RunError` where the stage stops at it, or has skipped too many."""
+    problem = (
+        f"stage {stage.name}, update {line['step']}: loss {line['loss']}, gradient norm {line['grad_norm']}; the "
+        f"update was not applied. Its examples, counted among the rows kept of {names}."
+    )
+    if stage.on_nonfinite == "stop":
+        raise RunError(f"{problem} A lower learning rate may help; `on_nonfinite: skip` leaves such updates out.")
+    if skipped > stage.max_skipped:
+        raise RunError(f"{problem} These are more than `max_skipped: {stage.max_skipped}`.")
+    warn(f"{problem} {skipped} of at most {stage.max_skipped} are skipped.")
 
 
 def metrics_line(metrics: dict[str, Any], index: int, batches: Batches) -> dict[str, float]:
@@ -167,30 +213,29 @@ def metrics_line(metrics: dict[str, Any], index: int, batches: Batches) -> dict[
     return {"step": index + 1, "epoch": (index + 1) / batches.steps_per_epoch, **line}
 
 
-def speed(segments: np.ndarray, seconds: float) -> dict[str, float]:
-    """Useful tokens (padding left out) of an update, and per second."""
-    tokens = int((segments > 0).sum())
-    return {"tokens": tokens, "seconds": round(seconds, 4), "tokens_per_second": round(tokens / seconds, 1)}
+def told(line: dict[str, float]) -> dict[str, str]:
+    """The loss and, where there are pairs, margin and accuracy, as a person is told them."""
+    names = {"loss": "loss", "margin": "rewards/margins", "accuracy": "rewards/accuracies"}
+    return {name: f"{line[metric]:.4f}" for name, metric in names.items() if metric in line}
 
 
 def shown(line: dict[str, float]) -> dict[str, str]:
     """What the progress bar shows of an update."""
-    values = {"loss": f"{line['loss']:.4f}"}
-    if "rewards/margins" in line:
-        values["margin"] = f"{line['rewards/margins']:.3f}"
-    return values | {"tok/s": f"{line['tokens_per_second']:,.0f}"}
+    return told(line) | {"tok/s": f"{line['tokens_per_second']:,.0f}"}
 
 
 def finish_stage(run: Run, stage: Stage, state: TrainState, batches: Batches, examples: Examples) -> None:
     """Exports the stage's end and marks the stage as finished."""
     folder = run.folder / stage.name
-    lines = read_metrics(folder / "metrics.jsonl")
+    lines = read_metrics(folder / METRICS)
     notes = [*examples.notes(), f"{len(examples)} examples", batches.describe()]
     card = model_card(run, stage.name, step=len(batches), notes=notes)
     stops = run.chat.stop_ids
     save_model(state.model, folder / "model", like=run.start_folder, dtype="float32", stops=stops, card=card)
     if lines and (share := lines[-1].get("saturated", 0.0)) > 0.5:
         advice = "A smaller beta, or `loss: sigmoid_norm`, lets them count."
+        if isinstance(stage, ThinkpoStage) and (margin := lines[-1]["rewards/margins"]) > 1:
+            advice += f" At {stage.beta / margin:.1g} the mean margin of now would be 1 (gradient weight 27 %)."
         warn(f"stage {stage.name}: at its end {share:.0%} of the pairs had next to no gradient left. {advice}")
     summary = {"steps": len(batches), "seconds": sum(line["seconds"] for line in lines), "notes": notes}
     write_record(run, stage, examples, summary)

@@ -1,0 +1,94 @@
+"""How many floating-point operations is an update, and how near the device's peak does it come?
+
+Only what a model needs is counted: tokens (no padding), keys that a query may see (causal, within its segment), the
+head for trained tokens. A multiplication and an addition are two operations. The look-up in the embedding is none.
+"""
+
+from typing import NamedTuple
+
+import jax
+import numpy as np
+
+from thinkpo_jax.architecture import Architecture
+from thinkpo_jax.model import ComputeConfig
+from thinkpo_jax.packing import HostBatch
+
+# Peak of dense bfloat16 products, operations per second, by what a device calls itself; the first that fits counts.
+PEAKS = (
+    ("TPU v4", 275e12),
+    ("TPU v5 lite", 197e12),
+    ("TPU v5e", 197e12),
+    ("TPU v5", 459e12),
+    ("TPU v6", 918e12),
+    ("TPU7x", 2307e12),
+    ("A100", 312e12),
+    ("H100", 989e12),
+    ("H200", 989e12),
+    ("B200", 2250e12),
+)
+
+
+class Work(NamedTuple):
+    """What a batch asks for: tokens, pairs of a query and a key that it sees, tokens that reach the head."""
+
+    tokens: int
+    attended: int
+    trained: int
+
+
+class Operations(NamedTuple):
+    """Of an update: what the model needs (forward, and backward twice that), and what is computed for it."""
+
+    model: float
+    hardware: float
+
+
+def work(batch: HostBatch) -> Work:
+    """The work of a batch. A query at position p of its segment sees p + 1 keys."""
+    real = batch.segments > 0
+    attended = int(batch.positions[real].astype(np.int64).sum()) + int(real.sum())
+    return Work(int(real.sum()), attended, int((batch.regions > 0).sum()))
+
+
+def update_operations(arch: Architecture, compute: ComputeConfig, work: Work) -> Operations:
+    """Operations of one update; the hardware's are those of the model and what the backward pass computes again.
+
+    That is the head's logits always (logprobs.py), and with remat `full` the layers too.
+    """
+    D, H = arch.embed, arch.head_dim
+    weights = arch.layers * (2 * D * arch.heads * H + 2 * D * arch.kv_heads * H + 3 * D * arch.mlp)
+    layers = 2.0 * weights * work.tokens + 4.0 * arch.layers * arch.heads * H * work.attended
+    head = 2.0 * D * arch.vocab_size * work.trained
+    again = head + (layers if compute.remat == "full" else 0.0)
+    return Operations(3 * (layers + head), 3 * (layers + head) + again)
+
+
+def peak(device_kind: str) -> float | None:
+    """Peak bfloat16 operations per second of a device; None where it is not known."""
+    return next((found for name, found in PEAKS if name.lower() in device_kind.lower()), None)
+
+
+def throughput(batch: HostBatch, arch: Architecture, compute: ComputeConfig, seconds: float) -> dict[str, float]:
+    """How fast an update was, as metrics: tokens with and without padding, and the use made of the devices.
+
+    `mfu` is the share of the devices' bfloat16 peak that the model's operations are, `hfu` that of all that is
+    computed; both are left out where the peak is not known, or where the model is not computed in bfloat16.
+    """
+    needed, slots = work(batch), batch.tokens.size
+    operations, devices = update_operations(arch, compute, needed), jax.devices()
+    metrics = {
+        "tokens": needed.tokens,
+        "seconds": round(seconds, 4),
+        "tokens_per_second": round(needed.tokens / seconds, 1),
+        "padded_tokens_per_second": round(slots / seconds, 1),
+        "packing_efficiency": round(needed.tokens / slots, 4),
+        "tflops_per_device": round(operations.model / seconds / len(devices) / 1e12, 4),
+    }
+    most = peak(devices[0].device_kind)
+    if most is not None and compute.dtype == "bfloat16":
+        available = most * len(devices) * seconds
+        metrics |= {
+            "mfu": round(operations.model / available, 4),
+            "hfu": round(operations.hardware / available, 4),
+        }
+    return metrics
