@@ -63,7 +63,7 @@ def test_without_trl_the_remedy_is_named(monkeypatch: pytest.MonkeyPatch, capsys
         [],
         ["step", "--against", "axolotl"],
         ["step", "--pairs", "3"],
-        ["step", "--max-length", "8"],
+        ["step", "--max-length", "4"],
         ["step", "--row-length", "100"],
         ["step", "--repeats", "0"],
         ["load", "--gib", "0"],

@@ -117,14 +117,14 @@ def main(arguments: Sequence[str]) -> None:
     if parsed.what == "load" and not 0 < parsed.gib < 1000:
         parser.error("--gib is a positive number of GiB")
     if parsed.what == "step":
-        row_length = parsed.row_length or 2 * parsed.max_length
-        if parsed.pairs < 2 or parsed.pairs % 2 or parsed.max_length < 16 or row_length < 2 * parsed.max_length:
-            parser.error("--pairs is even, --max-length at least 16, --row-length at least twice --max-length")
+        parsed.row_length = parsed.row_length or 2 * parsed.max_length
+        if parsed.pairs < 2 or parsed.pairs % 2 or not 16 <= 2 * parsed.max_length <= parsed.row_length:
+            parser.error("--pairs is even, --max-length at least 8, --row-length at least twice --max-length")
     print("; ".join(f"{name} {version}" for name, version in versions().items()))
     if parsed.what == "load":
         bench_load(parsed.gib, parsed.repeats)
     else:
-        sizes = {"pairs": parsed.pairs, "max_length": parsed.max_length, "row_length": row_length}
+        sizes = {"pairs": parsed.pairs, "max_length": parsed.max_length, "row_length": parsed.row_length}
         bench_step(LLAMA, **sizes, repeats=parsed.repeats)
 
 

@@ -95,13 +95,14 @@ def bench_step(shape: Mapping[str, Any], *, pairs: int, max_length: int, row_len
     if absent := bench_trl.missing():
         raise UserError(f'{" and ".join(absent)} not installed. Run: pip install -e ".[test]"')
     rounds: list[tuple[Measured, Measured]] = []
+    best = ""
     with tempfile.TemporaryDirectory() as name:
         folder = Folder(Path(name))
         tokens = write_folder(folder, shape, pairs=pairs, max_length=max_length)
         print(
             f"{pairs} pairs, prompt + answer up to {max_length:,} tokens, {tokens:,} useful tokens in all; "
-            f"Llama's shape, {shape['hidden_size']} wide, {shape['num_hidden_layers']} layers, vocabulary {shape['vocab_size']:,}, "
-            f"float32, {cores()} core(s)"
+            f"Llama's shape: {shape['hidden_size']} wide, {shape['num_hidden_layers']} layers, "
+            f"vocabulary {shape['vocab_size']:,}; float32, {cores()} core(s)"
         )
         variants = dict(bench_trl.VARIANTS)
         for number in range(repeats):

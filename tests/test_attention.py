@@ -1,0 +1,144 @@
+"""The blockwise form is the whole one, on packed rows of any shape and on meshes; its memory is linear."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import small
+from jax.sharding import Mesh
+
+from thinkpo_jax import attention
+from thinkpo_jax.attention import Places, _whole, attend, block_bounds
+
+BLOCK = 16
+H = 8
+ROWS = {
+    "one long segment": [[100]],
+    "many short ones": [[3, 5, 1, 7, 2, 9, 4, 6, 8, 3, 1, 1, 2, 20]],
+    "long and short": [[50, 7, 30, 9]],
+    "borders on blocks": [[16, 32, 16, 16]],
+    "padding behind": [[20, 11]],
+    "rows of their own": [[90, 6], [10, 20, 30], [1], [33, 33]],
+    "a row of padding": [[40, 20], []],
+}
+
+
+@pytest.fixture(autouse=True)
+def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attention, "BLOCK", BLOCK)
+
+
+def _places(lengths: list[list[int]], length: int) -> Places:
+    segments, positions = np.zeros((2, len(lengths), length), np.int32)
+    for row, of_row in enumerate(lengths):
+        start = 0
+        for number, count in enumerate(of_row, 1):
+            segments[row, start : start + count] = number
+            positions[row, start : start + count] = np.arange(count)
+            start += count
+    return Places(jnp.array(segments), jnp.array(positions))
+
+
+def _inputs(places: Places, heads: int, kv_heads: int, dtype: str = "float32") -> list[jax.Array]:
+    rng = np.random.default_rng(0)
+    shape = places.segments.shape
+    return [jnp.array(rng.normal(size=(*shape, count, H)), dtype) for count in (heads, kv_heads, kv_heads)]
+
+
+def _values_and_gradients(places: Places, inputs: list[jax.Array], *, blocks: bool) -> list[np.ndarray]:
+    """Outputs of what is no padding, and the gradients of their weighted sum."""
+    real = places.segments[..., None, None] > 0
+    weights = jnp.array(np.random.default_rng(1).normal(size=inputs[0].shape), jnp.float32)
+
+    def total(*inputs: jax.Array) -> tuple[jax.Array, jax.Array]:
+        out = attend(*inputs, places, places) if blocks else _whole(*inputs, places, places)
+        out = jnp.where(real, out.astype(jnp.float32), 0.0)
+        return (out * weights).sum(), out
+
+    gradients, out = jax.jit(jax.grad(total, argnums=(0, 1, 2), has_aux=True))(*inputs)
+    return [np.asarray(array, np.float32) for array in (out, *gradients)]
+
+
+@pytest.mark.parametrize("heads", [(4, 4), (4, 2), (4, 1)], ids=str)
+@pytest.mark.parametrize("length", [96, 101])
+@pytest.mark.parametrize("name", ROWS)
+def test_it_is_the_whole_form(name: str, length: int, heads: tuple[int, int]) -> None:
+    places = _places([[min(count, length) for count in row] for row in ROWS[name]], length)
+    inputs = _inputs(places, *heads)
+    expected = _values_and_gradients(places, inputs, blocks=False)
+    found = _values_and_gradients(places, inputs, blocks=True)
+    for a, b in zip(expected, found, strict=True):
+        assert np.isfinite(b).all()
+        np.testing.assert_allclose(b, a, atol=2e-5, rtol=2e-5)
+
+
+def test_bfloat16_operands_are_summed_in_float32() -> None:
+    places = _places(ROWS["long and short"], 96)
+    inputs = _inputs(places, 4, 2, "bfloat16")
+    exact = _values_and_gradients(places, [array.astype(jnp.float32) for array in inputs], blocks=False)
+    for a, b in zip(exact, _values_and_gradients(places, inputs, blocks=True), strict=True):
+        np.testing.assert_allclose(b, a, atol=0.03 * float(np.abs(a).max()))
+
+
+@pytest.mark.parametrize("sizes", [{"data": 2, "fsdp": 2, "tensor": 2}, {"fsdp": 4}, {"tensor": 2}], ids=str)
+def test_a_mesh_changes_nothing(sizes: dict[str, int]) -> None:
+    places = _places(ROWS["rows of their own"], 96)
+    inputs = _inputs(places, 4, 2)
+    expected = _values_and_gradients(places, inputs, blocks=True)
+    mesh: Mesh = small.mesh(**sizes)
+    with jax.set_mesh(mesh):
+        found = _values_and_gradients(places, inputs, blocks=True)
+    for a, b in zip(expected, found, strict=True):
+        np.testing.assert_allclose(b, a, atol=2e-6)
+
+
+def test_bounds_are_those_of_the_mask() -> None:
+    for rows in ROWS.values():
+        places = _places([[min(count, 96) for count in row] for row in rows], 96)
+        for segments, positions in zip(*map(np.asarray, places), strict=True):
+            seen = (segments[:, None] == segments[None]) & (np.arange(96)[:, None] >= np.arange(96))
+            seen &= segments[:, None] > 0
+            blocks = seen.reshape(6, BLOCK, 6, BLOCK).any(axis=(1, 3))
+            lows, highs = map(
+                np.asarray, block_bounds(jnp.array(segments.reshape(6, BLOCK)), jnp.array(positions.reshape(6, BLOCK)))
+            )
+            for index in range(6):
+                assert lows[index] == (blocks[index].argmax() if blocks[index].any() else index + 1)
+                last = np.flatnonzero(blocks[:, index]).max(initial=-1)
+                assert (highs[index] == last) if last >= 0 else (highs[index] < index)
+
+
+def test_blocks_of_other_segments_are_never_read() -> None:
+    """NaN in them would reach what reads them, also where a mask takes the score away."""
+    places = _places([[32, 40, 24]], 96)
+    inputs = _inputs(places, 4, 2)
+    clean = _values_and_gradients(places, inputs, blocks=True)[0]
+    broken = [array.at[:, :32].set(jnp.nan) for array in inputs]
+    found = _values_and_gradients(places, broken, blocks=True)[0]
+    assert np.isnan(found[0, :32]).all()
+    np.testing.assert_array_equal(found[0, 32:], clean[0, 32:])
+
+
+def test_memory_grows_with_the_row_and_not_with_its_square(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attention, "BLOCK", 64)
+
+    def temporary(length: int, *, blocks: bool) -> int:
+        places = _places([[length // 2, length // 3]], length)
+
+        def total(*inputs: jax.Array) -> jax.Array:
+            return (attend if blocks else _whole)(*inputs, places, places).sum()
+
+        program = jax.jit(jax.grad(total, argnums=(0, 1, 2))).lower(*_inputs(places, 4, 2)).compile()
+        return program.memory_analysis().temp_size_in_bytes
+
+    assert temporary(8192, blocks=True) < 5 * temporary(2048, blocks=True)
+    assert temporary(2048, blocks=True) < temporary(2048, blocks=False) / 10
+
+
+def test_rows_of_a_cache_and_short_rows_are_computed_whole() -> None:
+    places = _places([[10, 6]], BLOCK)
+    inputs = _inputs(places, 4, 2)
+    longer = _places(ROWS["long and short"], 96)
+    for given, queries, keys in ((inputs, places, places), (_inputs(longer, 4, 2), longer, Places(*longer))):
+        whole, found = _whole(*given, queries, keys), attend(*given, queries, keys)
+        np.testing.assert_array_equal(whole, found)

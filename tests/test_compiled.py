@@ -1,0 +1,166 @@
+"""Compiled for TPUs that are not there, at the width of Qwen2.5-7B: no [tokens, vocabulary] array, little memory.
+
+libtpu compiles on any Linux machine. Each compilation is a process of its own: this file, run as a program, prints what
+it found.
+"""
+
+import importlib.util
+import json
+import math
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import small
+from jax.experimental import topologies
+from jax.sharding import Mesh, NamedSharding
+
+from thinkpo_jax.architecture import Architecture
+from thinkpo_jax.convert import abstract_model
+from thinkpo_jax.logprobs import LOGITS, token_logprobs
+from thinkpo_jax.model import ComputeConfig, Transformer
+from thinkpo_jax.objectives import PreferenceConfig, sft, thinkpo
+from thinkpo_jax.optimizer import OptimizerConfig, make_optimizer
+from thinkpo_jax.packing import BatchConfig, Batches, HostBatch
+from thinkpo_jax.rope import make_rope
+from thinkpo_jax.sharding import MeshConfig, data_shards, make_mesh, shardings, spec
+from thinkpo_jax.step import TrainState, make_step
+
+V, D = 152_064, 3584
+QWEN2_7B = Architecture(
+    vocab_size=V,
+    embed=D,
+    layers=2,  # they are scanned: more of them are compiled in the same way
+    heads=28,
+    kv_heads=4,
+    head_dim=128,
+    mlp=18_944,
+    rope=make_rope({"rope_theta": 1e6}, 128),
+    norm_eps=1e-6,
+    max_positions=32_768,
+    qkv_bias=True,
+    qk_norm=False,
+    tied_head=False,
+)
+ROW, TOKENS = 4096, 8192
+CHIPS = ("v5e", "v6e")
+MESHES = {"v5e": {"fsdp": 2, "tensor": 2}, "v6e": {"fsdp": 4}}
+ANSWERS = {"sft": (4000,), "thinkpo": (3300, 600)}  # tokens of the answers of an example; a row holds one example
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(
+        importlib.util.find_spec("libtpu") is None, reason="libtpu, which compiles for TPUs, is missing"
+    ),
+]
+
+
+def _compiled(tmp_path: Path, *arguments: str) -> dict[str, Any]:
+    """What this file prints, run as a program."""
+    # No service that knows about TPUs is asked, and several processes may compile at once.
+    environment = {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
+    command = [sys.executable, __file__, *arguments, str(tmp_path)]
+    found = subprocess.run(command, capture_output=True, text=True, env=os.environ | environment, check=False)
+    assert found.returncode == 0, found.stderr[-4000:]
+    return json.loads(found.stdout.splitlines()[-1])
+
+
+@pytest.mark.parametrize("chip", CHIPS)
+def test_logprobs_take_one_block_of_logits(chip: str, tmp_path: Path) -> None:
+    found = _compiled(tmp_path, "head", chip)
+    assert found["ours"] <= found["plain"] / 4
+    assert found["ours"] <= LOGITS * 4 + TOKENS * D * 4  # a block, and the gradient of hidden states, in float32
+
+
+@pytest.mark.parametrize("chip", CHIPS)
+@pytest.mark.parametrize("kind", ANSWERS)
+def test_an_update_has_no_array_of_tokens_times_vocabulary(kind: str, chip: str, tmp_path: Path) -> None:
+    found = _compiled(tmp_path, "update", chip, kind)
+    trained, columns = found["trained"], V // MESHES[chip].get("tensor", 1)
+    assert trained > D  # else a row's logits are no larger than the table of embeddings
+    largest = max(found["arrays"].values())
+    assert largest == V * D, [shape for shape, size in found["arrays"].items() if size == largest]
+    logits = {tokens * columns for tokens in (trained, ROW)}
+    whole = [shape for shape, size in found["arrays"].items() if any(size % number == 0 for number in logits)]
+    assert whole == []
+
+
+def _memory_of_head(chip: str) -> dict[str, int]:
+    """Bytes of temporary memory of both passes on one device: of ours, and of plain log-probs."""
+    topology = topologies.get_topology_desc(
+        platform="tpu", topology_name=f"{chip}:1x1", chips_per_host_bounds=(1, 1, 1)
+    )
+    sharding = jax.sharding.SingleDeviceSharding(topology.devices[0])
+    x = jax.ShapeDtypeStruct((1, TOKENS, D), jnp.bfloat16, sharding=sharding)
+    head = jax.ShapeDtypeStruct((D, V), jnp.bfloat16, sharding=sharding)
+    targets = jax.ShapeDtypeStruct((1, TOKENS), jnp.int32, sharding=sharding)
+    weights = jax.ShapeDtypeStruct((1, TOKENS), jnp.float32, sharding=sharding)
+
+    def plain(x: jax.Array, head: jax.Array, targets: jax.Array) -> jax.Array:
+        logits = jnp.dot(x, head, preferred_element_type=jnp.float32)
+        return jnp.take_along_axis(jax.nn.log_softmax(logits), targets[..., None], axis=-1)[..., 0]
+
+    def temporary(logprobs: Callable[[jax.Array, jax.Array, jax.Array], jax.Array]) -> int:
+        def loss(x: jax.Array, head: jax.Array, targets: jax.Array, weights: jax.Array) -> jax.Array:
+            return (logprobs(x, head, targets) * weights).sum()
+
+        both = jax.jit(jax.value_and_grad(loss, argnums=(0, 1)))
+        return both.lower(x, head, targets, weights).compile().memory_analysis().temp_size_in_bytes
+
+    return {"ours": temporary(token_logprobs), "plain": temporary(plain)}
+
+
+def _update(chip: str, kind: str, folder: Path) -> dict[str, Any]:
+    """The arrays of a whole update with their numbers of elements, and how many tokens a row trains.
+
+    The program is read from `folder`: an executable's `as_text()` fails where a v6e copies several arrays at once.
+    """
+    topology = topologies.get_topology_desc(platform="tpu", topology_name=f"{chip}:2x2")
+    mesh = make_mesh(MeshConfig(**MESHES[chip]), topology.devices)
+    host = _batch(kind, data_shards(mesh))
+
+    def rows(array: np.ndarray) -> jax.ShapeDtypeStruct:
+        axes = ("micro_batch", "batch") + (None,) * (array.ndim - 2)
+        return _abstract(array, NamedSharding(mesh, spec(axes)))
+
+    objective = {"sft": sft, "thinkpo": thinkpo(PreferenceConfig(), end_id=1)}[kind]
+    optimizer = make_optimizer(OptimizerConfig(learning_rate=1e-5), 100)
+
+    def start(model: Transformer) -> TrainState:
+        return TrainState(model, optimizer.init(model), jnp.zeros((), jnp.int32))  # pyright: ignore[reportArgumentType] -- a Module is a pytree
+
+    with jax.set_mesh(mesh):
+        state: Any = jax.eval_shape(start, abstract_model(QWEN2_7B, ComputeConfig(dtype="bfloat16", remat="full")))
+        state = jax.tree.map(_abstract, state, shardings(state, mesh))
+        step: Any = make_step(objective, optimizer, mesh, state)
+        written = {"xla_dump_to": str(folder), "xla_dump_hlo_as_text": True}
+        step.lower(state, jax.tree.map(rows, host)).compile(compiler_options=written)
+    (program,) = folder.glob("*after_optimizations.txt")
+    shapes = set(re.findall(r"\b(?:pred|[a-z]+\d+)\[([\d,]+)\]", program.read_text(encoding="utf-8")))
+    arrays = {shape: math.prod(int(size) for size in shape.split(",")) for shape in shapes}
+    return {"arrays": arrays, "trained": host.targets.shape[-1]}
+
+
+def _abstract(array: Any, sharding: Any) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=sharding)
+
+
+def _batch(kind: str, shards: int) -> HostBatch:
+    """Two micro-batches, one row of one example on each device."""
+    rng = np.random.default_rng(0)
+    examples = [tuple(small.segment(rng, 48, answer) for answer in ANSWERS[kind]) for _ in range(2 * shards)]
+    config = BatchConfig.model_validate({"size": 2 * shards, "row_length": ROW, "rows_per_device": 1})
+    return Batches(examples, config, seed=0, shards=shards, steps=1, epochs=1.0)[0]
+
+
+if __name__ == "__main__":
+    what, chip, *rest = sys.argv[1:]
+    print(json.dumps(_memory_of_head(chip) if what == "head" else _update(chip, rest[0], Path(rest[-1]))))
