@@ -395,3 +395,19 @@ def test_an_answer_without_a_token_is_an_error():
     chat = Chat.load(find_model("builtin:miniature"))
     with pytest.raises(UserError, match="the answer '' gives no token to train"):
         example_ids(chat, [{"role": "user", "content": "2+2?"}], "")
+
+
+def test_the_end_of_a_thought_is_found_in_real_answers(name: str, chat_of: Callable[[str], Chat]):
+    """Every real long answer ends its thought once, on a line of its own; its ids are found there."""
+    chat, rows = chat_of(name), DATA / "pairs" / "math500_pairs.jsonl"
+    if not rows.exists():
+        pytest.skip(f"the real pairs are not there ({rows})")
+    prompt = chat.prompt([{"role": "user", "content": "1+1?"}])
+    for line in rows.read_text(encoding="utf-8").split("\n")[:60:3]:
+        long, short = json.loads(line)["long"], json.loads(line)["short"]
+        begun = "" if prompt.opening else "<think>\n"
+        answers = (long, f"{begun}so\n</think>\n\n2", f"{begun}so\n\n</think>2", short)
+        for answer, expected in zip(answers, (1, 1, 1, 0), strict=True):
+            ids = chat.answer_ids(prompt, answer)
+            found = [ids[i : i + len(tag)] == tag for tag in chat.thought_ends() for i in range(len(ids))]
+            assert sum(found) == expected, answer[-200:]

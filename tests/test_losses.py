@@ -14,7 +14,7 @@ import small
 
 from thinkpo_jax import objectives
 from thinkpo_jax.config import UserError, parse
-from thinkpo_jax.data import Example
+from thinkpo_jax.data import Example, Segment
 from thinkpo_jax.losses import LOSSES, robust_loss, sigmoid_loss
 from thinkpo_jax.objectives import PreferenceConfig, readable, thinkpo
 
@@ -217,3 +217,39 @@ def test_no_sum_of_log_probs_is_a_matrix_product(loss: str, monkeypatch: pytest.
     config = PreferenceConfig.model_validate({"loss": loss, "ld_alpha": 0.5, "nll_weight": 0.1})
     objective = thinkpo(config, end_id=END)
     assert "dot_general" not in str(jax.make_jaxpr(lambda batch: objective(small.model(), batch))(batch))
+
+
+def test_the_tag_that_ends_a_thought_is_found_whatever_its_ids(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A tag of two ids and one of one; what looks like it in a prompt, or lies over the end of an answer, is none."""
+    rng = np.random.default_rng(4)
+    tags = [[50, 51], [60]]
+    examples, places = [], []
+    for pair in range(6):
+        segments = []
+        for length in (40 + pair, 12 + pair):
+            tokens = rng.integers(0, 40, 4 + length).astype(np.int32)
+            tokens[1:3] = 50, 51  # in the prompt
+            tokens[-1] = 50  # the answer ends in half of a tag
+            segments.append(tokens)
+        segments[0][20:22] = 50, 51
+        segments[0][30] = 60
+        if pair % 2:
+            segments[1][8] = 60
+        examples.append(tuple(Segment(tokens, 4) for tokens in segments))
+        places.append(([[20 - 4, 21 - 4], [30 - 4]], [[8 - 4]] if pair % 2 else []))
+    given = FakeLogprobs(examples)
+    batch, logprobs = given.ours(row_length=256)
+    assert batch.tokens.shape[0] < len(examples)  # answers do stand beside each other
+    monkeypatch.setattr(objectives, "answer_logprobs", lambda model, batch: logprobs)
+    sums = thinkpo(PreferenceConfig(), end_id=END, thought_ends=tags)(small.model(), batch)
+    expected = [
+        given.policy[pair][side][place].sum()
+        for pair, sides in enumerate(places)
+        for side, found in enumerate(sides)
+        for place in found
+    ]
+    assert float(sums.metrics["_thought_end/count"]) == len(expected) == 15
+    found = readable({name: float(value / sums.weight) for name, value in sums.metrics.items()})
+    assert found["logps/thought_end"] == pytest.approx(np.mean(expected), rel=1e-5)
+    without = thinkpo(PreferenceConfig(), end_id=END)(small.model(), batch)
+    assert "_thought_end/count" not in without.metrics
