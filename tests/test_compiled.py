@@ -1,16 +1,15 @@
 """Compiled for TPUs that are not there, at the width of Qwen2.5-7B: no [tokens, vocabulary] array, little memory.
 
-libtpu compiles on any Linux machine. Each compilation is a process of its own: this file, run as a program, prints what
-it found.
+libtpu compiles on any Linux machine. Each compilation is a process of its own: this file, run as a program.
 """
 
-import importlib.util
 import json
 import math
 import os
 import re
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,7 @@ import numpy as np
 import pytest
 import small
 from jax.experimental import topologies
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import NamedSharding
 
 from thinkpo_jax.architecture import Architecture
 from thinkpo_jax.convert import abstract_model
@@ -52,45 +51,66 @@ QWEN2_7B = Architecture(
 )
 ROW, TOKENS = 4096, 8192
 CHIPS = ("v5e", "v6e")
+HBM = {"v5e": 16 * 2**30, "v6e": 32 * 2**30}
 MESHES = {"v5e": {"fsdp": 2, "tensor": 2}, "v6e": {"fsdp": 4}}
 ANSWERS = {"sft": (4000,), "thinkpo": (3300, 600)}  # tokens of the answers of an example; a row holds one example
 
+LIBTPU = Path(sys.prefix) / "libtpu" / "libtpu" / "libtpu.so"  # where `make` puts it
+
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.skipif(
-        importlib.util.find_spec("libtpu") is None, reason="libtpu, which compiles for TPUs, is missing"
-    ),
+    pytest.mark.skipif(not LIBTPU.exists(), reason=f"libtpu, which compiles for TPUs, is missing ({LIBTPU})"),
 ]
 
 
-def _compiled(tmp_path: Path, *arguments: str) -> dict[str, Any]:
-    """What this file prints, run as a program."""
-    # No service that knows about TPUs is asked, and several processes may compile at once.
-    environment = {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
-    command = [sys.executable, __file__, *arguments, str(tmp_path)]
-    found = subprocess.run(command, capture_output=True, text=True, env=os.environ | environment, check=False)
-    assert found.returncode == 0, found.stderr[-4000:]
-    return json.loads(found.stdout.splitlines()[-1])
+# No service that knows about TPUs is asked, and several processes may compile at once.
+ENVIRONMENT = {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
 
 
 @pytest.mark.parametrize("chip", CHIPS)
-def test_logprobs_take_one_block_of_logits(chip: str, tmp_path: Path) -> None:
-    found = _compiled(tmp_path, "head", chip)
-    assert found["ours"] <= found["plain"] / 4
-    assert found["ours"] <= LOGITS * 4 + TOKENS * D * 4  # a block, and the gradient of hidden states, in float32
+def test_logprobs_take_one_block_of_logits(chip: str) -> None:
+    command = [sys.executable, __file__, "head", chip]
+    found = subprocess.run(command, capture_output=True, text=True, env=os.environ | ENVIRONMENT, check=False)
+    assert found.returncode == 0, found.stderr[-4000:]
+    memory = json.loads(found.stdout.splitlines()[-1])
+    assert memory["ours"] <= memory["plain"] / 4
+    assert memory["ours"] <= LOGITS * 4 + TOKENS * D * 4  # a block, and the gradient of hidden states, in float32
 
 
 @pytest.mark.parametrize("chip", CHIPS)
 @pytest.mark.parametrize("kind", ANSWERS)
 def test_an_update_has_no_array_of_tokens_times_vocabulary(kind: str, chip: str, tmp_path: Path) -> None:
-    found = _compiled(tmp_path, "update", chip, kind)
-    trained, columns = found["trained"], V // MESHES[chip].get("tensor", 1)
+    program, memory = _update(tmp_path, chip, kind)
+    found = set(re.findall(r"\b(?:pred|[a-z]+\d+)\[([\d,]+)\]", program))
+    arrays = {shape: math.prod(int(size) for size in shape.split(",")) for shape in found}
+    trained, columns = _batch(kind, shards=1).targets.shape[-1], V // MESHES[chip].get("tensor", 1)
     assert trained > D  # else a row's logits are no larger than the table of embeddings
-    largest = max(found["arrays"].values())
-    assert largest == V * D, [shape for shape, size in found["arrays"].items() if size == largest]
+    assert f"{V},{D}" in arrays
+    assert [shape for shape, size in arrays.items() if size > V * D] == []
     logits = {tokens * columns for tokens in (trained, ROW)}
-    whole = [shape for shape, size in found["arrays"].items() if any(size % number == 0 for number in logits)]
-    assert whole == []
+    assert [shape for shape, size in arrays.items() if size and any(size % whole == 0 for whole in logits)] == []
+    assert memory < HBM[chip]
+
+
+def _update(folder: Path, chip: str, kind: str) -> tuple[str, int]:
+    """The program of an update, optimised and scheduled, and the bytes that it takes of a device's memory.
+
+    Both are read from what the compiler writes, which then is ended: to make machine code takes minutes more and changes
+    neither. (An executable's `as_text()` fails where a v6e copies several arrays at once.)
+    """
+    with (folder / "errors").open("w+") as errors:
+        command = [sys.executable, __file__, "update", chip, kind, str(folder)]
+        with subprocess.Popen(command, stdout=errors, stderr=errors, env=os.environ | ENVIRONMENT) as process:
+            while process.poll() is None and not list(folder.glob("*after_buffer_assignment.txt")):  # the last of them
+                time.sleep(0.2)
+            process.kill()
+        reports = list(folder.glob("*memory-usage-report.txt"))
+        errors.seek(0)
+        assert reports, errors.read()[-4000:]
+    total = re.search(r"Memory Space: default .*\nTotal bytes: (\d+)", reports[0].read_text(encoding="utf-8"))
+    assert total is not None
+    (program,) = folder.glob("*after_optimizations.txt")
+    return program.read_text(encoding="utf-8"), int(total[1])
 
 
 def _memory_of_head(chip: str) -> dict[str, int]:
@@ -113,16 +133,14 @@ def _memory_of_head(chip: str) -> dict[str, int]:
             return (logprobs(x, head, targets) * weights).sum()
 
         both = jax.jit(jax.value_and_grad(loss, argnums=(0, 1)))
-        return both.lower(x, head, targets, weights).compile().memory_analysis().temp_size_in_bytes
+        memory: Any = both.lower(x, head, targets, weights).compile().memory_analysis()
+        return memory.temp_size_in_bytes
 
     return {"ours": temporary(token_logprobs), "plain": temporary(plain)}
 
 
-def _update(chip: str, kind: str, folder: Path) -> dict[str, Any]:
-    """The arrays of a whole update with their numbers of elements, and how many tokens a row trains.
-
-    The program is read from `folder`: an executable's `as_text()` fails where a v6e copies several arrays at once.
-    """
+def _compile_update(chip: str, kind: str, folder: Path) -> None:
+    """Compiles a whole update; the compiler writes what it makes of it to the folder."""
     topology = topologies.get_topology_desc(platform="tpu", topology_name=f"{chip}:2x2")
     mesh = make_mesh(MeshConfig(**MESHES[chip]), topology.devices)
     host = _batch(kind, data_shards(mesh))
@@ -143,10 +161,6 @@ def _update(chip: str, kind: str, folder: Path) -> dict[str, Any]:
         step: Any = make_step(objective, optimizer, mesh, state)
         written = {"xla_dump_to": str(folder), "xla_dump_hlo_as_text": True}
         step.lower(state, jax.tree.map(rows, host)).compile(compiler_options=written)
-    (program,) = folder.glob("*after_optimizations.txt")
-    shapes = set(re.findall(r"\b(?:pred|[a-z]+\d+)\[([\d,]+)\]", program.read_text(encoding="utf-8")))
-    arrays = {shape: math.prod(int(size) for size in shape.split(",")) for shape in shapes}
-    return {"arrays": arrays, "trained": host.targets.shape[-1]}
 
 
 def _abstract(array: Any, sharding: Any) -> jax.ShapeDtypeStruct:
@@ -162,5 +176,7 @@ def _batch(kind: str, shards: int) -> HostBatch:
 
 
 if __name__ == "__main__":
-    what, chip, *rest = sys.argv[1:]
-    print(json.dumps(_memory_of_head(chip) if what == "head" else _update(chip, rest[0], Path(rest[-1]))))
+    if sys.argv[1] == "head":
+        print(json.dumps(_memory_of_head(sys.argv[2])))
+    else:
+        _compile_update(sys.argv[2], sys.argv[3], Path(sys.argv[4]))

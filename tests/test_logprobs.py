@@ -38,8 +38,8 @@ def _case(vocabulary: int, tokens: int, borders: list[int], dtype: str = "float3
     x, head = rng.normal(size=(R, tokens, D)), rng.normal(size=(D, vocabulary))
     targets = rng.integers(0, vocabulary, R * tokens)
     targets[: len(borders)] = borders
-    numbers = (np.asarray(jnp.array(array, dtype)) for array in (x, head))
-    return Case(*numbers, targets.reshape(R, tokens), rng.normal(size=(R, tokens)).astype(np.float32))
+    x, head = (np.asarray(jnp.array(array, dtype)) for array in (x, head))
+    return Case(x, head, targets.reshape(R, tokens), rng.normal(size=(R, tokens)).astype(np.float32))
 
 
 def _loss(x: jax.Array, head: jax.Array, targets: jax.Array, weights: jax.Array) -> tuple[jax.Array, jax.Array]:

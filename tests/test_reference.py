@@ -21,8 +21,8 @@ IDENTITY = {"weights": "w0", "dtype": "float32", "device": "cpu"}
 PAIRS = small.pairs(24)
 
 
-def _batches(examples: Sequence[Example] = PAIRS, **batch: object) -> Batches:
-    return small.batches(examples, steps=2, size=6, **batch)
+def _batches(examples: Sequence[Example] = PAIRS, *, row_length: int = 48) -> Batches:
+    return small.batches(examples, steps=2, size=6, row_length=row_length)
 
 
 def _stored(batches: Batches, capsys: pytest.CaptureFixture[str], **identity: str) -> tuple[np.ndarray, str, list[int]]:

@@ -164,7 +164,8 @@ def test_keys_without_sense_are_errors(
 def test_a_sweep_computes_the_reference_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert _run(_config(tmp_path, steps=1)) == 0
     assert "computing the log-probs of 24 examples" in capsys.readouterr().err
-    for number, keys in enumerate(({"beta": 0.5}, {"optimizer": {"learning_rate": 1e-4}}, {"loss": "ipo"})):
+    sweep: tuple[dict[str, Any], ...] = ({"beta": 0.5}, {"optimizer": {"learning_rate": 1e-4}}, {"loss": "ipo"})
+    for number, keys in enumerate(sweep):
         assert _run(_config(tmp_path, run=f"sweep{number}", steps=1, **keys)) == 0
         said = capsys.readouterr().err
         assert "the log-probs of all 24 examples are kept" in said

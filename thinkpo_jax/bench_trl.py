@@ -58,30 +58,7 @@ def measure(
     ]
     model = AutoModelForCausalLM.from_pretrained(folder.model, dtype="float32")
     loaded = peak_memory()
-    config = trl.DPOConfig(
-        output_dir=str(folder.path / "trl"),
-        per_device_train_batch_size=at_once,
-        gradient_accumulation_steps=2 // at_once,
-        train_sampling_strategy="sequential",
-        num_train_epochs=1,
-        max_length=None,
-        beta=BETA,
-        learning_rate=LEARNING_RATE,
-        lr_scheduler_type="constant",
-        precompute_ref_log_probs=True,
-        precompute_ref_batch_size=1,
-        gradient_checkpointing=False,
-        bf16=False,
-        use_cpu=True,
-        dataloader_num_workers=0,
-        dataloader_pin_memory=False,
-        logging_strategy="no",
-        save_strategy="no",
-        report_to="none",
-        disable_tqdm=True,
-        seed=SEED,
-        **(extra or {}),
-    )
+    config = trl.DPOConfig(**settings(folder, at_once), **(extra or {}))
     trainer = Trainer(
         model=model,
         args=config,
@@ -102,6 +79,33 @@ def measure(
         loaded=loaded,
         peak=peak_memory(),
     )
+
+
+def settings(folder: Folder, at_once: int) -> dict[str, Any]:
+    """TRL's settings for two pairs an update, `at_once` of them side by side."""
+    return {
+        "output_dir": str(folder.path / "trl"),
+        "per_device_train_batch_size": at_once,
+        "gradient_accumulation_steps": 2 // at_once,
+        "train_sampling_strategy": "sequential",
+        "num_train_epochs": 1,
+        "max_length": None,
+        "beta": BETA,
+        "learning_rate": LEARNING_RATE,
+        "lr_scheduler_type": "constant",
+        "precompute_ref_log_probs": True,
+        "precompute_ref_batch_size": 1,
+        "gradient_checkpointing": False,
+        "bf16": False,
+        "use_cpu": True,
+        "dataloader_num_workers": 0,
+        "dataloader_pin_memory": False,
+        "logging_strategy": "no",
+        "save_strategy": "no",
+        "report_to": "none",
+        "disable_tqdm": True,
+        "seed": SEED,
+    }
 
 
 if __name__ == "__main__":

@@ -49,8 +49,7 @@ def _forward(x_RAD: jax.Array, head_DV: jax.Array, targets_RA: jax.Array) -> tup
 
 def _backward(residuals: tuple[jax.Array, ...], cotangents_RA: jax.Array) -> tuple[jax.Array, jax.Array, None]:
     part = per_device(_backward_part, (HIDDEN, HEAD, TOKENS, TOKENS, TOKENS), (HIDDEN, ("embed", "vocab")))
-    # Without the barrier XLA adds up the whole head's gradient, in float32, over micro-batches before it sums devices.
-    return *jax.lax.optimization_barrier(part(*residuals, cotangents_RA)), None
+    return *part(*residuals, cotangents_RA), None
 
 
 def _starts(vocabulary: int, width: int) -> jax.Array:

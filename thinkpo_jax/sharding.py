@@ -134,12 +134,15 @@ def summed_parts(x: jax.Array, over: tuple[str | None, ...], axes: tuple[str | N
     Where an axis of `x`, named by `axes`, lies on the same mesh axis, each device gets its part of the sum.
     """
     left = mesh_axes(*over)
+    if not left:
+        return x
     for dimension, axis in enumerate(axes):
         for part in mesh_axes(axis):
             if part in left:
                 x = jax.lax.psum_scatter(x, part, scatter_dimension=dimension, tiled=True)
                 left = tuple(other for other in left if other != part)
-    return jax.lax.psum(x, left)
+    # Without the barrier XLA adds up whole gradients over micro-batches, in float32, before it sums over devices.
+    return jax.lax.optimization_barrier(jax.lax.psum(x, left))
 
 
 def data_shards(mesh: Mesh) -> int:
