@@ -62,9 +62,9 @@ pytestmark = [
     pytest.mark.skipif(not LIBTPU.exists(), reason=f"libtpu, which compiles for TPUs, is missing ({LIBTPU})"),
 ]
 
-
 # No service that knows about TPUs is asked, and several processes may compile at once.
 ENVIRONMENT = {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
+ENVIRONMENT["TPU_LIBRARY_PATH"] = str(LIBTPU)
 
 
 @pytest.mark.parametrize("chip", CHIPS)
@@ -89,14 +89,17 @@ def test_an_update_has_no_array_of_tokens_times_vocabulary(kind: str, chip: str,
     assert [shape for shape, size in arrays.items() if size > V * D] == []
     logits = {tokens * columns for tokens in (trained, ROW)}
     assert [shape for shape, size in arrays.items() if size and any(size % whole == 0 for whole in logits)] == []
+    # Micro-batches add up each device's part of the head's gradient, not the whole.
+    assert f"bf16[{D},{columns}]" in program
+    assert f"f32[{D},{columns}]" not in program
     assert memory < HBM[chip]
 
 
 def _update(folder: Path, chip: str, kind: str) -> tuple[str, int]:
     """The program of an update, optimised and scheduled, and the bytes that it takes of a device's memory.
 
-    Both are read from what the compiler writes, which then is ended: to make machine code takes minutes more and changes
-    neither. (An executable's `as_text()` fails where a v6e copies several arrays at once.)
+    Both are read from what the compiler writes, which then is ended: machine code takes minutes and changes neither.
+    (An executable's `as_text()` fails where a v6e copies several arrays at once.)
     """
     with (folder / "errors").open("w+") as errors:
         command = [sys.executable, __file__, "update", chip, kind, str(folder)]

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from thinkpo_jax.sharding import mesh_axes, per_device, summed_parts
 
 LOGITS = 2**26  # of one block: 256 MiB in float32
-WIDTHS = (2048, 8192)  # of a block: wide enough for full matrix products, narrow enough for few tokens
+WIDTHS = (2048, 8192)  # the narrowest and the widest block
 LANES = 128  # what a TPU computes at once
 
 TOKENS = ("batch", "length")
