@@ -30,7 +30,7 @@ SMALL = [
     "evaluation.sampling={temperature: 0.7, max_new_tokens: 40, batch_size: 24}",
     "mesh={data: 2, fsdp: 2, tensor: 2}",
 ]
-TIMES = {"seconds", "tokens_per_second"}
+TIMES = {"seconds", "tokens_per_second", "padded_tokens_per_second", "tflops_per_device"}
 
 
 def _arguments(folder: Path, *assignments: str) -> list[str]:

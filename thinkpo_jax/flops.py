@@ -82,7 +82,7 @@ def throughput(batch: HostBatch, arch: Architecture, compute: ComputeConfig, sec
         "tokens_per_second": round(needed.tokens / seconds, 1),
         "padded_tokens_per_second": round(slots / seconds, 1),
         "packing_efficiency": round(needed.tokens / slots, 4),
-        "tflops_per_device": round(operations.model / seconds / len(devices) / 1e12, 4),
+        "tflops_per_device": float(f"{operations.model / seconds / len(devices) / 1e12:.4g}"),
     }
     most = peak(devices[0].device_kind)
     if most is not None and compute.dtype == "bfloat16":
