@@ -181,7 +181,9 @@ class Run:
         """Everything but the data that determines the weights of a stage: a change means another model."""
         stage = next(stage for stage in self.config.stages if stage.name == name)
         # How rows are laid out over devices and time does not change the result (tests/test_step.py).
-        apart = {"checkpoint": True, "start": True, "batch": {"rows_per_device"}, "validation": {"every"}}
+        # Nor does what happens at updates that are not applied: it can be changed after one stopped the run.
+        apart = {"checkpoint", "start", "on_nonfinite", "max_skipped"}
+        apart = dict.fromkeys(apart, True) | {"batch": {"rows_per_device"}, "validation": {"every"}}
         own = stage.model_dump(mode="json", exclude=apart)
         start = {"model": self.start_of(stage), "fingerprint": self.fingerprint(self.start_of(stage))}
         return {"stage": own, "seed": self.config.seed, "dtype": self.config.compute.dtype, "start": start}

@@ -124,7 +124,7 @@ def train_stage(run: Run, stage: Stage, examples: Examples) -> None:
             line = {"learning_rate": np.asarray(rate(index - skipped)).item()}
             state, metrics = step(state, put_batch(batch, run.mesh))
             line = metrics_line(jax.device_get(metrics), index, batches) | line
-            seconds, began = time.monotonic() - began, time.monotonic()  # the wait for data and saving included
+            seconds = time.monotonic() - began  # the wait for data and saving included, looking at held-out ones not
             line |= throughput(batch, state.model.arch, state.model.compute, seconds)
             if not line.pop("finite"):
                 skipped += 1
@@ -133,7 +133,7 @@ def train_stage(run: Run, stage: Stage, examples: Examples) -> None:
             metrics_file.write(line)
             progress.update(index + 1, shown(line))
             stop = stopping()
-            validate(state)
+            began = time.monotonic() + validate(state)
             if (index + 1) % stage.checkpoint.every == 0 or index + 1 == len(batches) or stop:
                 checkpoints.save(state)
             if stop:
@@ -180,11 +180,11 @@ class Validation:
         if self._every is not None:
             self._file.close()
 
-    def __call__(self, state: TrainState) -> None:
-        """Computes and writes a line where it is time for one and there is none yet."""
-        step = int(state.step)
+    def __call__(self, state: TrainState) -> float:
+        """Computes and writes a line where it is time for one and there is none yet; gives the seconds that it took."""
+        step, began = int(state.step), time.monotonic()
         if self._every is None or step in self._done or (step % self._every and step != self._last):
-            return
+            return 0.0
         found = [jax.device_get(self._evaluate(state.model, put_batch(batch, self._mesh))) for batch in self._batches]
         total = jax.tree.map(lambda *sums: sum(sums), *found)
         means = {name: float(value / total.weight) for name, value in total.metrics.items()}
@@ -192,6 +192,7 @@ class Validation:
         self._file.write({"step": step, **line})
         self._done.add(step)
         say(f"held out, after {step} updates: " + ", ".join(f"{name} {value}" for name, value in told(line).items()))
+        return time.monotonic() - began
 
 
 def not_finite(stage: Stage, line: dict[str, float], skipped: int, names: str) -> None:
@@ -234,7 +235,7 @@ def finish_stage(run: Run, stage: Stage, state: TrainState, batches: Batches, ex
     save_model(state.model, folder / "model", like=run.start_folder, dtype="float32", stops=stops, card=card)
     if lines and (share := lines[-1].get("saturated", 0.0)) > 0.5:
         advice = "A smaller beta, or `loss: sigmoid_norm`, lets them count."
-        if isinstance(stage, ThinkpoStage) and (margin := lines[-1]["rewards/margins"]) > 1:
+        if isinstance(stage, ThinkpoStage) and (margin := lines[-1].get("rewards/margins", 0.0)) > 1:
             advice += f" At {stage.beta / margin:.1g} the mean margin of now would be 1 (gradient weight 27 %)."
         warn(f"stage {stage.name}: at its end {share:.0%} of the pairs had next to no gradient left. {advice}")
     summary = {"steps": len(batches), "seconds": sum(line["seconds"] for line in lines), "notes": notes}
