@@ -122,6 +122,11 @@ def test_held_out_examples_are_in_no_update_and_share_no_prompt_with_one() -> No
         assert sorted(seen[seen >= 0].tolist()) == sorted(set(range(60)) - set(apart.tolist()))
         assert "held out" in batches.describe()
     assert set(held_out(examples, 0.2, seed=0)) != set(held_out(examples, 0.2, seed=1))
+    # A prompt of most examples is never held out, and there is always one that is.
+    uneven = [*[examples[0]] * 38, examples[1], examples[2]]
+    for seed in range(8):
+        assert set(held_out(uneven, 0.05, seed=seed)) <= {38, 39}
+        assert held_out(uneven, 0.001, seed=seed).tolist() == [38]
     with pytest.raises(UserError, match="all examples have the same prompt"):
         held_out([examples[0]] * 4, 0.5, seed=0)
 

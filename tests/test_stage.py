@@ -1,6 +1,7 @@
 """What a stage does beside its updates: held-out examples, updates that are not finite, a reference that is shared."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -171,6 +172,32 @@ def test_a_sweep_computes_the_reference_once(tmp_path: Path, capsys: pytest.Capt
         said = capsys.readouterr().err
         assert "the log-probs of all 24 examples are kept" in said
         assert "before the first update the loss is" in said
+
+
+def test_a_stage_goes_on_with_the_reference_that_it_was_begun_with(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    genuine = train.stored_logprobs
+    # As if they came from other rows: another last bit.
+    other = lambda *args, **kwargs: np.nextafter(genuine(*args, **kwargs), np.float32(0))  # noqa: E731
+    monkeypatch.setattr(train, "stored_logprobs", other)
+    assert _run(_config(tmp_path)) == 0
+    straight = _weights(tmp_path)
+    folder = tmp_path / "run" / "thinkpo"
+    record = json.loads((folder / "stage.json").read_text())
+    monkeypatch.setattr(train, "stored_logprobs", genuine)
+    for damage in (False, True):
+        shutil.rmtree(folder / "checkpoints")
+        (folder / "stage.json").write_text(json.dumps(record | {"summary": None}))
+        if damage:
+            content = bytearray((folder / "reference.npz").read_bytes())
+            content[len(content) // 2] ^= 1
+            (folder / "reference.npz").write_bytes(content)
+        capsys.readouterr()
+        assert _run(_config(tmp_path)) == 0
+        assert ("reference.npz: damaged" in capsys.readouterr().err) == damage
+        same = all((array == straight[name]).all() for name, array in _weights(tmp_path).items())
+        assert same != damage
 
 
 def test_a_reference_of_other_weights_is_refused_before_the_first_update(

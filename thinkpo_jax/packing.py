@@ -106,7 +106,8 @@ def pack(sizes: np.ndarray, limits: Sequence[int], order: np.ndarray) -> list[li
 def held_out(examples: Sequence[Example], share: float, *, seed: int) -> np.ndarray:
     """The indices of about `share` of the examples, drawn by prompt: one prompt is never on both sides.
 
-    Raises `UserError` where the prompts are too few to leave an example on either side.
+    Prompts that would go far beyond the share are passed over; where that leaves none, it is the one with the fewest
+    examples. Raises `UserError` where there is only one prompt.
     """
     groups: dict[bytes, list[int]] = {}
     for index, example in enumerate(examples):
@@ -115,11 +116,10 @@ def held_out(examples: Sequence[Example], share: float, *, seed: int) -> np.ndar
     if len(prompts) < 2:
         raise UserError("validation: all examples have the same prompt. Leave `validation` out, or add data.")
     drawn: list[int] = []
-    for number in np.random.default_rng((seed, len(examples))).permutation(len(prompts))[1:].tolist():
-        if drawn and len(drawn) + len(prompts[number]) / 2 > share * len(examples):
-            break
-        drawn += prompts[number]
-    return np.sort(np.array(drawn))
+    for number in np.random.default_rng((seed, len(examples))).permutation(len(prompts)).tolist():
+        if len(drawn) + len(prompts[number]) / 2 <= share * len(examples):
+            drawn += prompts[number]
+    return np.sort(np.array(drawn or min(prompts, key=len)))
 
 
 HostBatch = Batch[np.ndarray]

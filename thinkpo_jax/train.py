@@ -4,6 +4,7 @@ Example: python -m thinkpo_jax.train --config configs/quickstart.yaml --set seed
 """
 
 import argparse
+import importlib.metadata
 import json
 import math
 import time
@@ -27,7 +28,7 @@ from thinkpo_jax.model import Transformer
 from thinkpo_jax.objectives import Objective, comparison, readable, sft, thinkpo
 from thinkpo_jax.optimizer import learning_rate, make_optimizer
 from thinkpo_jax.packing import Batches, held_out
-from thinkpo_jax.reference import check_start, stored_logprobs
+from thinkpo_jax.reference import check_start, read_logprobs, stored_logprobs, write_logprobs
 from thinkpo_jax.run import (
     Run,
     RunConfig,
@@ -144,8 +145,12 @@ def train_stage(run: Run, stage: Stage, examples: Examples) -> None:
 def against_reference(run: Run, stage: ThinkpoStage, batches: Batches, model: Transformer) -> Objective:
     """ThinkPO against the start model: puts its log-probs into the batches, and sees that the first loss is right."""
     device = jax.devices()[0]
-    numerics = f"{device.platform} {device.device_kind}"
-    identity = {"weights": run.weights(run.start_of(stage)), "dtype": run.config.compute.dtype, "device": numerics}
+    identity = {
+        "weights": run.weights(run.start_of(stage)),
+        "dtype": run.config.compute.dtype,
+        "device": f"{device.platform} {device.device_kind}",
+        "jaxlib": importlib.metadata.version("jaxlib"),
+    }
     progress: Progress | None = None
 
     def watch(done: int, total: int) -> None:
@@ -153,12 +158,18 @@ def against_reference(run: Run, stage: ThinkpoStage, batches: Batches, model: Tr
         progress = progress or Progress(f"{stage.name} reference", total, unit="batch")
         progress.update(done)
 
-    batches.reference = stored_logprobs(model, batches, run.mesh, identity=identity, watch=watch)
+    # A stage keeps the values that it was begun with: others, of other rows, may differ in their last bits.
+    path = run.folder / stage.name / "reference.npz"
+    begun = read_logprobs(path, like=batches.reference)
+    if begun is None:
+        begun = stored_logprobs(model, batches, run.mesh, identity=identity, watch=watch)
+        write_logprobs(path, begun)
+    batches.reference = begun
     if progress is not None:
         progress.close()
     tags = {"end_id": run.chat.end_id, "thought_ends": run.chat.thought_ends()}
     loss = check_start(stage, comparison(stage, **tags), model, batches[0], run.mesh)
-    say(f"{stage.name}: before the first update the loss is {loss:.6f}, as it must be")
+    say(f"{stage.name}: before the first update the loss is {loss:.6f}")
     return thinkpo(stage, **tags)
 
 
