@@ -46,8 +46,9 @@ def test_operations_per_token_of_known_models(
     assert found.model / length / 1e9 == pytest.approx(gigaflops, abs=0.06)
     # Remat computes the layers' forward pass a second time; the head's logits are always computed twice.
     full = update_operations(arch, ComputeConfig(dtype="bfloat16", remat="full"), one_row)
-    assert found.hardware / found.model == pytest.approx(1 + 2 * embed * vocab * length / found.model)
-    assert full.hardware / full.model == pytest.approx(4 / 3)
+    scores = 2 * layers * heads * head_dim * one_row.attended
+    assert found.hardware - found.model == pytest.approx(2 * embed * vocab * length + scores)
+    assert full.hardware - scores == pytest.approx(full.model * 4 / 3)
 
 
 def test_the_forward_pass_is_what_xla_counts() -> None:

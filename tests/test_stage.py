@@ -69,6 +69,17 @@ def test_held_out_pairs_are_evaluated_before_during_and_after(tmp_path: Path) ->
     assert read_metrics(tmp_path / "run" / "thinkpo" / "metrics.jsonl")[2]["epoch"] == 1.0
 
 
+def test_held_out_pairs_that_cannot_be_are_an_error_before_any_stage(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(globals(), "ROWS", [row | {"prompt": "1?"} for row in ROWS])
+    config = _config(tmp_path, validation={"share": 0.25})
+    for arguments in (["--config", config], ["--config", config, "--check"]):
+        assert command(train.main, arguments) == 2
+        assert "stage thinkpo: validation: all examples have the same prompt" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
 def test_looking_at_held_out_pairs_changes_nothing(tmp_path: Path) -> None:
     for name, every in (("a", 1), ("b", 100)):
         assert _run(_config(tmp_path / name, validation={"share": 0.25, "every": every})) == 0

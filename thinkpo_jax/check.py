@@ -12,7 +12,7 @@ from thinkpo_jax.config import RunError, UserError, together
 from thinkpo_jax.data import Example, Examples, prepare
 from thinkpo_jax.evaluate import read_questions
 from thinkpo_jax.folder import find_model
-from thinkpo_jax.packing import Batches, pack
+from thinkpo_jax.packing import Batches, held_out, pack
 from thinkpo_jax.run import RunConfig, Stage, ThinkpoStage, check_folder, warn_of_lengths
 
 SHOWN = (1200, 600)  # characters of a text that are shown: from its start, from its end
@@ -55,6 +55,16 @@ def prepared(config: RunConfig, stage: Stage, chat: Chat, *, keep_going: bool = 
         raise UserError(f"stage {stage.name}: {error}") from None
 
 
+def not_trained(config: RunConfig, stage: Stage, examples: Examples) -> np.ndarray:
+    """The indices of the examples that a stage holds out; none without `validation`. Raises `UserError`."""
+    if stage.validation is None:
+        return np.zeros(0, np.int64)
+    try:
+        return held_out(examples, stage.validation.share, seed=config.seed)
+    except UserError as error:
+        raise UserError(f"stage {stage.name}: {error}") from None
+
+
 def _stage_lines(config: RunConfig, stage: Stage, chat: Chat, examples: Examples) -> Iterator[str]:
     yield from examples.notes()
     skipped = [
@@ -71,7 +81,9 @@ def _stage_lines(config: RunConfig, stage: Stage, chat: Chat, examples: Examples
     unfinished, kept = _unfinished(examples)
     yield f"{_answers(stage)[0]} answers that begin to think and do not end that: {unfinished} of {kept}"
     epochs = stage.epochs or 1.0
-    batches = Batches(examples, stage.batch, seed=config.seed, shards=1, steps=stage.steps, epochs=epochs)
+    apart = not_trained(config, stage, examples)
+    options = {"seed": config.seed, "shards": 1, "steps": stage.steps, "epochs": epochs, "held_out": apart}
+    batches = Batches(examples, stage.batch, **options)
     yield f"on one device: {batches.describe()}"
     yield "full rows: " + ", ".join(f"{fill:.1%} of {length} tokens" for length, fill in _fills(batches))
     yield from _first_example(stage, chat, examples[0])

@@ -13,14 +13,15 @@ from thinkpo_jax.architecture import Architecture
 from thinkpo_jax.model import ComputeConfig
 from thinkpo_jax.packing import HostBatch
 
-# Peak of dense bfloat16 products, operations per second, by what a device calls itself; the first that fits counts.
+# Peak of dense bfloat16 products, operations per second, by what a device calls itself; the first that fits counts. A
+# TPU7x chip is two devices.
 PEAKS = (
     ("TPU v4", 275e12),
     ("TPU v5 lite", 197e12),
     ("TPU v5e", 197e12),
     ("TPU v5", 459e12),
     ("TPU v6", 918e12),
-    ("TPU7x", 2307e12),
+    ("TPU7x", 2307e12 / 2),
     ("A100", 312e12),
     ("H100", 989e12),
     ("H200", 989e12),
@@ -53,13 +54,15 @@ def work(batch: HostBatch) -> Work:
 def update_operations(arch: Architecture, compute: ComputeConfig, work: Work) -> Operations:
     """Operations of one update; the hardware's are those of the model and what the backward pass computes again.
 
-    That is the head's logits always (logprobs.py), and with remat `full` the layers too.
+    That is the head's logits (logprobs.py) and the scores of attention (attention.py, half of its products), and with
+    remat `full` the layers too.
     """
     D, H = arch.embed, arch.head_dim
     weights = arch.layers * (2 * D * arch.heads * H + 2 * D * arch.kv_heads * H + 3 * D * arch.mlp)
     layers = 2.0 * weights * work.tokens + 4.0 * arch.layers * arch.heads * H * work.attended
     head = 2.0 * D * arch.vocab_size * work.trained
-    again = head + (layers if compute.remat == "full" else 0.0)
+    scores = 2.0 * arch.layers * arch.heads * H * work.attended
+    again = head + scores + (layers if compute.remat == "full" else 0.0)
     return Operations(3 * (layers + head), 3 * (layers + head) + again)
 
 

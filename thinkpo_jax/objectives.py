@@ -143,8 +143,10 @@ def comparison(config: PreferenceConfig, *, end_id: int, thought_ends: Sequence[
             "logps/chosen": total(logps_RPS[..., 0]),
             "logps/rejected": total(logps_RPS[..., 1]),
             "nll/chosen": total(nll_RP),
-            "saturated": total(jax.nn.sigmoid(-margins_RP) < SATURATED),
         }
+        if loss.smoothed:  # those made of log sigmoid(beta x difference), whose gradient is sigmoid of the opposite
+            compared_RP = config.beta * (compared_RPS[..., 0] - compared_RPS[..., 1])
+            metrics["saturated"] = total(jax.nn.sigmoid(-compared_RP) < SATURATED)
         margins_RP3 = config.beta * (ratios_RPS3[..., 0, :] - ratios_RPS3[..., 1, :])
         metrics |= {f"margins/{name}": total(margins_RP3[..., i]) for i, name in enumerate(MARGINS)}
         gaps_RP = lengths_RPS[..., 0] - lengths_RPS[..., 1]

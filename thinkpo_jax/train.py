@@ -15,7 +15,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from thinkpo_jax.check import check_run, pointless, prepared
+from thinkpo_jax.check import check_run, not_trained, pointless, prepared
 from thinkpo_jax.checkpoint import Checkpoints
 from thinkpo_jax.commands import config_arguments, program, stop_requests
 from thinkpo_jax.config import RunError, UserError
@@ -27,7 +27,7 @@ from thinkpo_jax.log import MetricsFile, Progress, read_metrics, say, warn, writ
 from thinkpo_jax.model import Transformer
 from thinkpo_jax.objectives import Objective, comparison, readable, sft, thinkpo
 from thinkpo_jax.optimizer import learning_rate, make_optimizer
-from thinkpo_jax.packing import Batches, held_out
+from thinkpo_jax.packing import Batches
 from thinkpo_jax.reference import check_start, read_logprobs, stored_logprobs, write_logprobs
 from thinkpo_jax.run import (
     Run,
@@ -73,6 +73,7 @@ def read_examples(run: Run, stage: Stage) -> Examples:
     for problem in problems:
         warn(problem)
     check_data(run, stage, found)
+    not_trained(run.config, stage, found)
     return found
 
 
@@ -89,7 +90,6 @@ def check_data(run: Run, stage: Stage, examples: Examples) -> None:
 def train_stage(run: Run, stage: Stage, examples: Examples) -> None:
     """Trains one stage from its last checkpoint, or from its start model, and exports its end."""
     folder, start = run.folder / stage.name, run.start_of(stage)
-    apart = held_out(examples, stage.validation.share, seed=run.config.seed) if stage.validation else ()
     batches = Batches(
         examples,
         stage.batch,
@@ -97,7 +97,7 @@ def train_stage(run: Run, stage: Stage, examples: Examples) -> None:
         shards=data_shards(run.mesh),
         steps=stage.steps,
         epochs=stage.epochs or 1.0,
-        held_out=apart,
+        held_out=not_trained(run.config, stage, examples),
     )
     say(f"{stage.name}: {batches.describe()}, from {start}")
     write_record(run, stage, examples, None)
@@ -245,8 +245,12 @@ def finish_stage(run: Run, stage: Stage, state: TrainState, batches: Batches, ex
     stops = run.chat.stop_ids
     save_model(state.model, folder / "model", like=run.start_folder, dtype="float32", stops=stops, card=card)
     if lines and (share := lines[-1].get("saturated", 0.0)) > 0.5:
-        advice = "A smaller beta, or `loss: sigmoid_norm`, lets them count."
-        if isinstance(stage, ThinkpoStage) and (margin := lines[-1].get("rewards/margins", 0.0)) > 1:
+        advice = "A smaller beta lets them count; for DPO's loss, so does `loss: sigmoid_norm`."
+        if (
+            isinstance(stage, ThinkpoStage)
+            and stage.loss != "sigmoid_norm"
+            and (margin := lines[-1].get("rewards/margins", 0.0)) > 1
+        ):
             advice += f" At {stage.beta / margin:.1g} the mean margin of now would be 1 (gradient weight 27 %)."
         warn(f"stage {stage.name}: at its end {share:.0%} of the pairs had next to no gradient left. {advice}")
     summary = {"steps": len(batches), "seconds": sum(line["seconds"] for line in lines), "notes": notes}
