@@ -18,7 +18,8 @@ BLOCK = 256  # tokens; rows of up to so many are computed whole
 LOWEST = -1e30  # a score that is none: finite, so that a row of them is no NaN
 
 ROWS = ("batch", None)
-HEADS = ("batch", None, "activation_heads", None)
+STATS = ("batch", None, "activation_heads")
+HEADS = (*STATS, None)
 
 
 class Places(NamedTuple):
@@ -56,7 +57,7 @@ def _blockwise(q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, places: 
 
 
 def _forward(q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, places: Places) -> tuple[jax.Array, tuple]:
-    part = per_device(_forward_rows, (HEADS, HEADS, HEADS, ROWS, ROWS), (HEADS, ("batch", None, "activation_heads")))
+    part = per_device(_forward_rows, (HEADS, HEADS, HEADS, ROWS, ROWS), (HEADS, STATS))
     out_BTNH, lse_BTN = part(q_BTNH, k_BTKH, v_BTKH, *places)
     return out_BTNH, (q_BTNH, k_BTKH, v_BTKH, places, out_BTNH, lse_BTN)
 
@@ -64,8 +65,7 @@ def _forward(q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, places: Pl
 def _backward(residuals: tuple, dout_BTNH: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array, None]:
     q_BTNH, k_BTKH, v_BTKH, places, out_BTNH, lse_BTN = residuals
     weight_BTN = jnp.sum(dout_BTNH.astype(jnp.float32) * out_BTNH.astype(jnp.float32), axis=-1)
-    stats = ("batch", None, "activation_heads")
-    part = per_device(_backward_rows, (HEADS, HEADS, HEADS, ROWS, ROWS, HEADS, stats, stats), (HEADS, HEADS, HEADS))
+    part = per_device(_backward_rows, (HEADS, HEADS, HEADS, ROWS, ROWS, HEADS, STATS, STATS), (HEADS, HEADS, HEADS))
     return *part(q_BTNH, k_BTKH, v_BTKH, *places, dout_BTNH, lse_BTN, weight_BTN), None
 
 

@@ -14,7 +14,7 @@ from typing import Any, NoReturn
 import filelock
 
 from thinkpo_jax.config import RunError, UserError
-from thinkpo_jax.log import warn
+from thinkpo_jax.log import say, warn
 
 STOPPED = 130  # the exit status after Ctrl-C
 
@@ -63,10 +63,11 @@ def program(main: Callable[[Sequence[str]], None]) -> NoReturn:
 
 
 @contextlib.contextmanager
-def writing(folder: Path, key: str) -> Iterator[None]:
+def writing(folder: Path, key: str, *, waiting: str = "") -> Iterator[None]:
     """Makes a folder, which the configuration names under `key`; within it no other process does the same.
 
-    Raises `UserError` where it cannot be made, or another process holds it.
+    Raises `UserError` where it cannot be made, or another process holds it; with `waiting`, which is then said, that
+    process is waited for.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -74,7 +75,14 @@ def writing(folder: Path, key: str) -> Iterator[None]:
         raise UserError(f"{key}: {folder} cannot be made: {error}. Set {key} to a folder.") from None
     with contextlib.ExitStack() as stack:
         try:
-            stack.enter_context(filelock.FileLock(folder / ".lock", blocking=False))
+            lock = filelock.FileLock(folder / ".lock")
+            try:
+                stack.enter_context(lock.acquire(blocking=False))
+            except filelock.Timeout:
+                if not waiting:
+                    raise
+                say(waiting)
+                stack.enter_context(lock.acquire())
         except filelock.Timeout:
             raise UserError(
                 f"{key}: another process writes to {folder}. Wait for it, or choose another {key}."

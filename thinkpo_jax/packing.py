@@ -8,7 +8,7 @@ import bisect
 import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
-from typing import Generic, NamedTuple, TypeVar, overload
+from typing import Generic, NamedTuple, TypeVar
 
 import grain
 import jax
@@ -126,7 +126,7 @@ HostBatch = Batch[np.ndarray]
 DeviceBatch = Batch[jax.Array]
 
 
-class Batches(Sequence[HostBatch]):
+class Batches:
     """The updates of a stage, by index. `reference` [n, S, 3], where given, is read into the batches."""
 
     def __init__(
@@ -192,13 +192,7 @@ class Batches(Sequence[HostBatch]):
     def __len__(self) -> int:
         return self.steps
 
-    @overload
-    def __getitem__(self, index: int) -> HostBatch: ...
-    @overload
-    def __getitem__(self, index: slice) -> list[HostBatch]: ...
-    def __getitem__(self, index: int | slice) -> HostBatch | list[HostBatch]:
-        if isinstance(index, slice):
-            return [self[i] for i in range(*index.indices(len(self)))]
+    def __getitem__(self, index: int) -> HostBatch:
         if not 0 <= index < self.steps:
             raise IndexError(index)
         epoch, update = divmod(index, self.steps_per_epoch)
@@ -209,11 +203,11 @@ class Batches(Sequence[HostBatch]):
         options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=2)
         return iter(grain.MapDataset.source(self)[start:].to_iter_dataset(options))
 
-    def over(self, indices: Sequence[int] | np.ndarray) -> Sequence[HostBatch]:
+    def over(self, indices: Sequence[int] | np.ndarray) -> "Filled":
         """Batches of these examples, each once, in the shape of the updates, so that one program serves both."""
         rows = self._rows(np.asarray(indices, np.int64), (self.examples_per_row, self.trained_per_row))
         at_once = self.micro_batches * self.rows
-        return _Filled(self._fill, [rows[start : start + at_once] for start in range(0, len(rows), at_once)])
+        return Filled(self._fill, [rows[start : start + at_once] for start in range(0, len(rows), at_once)])
 
     def slots(self) -> int:
         """Places for tokens in an update, padding included."""
@@ -265,8 +259,8 @@ class Batches(Sequence[HostBatch]):
         return Batch(*(array.reshape(self.micro_batches, self.rows, *array.shape[1:]) for array in batch))
 
 
-class _Filled(Sequence[HostBatch]):
-    """Batches that are filled when they are asked for."""
+class Filled:
+    """Some batches, each filled when its turn comes; can be gone through again."""
 
     def __init__(self, fill: Callable[[Sequence[Sequence[int]]], HostBatch], updates: list[list[list[int]]]) -> None:
         self._fill, self._updates = fill, updates
@@ -274,14 +268,8 @@ class _Filled(Sequence[HostBatch]):
     def __len__(self) -> int:
         return len(self._updates)
 
-    @overload
-    def __getitem__(self, index: int) -> HostBatch: ...
-    @overload
-    def __getitem__(self, index: slice) -> list[HostBatch]: ...
-    def __getitem__(self, index: int | slice) -> HostBatch | list[HostBatch]:
-        return (
-            [*map(self._fill, self._updates[index])] if isinstance(index, slice) else self._fill(self._updates[index])
-        )
+    def __iter__(self) -> Iterator[HostBatch]:
+        return map(self._fill, self._updates)
 
 
 def _sizes(example: Example) -> tuple[int, int, int]:

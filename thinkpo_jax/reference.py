@@ -16,11 +16,11 @@ import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
-import filelock
 import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from thinkpo_jax.commands import writing
 from thinkpo_jax.config import RunError, UserError, read_json
 from thinkpo_jax.data import Example, cache_folder
 from thinkpo_jax.log import say, warn, write_whole
@@ -38,7 +38,7 @@ from thinkpo_jax.packing import HEAD, REGIONS, Batches, DeviceBatch, HostBatch
 from thinkpo_jax.sharding import put_batch
 
 FORMAT = 1  # raised whenever the same weights and tokens give other log-probs, or the files another layout
-IDENTITY, RECORDS, LOCK = "identity.json", "logprobs", ".lock"
+IDENTITY, RECORDS = "identity.json", "logprobs"
 # How far a live log-prob of n tokens may be from the cached one: SUMS of 1 + its size, and NOISE nats times sqrt(n). In
 # bfloat16 an answer that stands elsewhere in a row is rounded otherwise, by 0.034 nats per token (rms; SmolLM2-135M on
 # real pairs in rows of 1,600 and 3,072), 0.1 sqrt(n) at most for an answer; in float32 by 2e-5 sqrt(n).
@@ -63,22 +63,10 @@ class Store:
     @contextlib.contextmanager
     def writing(self) -> Iterator[None]:
         """Within it no other process adds to the store; one that computes the same is waited for."""
-        with contextlib.ExitStack() as stack:
-            try:
-                self.folder.mkdir(parents=True, exist_ok=True)
-                if not (self.folder / IDENTITY).exists():
-                    write_whole(self.folder / IDENTITY, json.dumps(self.identity).encode())
-                lock = filelock.FileLock(self.folder / LOCK)
-                try:
-                    stack.enter_context(lock.acquire(blocking=False))
-                except filelock.Timeout:
-                    say("another process computes the reference of the same model: waiting for it")
-                    stack.enter_context(lock.acquire())
-            except NotImplementedError as error:
-                warn(f"{self.folder} cannot be locked ({error}): other processes may compute the same.")
-            except OSError as error:
-                problem = f"the reference's log-probs cannot be kept there: {error}"
-                raise UserError(f"{self.folder}: {problem}. Set XDG_CACHE_HOME to a folder with room.") from None
+        waiting = "another process computes the reference of the same model: waiting for it"
+        with writing(self.folder, "XDG_CACHE_HOME", waiting=waiting):
+            if not (self.folder / IDENTITY).exists():
+                write_whole(self.folder / IDENTITY, json.dumps(self.identity).encode())
             yield
 
     def read(self) -> dict[bytes, np.ndarray]:

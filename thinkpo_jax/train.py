@@ -144,6 +144,21 @@ def train_stage(run: Run, stage: Stage, examples: Examples) -> None:
 
 def against_reference(run: Run, stage: ThinkpoStage, batches: Batches, model: Transformer) -> Objective:
     """ThinkPO against the start model: puts its log-probs into the batches, and sees that the first loss is right."""
+    # A stage keeps the values that it was begun with: others, of other rows, may differ in their last bits.
+    path = run.folder / stage.name / "reference.npz"
+    begun = read_logprobs(path, like=batches.reference)
+    if begun is None:
+        begun = looked_up(run, stage, batches, model)
+        write_logprobs(path, begun)
+    batches.reference = begun
+    tags = {"end_id": run.chat.end_id, "thought_ends": run.chat.thought_ends()}
+    loss = check_start(stage, comparison(stage, **tags), model, batches[0], run.mesh)
+    say(f"{stage.name}: before the first update the loss is {loss:.6f}")
+    return thinkpo(stage, **tags)
+
+
+def looked_up(run: Run, stage: ThinkpoStage, batches: Batches, model: Transformer) -> np.ndarray:
+    """The start model's log-probs, as they are kept for all runs, or computed."""
     device = jax.devices()[0]
     identity = {
         "weights": run.weights(run.start_of(stage)),
@@ -158,19 +173,10 @@ def against_reference(run: Run, stage: ThinkpoStage, batches: Batches, model: Tr
         progress = progress or Progress(f"{stage.name} reference", total, unit="batch")
         progress.update(done)
 
-    # A stage keeps the values that it was begun with: others, of other rows, may differ in their last bits.
-    path = run.folder / stage.name / "reference.npz"
-    begun = read_logprobs(path, like=batches.reference)
-    if begun is None:
-        begun = stored_logprobs(model, batches, run.mesh, identity=identity, watch=watch)
-        write_logprobs(path, begun)
-    batches.reference = begun
+    found = stored_logprobs(model, batches, run.mesh, identity=identity, watch=watch)
     if progress is not None:
         progress.close()
-    tags = {"end_id": run.chat.end_id, "thought_ends": run.chat.thought_ends()}
-    loss = check_start(stage, comparison(stage, **tags), model, batches[0], run.mesh)
-    say(f"{stage.name}: before the first update the loss is {loss:.6f}")
-    return thinkpo(stage, **tags)
+    return found
 
 
 class Validation:
