@@ -8,10 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import small
+from flax import nnx
 
 from thinkpo_jax.attention import Places
 from thinkpo_jax.convert import named
-from thinkpo_jax.model import Cache, ComputeConfig, Transformer
+from thinkpo_jax.model import Cache, ComputeConfig, Transformer, project, rms_norm
 
 ROW = np.random.default_rng(0).permutation(small.ARCH.vocab_size)[:20].astype(np.int32)  # distinct tokens
 LENGTHS = (7, 9)  # of the segments in the row; padding after them
@@ -145,6 +146,44 @@ def test_bfloat16_multiplies_in_bfloat16_and_keeps_float32_parameters_and_gradie
         assert value.dtype == found.dtype == jnp.float32, name
         error = float(jnp.linalg.norm(found - expected) / jnp.linalg.norm(expected))
         assert 0 < error < 0.1, name
+
+
+@pytest.mark.parametrize(("inner", "outer"), [(5, 7), (7, 5)])
+def test_a_projection_has_the_gradients_of_a_product(inner: int, outer: int) -> None:
+    x_BTI, weight_IO, seen_BTO = _normal((2, 3, inner), (inner, outer), (2, 3, outer))
+    found, expected = (
+        jax.grad(lambda x, w, product=product: jnp.sum(product(x, w) * seen_BTO), (0, 1))(x_BTI, weight_IO)
+        for product in (project, jnp.matmul)
+    )
+    for ours, plain in zip(found, expected, strict=True):
+        np.testing.assert_allclose(ours, plain, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("shape", [(2, 3, 8), (2, 3, 4, 8)], ids=["states", "heads"])
+def test_the_norm_has_the_gradients_of_its_formula(shape: tuple[int, ...]) -> None:
+    eps = 0.1
+    x, weight, seen = _normal(shape, shape[-1:], shape)
+
+    def formula(x: jax.Array, weight: jax.Array) -> jax.Array:
+        return x / jnp.sqrt(jnp.mean(x**2, axis=-1, keepdims=True) + eps) * weight
+
+    def norm(x: jax.Array, weight: jax.Array) -> jax.Array:
+        return rms_norm(x, nnx.Param(weight), eps)
+
+    found, expected = (
+        jax.value_and_grad(lambda x, w, f=f: jnp.sum(f(x, w) * seen), (0, 1))(x, weight) for f in (norm, formula)
+    )
+    for ours, plain in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(ours, plain, rtol=1e-5, atol=1e-6)
+    low = jax.grad(lambda x, w: jnp.sum(norm(x, w).astype(jnp.float32) * seen), (0, 1))(x.astype(jnp.bfloat16), weight)
+    assert [gradient.dtype for gradient in low] == [jnp.bfloat16, jnp.float32]
+    for ours, plain in zip(low, expected[1], strict=True):
+        np.testing.assert_allclose(ours.astype(jnp.float32), plain, atol=0.05)
+
+
+def _normal(*shapes: tuple[int, ...]) -> list[jax.Array]:
+    rng = np.random.default_rng(0)
+    return [jnp.array(rng.normal(size=shape), jnp.float32) for shape in shapes]
 
 
 def test_the_head_is_the_transposed_embedding_only_where_it_is_tied() -> None:
