@@ -49,6 +49,10 @@ def test_operations_per_token_of_known_models(
     scores = 2 * layers * heads * head_dim * one_row.attended
     assert found.hardware - found.model == pytest.approx(2 * embed * vocab * length + scores)
     assert full.hardware - scores == pytest.approx(full.model * 4 / 3)
+    kept = {name: update_operations(arch, ComputeConfig.model_validate({"remat": name}), one_row).hardware
+            for name in ("none", "projections", "attention")}  # fmt: skip
+    assert kept["projections"] == kept["none"] == found.hardware
+    assert full.hardware - kept["attention"] == pytest.approx(2 * scores)
 
 
 def test_the_forward_pass_is_what_xla_counts() -> None:

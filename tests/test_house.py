@@ -40,8 +40,9 @@ MAX_FILE, MAX_FUNCTION, MAX_PARAMETERS = 400, 60, 8
 # folder, streamed loading, the lock and the error messages of damaged runs. 6820: more sources and forms of rows,
 # prepared tokens on disk, the look before training, building pairs, asking a server,
 # the losses that users of TRL expect and metrics by region and length. 8150: the reference kept by content, held-out
-# examples, attention by blocks, a head that is split over devices, operations counted, and a race against TRL.
-MAX_PACKAGE = 8150
+# examples, attention by blocks, a head that is split over devices, operations counted, and a race against TRL. 8200:
+# remat policies by name, gradients of products and norms written out.
+MAX_PACKAGE = 8200
 
 
 def _imports(path: Path) -> set[str]:

@@ -10,7 +10,7 @@ import pytest
 import small
 from flax import nnx
 
-from thinkpo_jax.attention import Places
+from thinkpo_jax.attention import BLOCK, Places
 from thinkpo_jax.convert import named
 from thinkpo_jax.model import Cache, ComputeConfig, Transformer, project, rms_norm
 
@@ -121,15 +121,38 @@ def test_the_cache_gives_the_states_of_one_pass(prefill: int) -> None:
         np.testing.assert_allclose(np.concatenate(states), expected_TD, atol=1e-5)
 
 
-def test_remat_changes_when_things_are_computed_and_nothing_else() -> None:
+@pytest.mark.parametrize("remat", ["projections", "attention", "full"])
+def test_remat_changes_when_things_are_computed_and_nothing_else(remat: str) -> None:
     value_and_grad = jax.value_and_grad(_loss)
-    kept, again = (_model(remat=remat) for remat in ("none", "full"))
+    kept, again = (_model(remat=policy) for policy in ("none", remat))
     traced = [str(jax.make_jaxpr(value_and_grad)(model)) for model in (kept, again)]
     assert ["policy=" in text for text in traced] == [False, True], "remat is on in one of them"
     (value, gradient), (value_again, gradient_again) = (jax.jit(value_and_grad)(model) for model in (kept, again))
     assert float(value_again) == pytest.approx(float(value), rel=1e-6)
     for (name, a), b in zip(named(gradient).items(), named(gradient_again).values(), strict=True):
         np.testing.assert_allclose(b, a, rtol=1e-5, atol=1e-5, err_msg=name)
+
+
+@pytest.mark.parametrize(("length", "scores"), [(64, 1), (2 * BLOCK, 0)], ids=["whole", "blockwise"])
+def test_each_remat_policy_keeps_less_and_computes_more_again(length: int, scores: int) -> None:
+    """Memory is that of the compiled program, products those of its text (a layer stands there once).
+
+    Attention as a whole keeps its scores where nothing is computed again, and needs them computed again elsewhere.
+    """
+    products, memory = {}, {}
+    for remat in ("none", "projections", "attention", "full"):
+        places = _packed(length - 5, total=length)
+
+        def loss(model: Transformer, places: Places = places) -> jax.Array:
+            return model(places.positions, places)[0].astype(jnp.float32).sum()
+
+        lowered = jax.jit(jax.grad(loss)).lower(_model(remat=remat))
+        products[remat] = len(re.findall(r"stablehlo\.dot_general", lowered.as_text()))
+        memory[remat] = lowered.compile().memory_analysis().temp_size_in_bytes
+    assert products["projections"] == products["none"] + scores
+    assert products["attention"] == products["none"] + scores + 6  # q, k, v, o, gate and up
+    assert products["full"] == products["none"] + 8  # and attention's two
+    assert memory["none"] > memory["projections"] > memory["attention"] > memory["full"]
 
 
 def test_bfloat16_multiplies_in_bfloat16_and_keeps_float32_parameters_and_gradients() -> None:

@@ -65,7 +65,10 @@ VARIANTS = {
     "mesh": (MESH_8, "none", {}),
     "fsdp": ({"fsdp": 8}, "none", {}),
     "micro-batches": ({}, "none", {"rows_per_device": 1}),
-    "remat": ({}, "full", {}),
+    "remat projections": ({}, "projections", {}),
+    "remat attention": ({}, "attention", {}),
+    "remat full": ({}, "full", {}),
+    "mesh, remat attention": (MESH_8, "attention", {}),
     "all": (MESH_8, "full", {"rows_per_device": 1}),
 }
 

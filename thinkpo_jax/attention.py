@@ -11,10 +11,12 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from thinkpo_jax.sharding import per_device
 
 BLOCK = 256  # tokens; rows of up to so many are computed whole
+ATTENDED = "attended"  # by which remat policies name what attention gives
 LOWEST = -1e30  # a score that is none: finite, so that a row of them is no NaN
 
 ROWS = ("batch", None)
@@ -48,7 +50,8 @@ def _whole(q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, queries: Pla
     same_segment = queries.segments[:, :, None] == keys.segments[:, None, :]
     not_later = keys.positions[:, None, :] <= queries.positions[:, :, None]
     mask_B1TS = (same_segment & not_later)[:, None]
-    return jax.nn.dot_product_attention(q_BTNH, k_BSKH, v_BSKH, mask=mask_B1TS, implementation="xla")
+    out_BTNH = jax.nn.dot_product_attention(q_BTNH, k_BSKH, v_BSKH, mask=mask_B1TS, implementation="xla")
+    return checkpoint_name(out_BTNH, ATTENDED)
 
 
 @jax.custom_vjp
@@ -58,7 +61,7 @@ def _blockwise(q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, places: 
 
 def _forward(q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, places: Places) -> tuple[jax.Array, tuple]:
     part = per_device(_forward_rows, (HEADS, HEADS, HEADS, ROWS, ROWS), (HEADS, STATS))
-    out_BTNH, lse_BTN = part(q_BTNH, k_BTKH, v_BTKH, *places)
+    out_BTNH, lse_BTN = checkpoint_name(part(q_BTNH, k_BTKH, v_BTKH, *places), ATTENDED)
     return out_BTNH, (q_BTNH, k_BTKH, v_BTKH, places, out_BTNH, lse_BTN)
 
 

@@ -54,16 +54,19 @@ def work(batch: HostBatch) -> Work:
 def update_operations(arch: Architecture, compute: ComputeConfig, work: Work) -> Operations:
     """Operations of one update; the hardware's are those of the model and what the backward pass computes again.
 
-    That is the head's logits (logprobs.py) and the scores of attention (attention.py, half of its products), and with
-    remat `full` the layers too.
+    That is the head's logits (logprobs.py) and the scores of attention (attention.py, half of its products), with remat
+    `attention` and `full` the layers' products with weights, and with `full` those of attention.
     """
     D, H = arch.embed, arch.head_dim
     weights = arch.layers * (2 * D * arch.heads * H + 2 * D * arch.kv_heads * H + 3 * D * arch.mlp)
-    layers = 2.0 * weights * work.tokens + 4.0 * arch.layers * arch.heads * H * work.attended
+    projections = 2.0 * weights * work.tokens
+    attention = 4.0 * arch.layers * arch.heads * H * work.attended
     head = 2.0 * D * arch.vocab_size * work.trained
-    scores = 2.0 * arch.layers * arch.heads * H * work.attended
-    again = head + scores + (layers if compute.remat == "full" else 0.0)
-    return Operations(3 * (layers + head), 3 * (layers + head) + again)
+    again = head + attention / 2
+    again += projections if compute.remat in ("attention", "full") else 0.0
+    again += attention if compute.remat == "full" else 0.0
+    model = 3 * (projections + attention + head)
+    return Operations(model, model + again)
 
 
 def peak(device_kind: str) -> float | None:

@@ -11,19 +11,28 @@ from typing import Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 
 from thinkpo_jax.architecture import Architecture
-from thinkpo_jax.attention import Places, attend
+from thinkpo_jax.attention import ATTENDED, Places, attend
 from thinkpo_jax.config import Section
 from thinkpo_jax.rope import rotate
 from thinkpo_jax.sharding import constrain
 
+PROJECTED = "projected"  # by which remat policies name what the weights of a layer give
+# What each policy keeps of a layer for the backward pass, beside the layer's input; the rest is computed again.
+KEPT: dict[str, tuple[str, ...]] = {"projections": (PROJECTED, ATTENDED), "attention": (ATTENDED,), "full": ()}
+
 
 class ComputeConfig(Section):
-    """How the network is computed; none of it changes what the network is."""
+    """How the network is computed; none of it changes what the network is.
+
+    `remat` trades memory for operations: `none` keeps every intermediate of the layers, `projections` the outputs of
+    their matrix products (no product is computed twice), `attention` the attention's output alone, `full` nothing.
+    """
 
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
-    remat: Literal["none", "full"] = "none"
+    remat: Literal["none", "projections", "attention", "full"] = "none"
 
 
 class Cache(NamedTuple):
@@ -78,7 +87,9 @@ class Blocks(nnx.Module):
         x_BTD = constrain(x_BTD + attended, ("batch", "length", "activation_embed"))
         h_BTD = rms_norm(x_BTD, self.mlp_norm, self.arch.norm_eps)
         dtype = x_BTD.dtype
-        gate_BTF, up_BTF = project(h_BTD, self.gate[...].astype(dtype)), project(h_BTD, self.up[...].astype(dtype))
+        gate_BTF, up_BTF = (
+            checkpoint_name(project(h_BTD, weight[...].astype(dtype)), PROJECTED) for weight in (self.gate, self.up)
+        )
         x_BTD = x_BTD + project(jax.nn.silu(gate_BTF) * up_BTF, self.down[...].astype(dtype))
         return constrain(x_BTD, ("batch", "length", "activation_embed")), cached
 
@@ -88,7 +99,7 @@ class Blocks(nnx.Module):
         dtype, arch = x_BTD.dtype, self.arch
 
         def project(weight: nnx.Param, bias: nnx.Param | None) -> jax.Array:
-            out = jnp.einsum("BTD,DNH->BTNH", x_BTD, weight[...].astype(dtype))
+            out = checkpoint_name(jnp.einsum("BTD,DNH->BTNH", x_BTD, weight[...].astype(dtype)), PROJECTED)
             out = out if bias is None else out + bias[...].astype(dtype)[None, None]
             return constrain(out, ("batch", "length", "activation_heads", "head_dim"))
 
@@ -106,7 +117,8 @@ class Blocks(nnx.Module):
             v_BTKH = jax.lax.dynamic_update_slice(cached[1], v_BTKH, start)
             keys, cached = cache.places, (k_BTKH, v_BTKH)
         out_BTNH = attend(q_BTNH, k_BTKH, v_BTKH, places, keys)
-        return jnp.einsum("BTNH,NHD->BTD", out_BTNH, self.o[...].astype(dtype)), cached
+        out_BTD = jnp.einsum("BTNH,NHD->BTD", out_BTNH, self.o[...].astype(dtype))
+        return checkpoint_name(out_BTD, PROJECTED), cached
 
 
 class Transformer(nnx.Module):
@@ -140,8 +152,9 @@ class Transformer(nnx.Module):
             block, cached = xs
             return block(x_BTD, places, cached, cache)
 
-        if self.compute.remat == "full":
-            layer = jax.checkpoint(layer)
+        if self.compute.remat != "none":
+            policy = jax.checkpoint_policies.save_only_these_names(*KEPT[self.compute.remat])
+            layer = jax.checkpoint(layer, policy=policy)
         cached = None if cache is None else (cache.k_LBSKH, cache.v_LBSKH)
         x_BTD, cached = jax.lax.scan(layer, x_BTD, (self.blocks, cached))
         if cache is not None and cached is not None:
