@@ -148,7 +148,9 @@ def test_each_remat_policy_keeps_less_and_computes_more_again(length: int, score
 
         lowered = jax.jit(jax.grad(loss)).lower(_model(remat=remat))
         products[remat] = len(re.findall(r"stablehlo\.dot_general", lowered.as_text()))
-        memory[remat] = lowered.compile().memory_analysis().temp_size_in_bytes
+        analysis = lowered.compile().memory_analysis()
+        assert analysis is not None
+        memory[remat] = analysis.temp_size_in_bytes
     assert products["projections"] == products["none"] + scores
     assert products["attention"] == products["none"] + scores + 6  # q, k, v, o, gate and up
     assert products["full"] == products["none"] + 8  # and attention's two
