@@ -27,8 +27,8 @@ KEPT: dict[str, tuple[str, ...]] = {"projections": (PROJECTED, ATTENDED), "atten
 class ComputeConfig(Section):
     """How the network is computed; none of it changes what the network is.
 
-    `remat` trades memory for operations: `none` keeps every intermediate of the layers, `projections` the outputs of
-    their matrix products (no product is computed twice), `attention` the attention's output alone, `full` nothing.
+    `remat` trades memory for operations: `none` keeps every intermediate of the layers, `projections` what weights and
+    attention give (no product with a weight is computed twice), `attention` the attention's output alone, `full` nothing.
     """
 
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
@@ -98,7 +98,7 @@ class Blocks(nnx.Module):
     ) -> tuple[jax.Array, tuple[jax.Array, jax.Array] | None]:
         dtype, arch = x_BTD.dtype, self.arch
 
-        def project(weight: nnx.Param, bias: nnx.Param | None) -> jax.Array:
+        def heads_of(weight: nnx.Param, bias: nnx.Param | None) -> jax.Array:
             out = checkpoint_name(jnp.einsum("BTD,DNH->BTNH", x_BTD, weight[...].astype(dtype)), PROJECTED)
             out = out if bias is None else out + bias[...].astype(dtype)[None, None]
             return constrain(out, ("batch", "length", "activation_heads", "head_dim"))
@@ -107,9 +107,9 @@ class Blocks(nnx.Module):
             x_BTNH = x_BTNH if norm is None else rms_norm(x_BTNH, norm, arch.norm_eps)
             return rotate(x_BTNH, places.positions, arch.rope)
 
-        q_BTNH = placed(project(self.q, self.q_bias), self.q_norm)
-        k_BTKH = placed(project(self.k, self.k_bias), self.k_norm)
-        v_BTKH = project(self.v, self.v_bias)
+        q_BTNH = placed(heads_of(self.q, self.q_bias), self.q_norm)
+        k_BTKH = placed(heads_of(self.k, self.k_bias), self.k_norm)
+        v_BTKH = heads_of(self.v, self.v_bias)
         keys = places
         if cache is not None and cached is not None:
             start = (0, cache.cursor, 0, 0)
@@ -211,13 +211,13 @@ def _rms_norm(x: jax.Array, weight: jax.Array, eps: float) -> jax.Array:
 
 
 def _rms_norm_forward(x: jax.Array, weight: jax.Array, eps: float) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+    """Keeps x and one number a vector for the backward pass; autodiff would keep each product on the way."""
     x32 = x.astype(jnp.float32)
     scale = jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + eps)
     return _times(x32 * scale, weight).astype(x.dtype), (x, scale, weight)
 
 
 def _rms_norm_backward(_eps: float, residuals: tuple[jax.Array, ...], dout: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Keeps x and one number a vector; autodiff would keep each product on the way."""
     x, scale, weight = residuals
     normed, dout = x.astype(jnp.float32) * scale, dout.astype(jnp.float32)
     along = dout * normed
