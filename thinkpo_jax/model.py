@@ -28,7 +28,7 @@ class ComputeConfig(Section):
     """How the network is computed; none of it changes what the network is.
 
     `remat` trades memory for operations: `none` keeps every intermediate of the layers, `projections` what weights and
-    attention give (no product with a weight is computed twice), `attention` the attention's output alone, `full` nothing.
+    attention give (no product with a weight is computed twice), `attention` its output alone, `full` nothing.
     """
 
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
