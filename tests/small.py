@@ -35,13 +35,13 @@ FLOAT32 = ComputeConfig(dtype="float32")
 
 def mesh(**sizes: int) -> Mesh:
     """A mesh of exactly the given sizes over the first devices; one device without any."""
-    sizes = {"data": 1, "fsdp": 1, "tensor": 1} | sizes
+    sizes = {"data": 1, "fsdp": 1, "tensor": 1, "context": 1} | sizes
     return make_mesh(MeshConfig(**sizes), jax.devices()[: int(np.prod(list(sizes.values())))])
 
 
-def model(compute: ComputeConfig = FLOAT32, seed: int = 0) -> Transformer:
+def model(compute: ComputeConfig = FLOAT32, seed: int = 0, arch: Architecture = ARCH) -> Transformer:
     """Random weights, biases and norms included, so that every parameter matters."""
-    fresh = Transformer(ARCH, compute, jax.random.key(seed))
+    fresh = Transformer(arch, compute, jax.random.key(seed))
     leaves, structure = jax.tree.flatten(fresh)
     keys = jax.random.split(jax.random.key(seed + 1), len(leaves))
     noisy = [leaf + 0.1 * jax.random.normal(key, leaf.shape) for leaf, key in zip(leaves, keys, strict=True)]
@@ -71,8 +71,14 @@ def singles(count: int, seed: int = 0) -> list[Example]:
 
 
 def batches(
-    examples: Sequence[Example], *, shards: int = 1, steps: int = 4, size: int | None = 6, **batch: object
+    examples: Sequence[Example],
+    *,
+    shards: int = 1,
+    own: Sequence[int] | None = None,
+    steps: int = 4,
+    size: int | None = 6,
+    **batch: object,
 ) -> Batches:
     """`steps` updates of about `size` examples, rows of 48 tokens unless said otherwise."""
     config = BatchConfig.model_validate({"size": size, "row_length": 48} | batch)
-    return Batches(examples, config, seed=0, shards=shards, steps=steps, epochs=1.0)
+    return Batches(examples, config, seed=0, shards=shards, own=own, steps=steps, epochs=1.0)

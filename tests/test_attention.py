@@ -10,7 +10,8 @@ import small
 from jax.sharding import Mesh
 
 from thinkpo_jax import attention
-from thinkpo_jax.attention import Places, _whole, attend, block_bounds
+from thinkpo_jax.attention import HEADS, KEYS, Places, attend, attend_whole, block_bounds
+from thinkpo_jax.sharding import balanced, per_device, whole_rows
 
 BLOCK = 16
 H = 8
@@ -57,7 +58,10 @@ def _values_and_gradients(places: Places, inputs: Inputs, *, blocks: bool) -> li
     weights = jnp.array(np.random.default_rng(1).normal(size=inputs[0].shape), jnp.float32)
 
     def total(q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, jax.Array]:
-        out = (attend if blocks else _whole)(q, k, v, places, places)
+        if blocks:  # what comes out is balanced, too
+            out = per_device(whole_rows, (HEADS,), KEYS)(attend(balanced(q), balanced(k), balanced(v), places))
+        else:
+            out = attend_whole(q, k, v, places, places)
         out = jnp.where(real, out.astype(jnp.float32), 0.0)
         return (out * weights).sum(), out
 
@@ -86,9 +90,20 @@ def test_bfloat16_operands_are_summed_in_float32() -> None:
         np.testing.assert_allclose(b, a, atol=0.03 * float(np.abs(a).max()))
 
 
-@pytest.mark.parametrize("sizes", [{"data": 2, "fsdp": 2, "tensor": 2}, {"fsdp": 4}, {"tensor": 2}], ids=str)
-def test_a_mesh_changes_nothing(sizes: dict[str, int]) -> None:
-    places = _places(ROWS["rows of their own"], 96)
+MESHES = [
+    {"data": 2, "fsdp": 2, "tensor": 2},
+    {"fsdp": 4},
+    {"tensor": 2},
+    {"context": 2},
+    {"context": 4, "tensor": 2},
+    {"fsdp": 2, "context": 2},
+]
+
+
+@pytest.mark.parametrize("length", [96, 208])  # chunks of whole blocks, and of parts of blocks
+@pytest.mark.parametrize("sizes", MESHES, ids=str)
+def test_a_mesh_changes_nothing(sizes: dict[str, int], length: int) -> None:
+    places = _places([*ROWS["rows of their own"][:3], [33, length - 40]], length)
     inputs = _inputs(places, 4, 2)
     expected = _values_and_gradients(places, inputs, blocks=True)
     mesh: Mesh = small.mesh(**sizes)
@@ -98,20 +113,27 @@ def test_a_mesh_changes_nothing(sizes: dict[str, int]) -> None:
         np.testing.assert_allclose(b, a, atol=2e-6)
 
 
+def test_rows_that_are_split_are_short_rows_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attention, "BLOCK", 96)
+    test_a_mesh_changes_nothing({"context": 4, "tensor": 2}, 96)
+
+
 def test_bounds_are_those_of_the_mask() -> None:
     for rows in ROWS.values():
         places = _places([[min(count, 96) for count in row] for row in rows], 96)
         for segments, positions in zip(*map(np.asarray, places), strict=True):
             seen = (segments[:, None] == segments[None]) & (np.arange(96)[:, None] >= np.arange(96))
             seen &= segments[:, None] > 0
-            blocks = seen.reshape(6, BLOCK, 6, BLOCK).any(axis=(1, 3))
-            lows, highs = map(
-                np.asarray, block_bounds(jnp.array(segments.reshape(6, BLOCK)), jnp.array(positions.reshape(6, BLOCK)))
-            )
-            for index in range(6):
-                assert lows[index] == (blocks[index].argmax() if blocks[index].any() else index + 1)
-                last = np.flatnonzero(blocks[:, index]).max(initial=-1)
-                assert (highs[index] == last) if last >= 0 else (highs[index] < index)
+            row = Places(jnp.array(segments), jnp.array(positions))
+            for starts in ([0], [0, 80], [16, 64]):  # a whole row, and what devices hold of one that is split
+                length = 96 if len(starts) == 1 else 2 * BLOCK
+                found = map(np.asarray, block_bounds(row, jnp.array(starts), length))
+                firsts = np.concatenate([np.arange(start, start + length // len(starts), BLOCK) for start in starts])
+                for first, low, high in zip(firsts, *found, strict=True):
+                    blocks = seen[first : first + BLOCK].reshape(BLOCK, 6, BLOCK).any(axis=(0, 2))
+                    assert high == first // BLOCK
+                    assert low == (blocks.argmax() if blocks.any() else high + 1)
+                    assert not blocks.any() or high == np.flatnonzero(blocks).max()
 
 
 def test_blocks_of_other_segments_are_never_read() -> None:
@@ -132,7 +154,7 @@ def test_memory_grows_with_the_row_and_not_with_its_square(monkeypatch: pytest.M
         places = _places([[length // 2, length // 3]], length)
 
         def total(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-            return (attend if blocks else _whole)(q, k, v, places, places).sum()
+            return (attend(q, k, v, places) if blocks else attend_whole(q, k, v, places, places)).sum()
 
         program = jax.jit(jax.grad(total, argnums=(0, 1, 2))).lower(*_inputs(places, 4, 2)).compile()
         memory: Any = program.memory_analysis()
@@ -142,9 +164,12 @@ def test_memory_grows_with_the_row_and_not_with_its_square(monkeypatch: pytest.M
     assert temporary(2048, blocks=True) < temporary(2048, blocks=False) / 10
 
 
-def test_rows_of_a_cache_and_short_rows_are_computed_whole() -> None:
+def test_short_rows_are_computed_whole_and_a_cache_may_have_any_order() -> None:
     places = _places([[10, 6]], BLOCK)
     inputs = _inputs(places, 4, 2)
     longer = _places(ROWS["long and short"], 96)
-    for (q, k, v), queries, keys in ((inputs, places, places), (_inputs(longer, 4, 2), longer, Places(*longer))):
-        np.testing.assert_array_equal(_whole(q, k, v, queries, keys), attend(q, k, v, queries, keys))
+    np.testing.assert_array_equal(attend_whole(*inputs, places, places), attend(*inputs, places))
+    cached = jax.tree.map(lambda array: array[:, ::-1], longer)  # whatever the order in which keys are kept
+    q, k, v = _inputs(longer, 4, 2)
+    expected, found = attend(q, k, v, longer), attend_whole(q, k[:, ::-1], v[:, ::-1], longer, cached)
+    np.testing.assert_allclose(found, expected, atol=2e-6)

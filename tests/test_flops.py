@@ -6,8 +6,9 @@ import pytest
 import small
 
 from thinkpo_jax.attention import Places
-from thinkpo_jax.flops import Work, peak, throughput, update_operations, work
+from thinkpo_jax.flops import peak, throughput, update_operations
 from thinkpo_jax.model import ComputeConfig, Transformer
+from thinkpo_jax.packing import Work
 from thinkpo_jax.rope import make_rope
 
 BFLOAT16 = ComputeConfig(dtype="bfloat16")
@@ -17,7 +18,7 @@ def test_the_work_of_a_batch_is_that_of_a_plain_loop() -> None:
     examples = small.pairs(20)
     batches = small.batches(examples, steps=1, size=20)
     segments = [segment for example in examples for segment in example]
-    found = work(batches[0])
+    found = batches.work(batches[0])
     assert found.tokens == sum(len(segment.tokens) for segment in segments)
     assert found.trained == sum(len(segment.tokens) - segment.answer_start for segment in segments)
     assert found.attended == sum(n * (n + 1) // 2 for n in (len(segment.tokens) for segment in segments))
@@ -89,16 +90,17 @@ def test_use_of_a_device_is_told_where_its_peak_is_known(monkeypatch: pytest.Mon
         "cpu": None,
     }
     assert {kind: peak(kind) for kind in kinds} == kinds
-    batch = small.batches(small.pairs(20), steps=1, size=20)[0]
-    found = throughput(batch, small.ARCH, BFLOAT16, 2.0)
+    batches = small.batches(small.pairs(20), steps=1, size=20)
+    work, slots = batches.work(batches[0]), batches.slots()
+    found = throughput(work, slots, small.ARCH, BFLOAT16, 2.0)
     assert "mfu" not in found
     assert found["tokens_per_second"] == pytest.approx(found["tokens"] / 2, abs=0.1)
-    assert found["padded_tokens_per_second"] == pytest.approx(batch.tokens.size / 2)
-    assert found["packing_efficiency"] == pytest.approx(found["tokens"] / batch.tokens.size, abs=1e-4)
+    assert found["padded_tokens_per_second"] == pytest.approx(slots / 2)
+    assert found["packing_efficiency"] == pytest.approx(found["tokens"] / slots, abs=1e-4)
     monkeypatch.setattr("thinkpo_jax.flops.peak", lambda _: 1e6)
-    found = throughput(batch, small.ARCH, BFLOAT16, 2.0)
-    operations = update_operations(small.ARCH, BFLOAT16, work(batch))
+    found = throughput(work, slots, small.ARCH, BFLOAT16, 2.0)
+    operations = update_operations(small.ARCH, BFLOAT16, work)
     available = 1e6 * len(jax.devices()) * 2.0
     assert found["mfu"] == pytest.approx(operations.model / available, abs=1e-4)
     assert found["hfu"] == pytest.approx(operations.hardware / available, abs=1e-4)
-    assert "mfu" not in throughput(batch, small.ARCH, small.FLOAT32, 2.0)
+    assert "mfu" not in throughput(work, slots, small.ARCH, small.FLOAT32, 2.0)

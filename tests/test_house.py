@@ -9,6 +9,7 @@ PACKAGE = Path(__file__).resolve().parents[1] / "thinkpo_jax"
 # Each room imports only from floors above it in this list (the ground floor comes first).
 FLOORS = (
     ("config", "losses", "rope"),
+    ("hosts",),
     ("log", "sharding"),
     (
         "commands",

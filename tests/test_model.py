@@ -121,7 +121,7 @@ def test_the_cache_gives_the_states_of_one_pass(prefill: int) -> None:
         np.testing.assert_allclose(np.concatenate(states), expected_TD, atol=1e-5)
 
 
-@pytest.mark.parametrize("remat", ["projections", "attention", "full"])
+@pytest.mark.parametrize("remat", ["projections", "attention", "full", "offload"])
 def test_remat_changes_when_things_are_computed_and_nothing_else(remat: str) -> None:
     value_and_grad = jax.value_and_grad(_loss)
     kept, again = (_model(remat=policy) for policy in ("none", remat))
@@ -140,7 +140,7 @@ def test_each_remat_policy_keeps_less_and_computes_more_again(length: int, score
     Attention as a whole keeps its scores where nothing is computed again, and needs them computed again elsewhere.
     """
     products, memory = {}, {}
-    for remat in ("none", "projections", "attention", "full"):
+    for remat in ("none", "projections", "attention", "full", "offload"):
         places = _packed(length - 5, total=length)
 
         def loss(model: Transformer, places: Places = places) -> jax.Array:
@@ -154,6 +154,7 @@ def test_each_remat_policy_keeps_less_and_computes_more_again(length: int, score
     assert products["projections"] == products["none"] + scores
     assert products["attention"] == products["none"] + scores + 6  # q, k, v, o, gate and up
     assert products["full"] == products["none"] + 8  # and attention's two
+    assert products["offload"] == products["none"] + scores + 2  # gate and up
     assert memory["none"] > memory["projections"] > memory["attention"] > memory["full"]
 
 

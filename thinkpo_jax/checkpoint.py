@@ -13,6 +13,7 @@ import orbax.checkpoint as ocp
 import pydantic
 
 from thinkpo_jax.config import RunError, Section, UserError
+from thinkpo_jax.hosts import several
 from thinkpo_jax.log import warn
 from thinkpo_jax.step import TrainState
 
@@ -66,6 +67,8 @@ class Checkpoints:
             try:
                 self._manager.save(step, args=ocp.args.Composite(**items))
             except (ValueError, RuntimeError) as error:  # OSError speaks for itself
+                if several() and isinstance(error, jax.errors.JaxRuntimeError):
+                    raise  # another process has gone
                 raise RunError(f"{self.folder}: checkpoint {step} cannot be written: {_first_line(error)}") from None
 
     def restore(self, like: TrainState, step: int | None = None) -> TrainState:

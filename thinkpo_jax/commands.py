@@ -12,8 +12,10 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import filelock
+import jax
 
 from thinkpo_jax.config import RunError, UserError
+from thinkpo_jax.hosts import first, leave, several
 from thinkpo_jax.log import say, warn
 
 STOPPED = 130  # the exit status after Ctrl-C
@@ -37,7 +39,7 @@ def command(main: Callable[[Sequence[str]], None], arguments: Sequence[str] | No
         main(sys.argv[1:] if arguments is None else arguments)
         sys.stdout.flush()
     except (UserError, RunError) as error:
-        print(re.sub(r"(?m)^", "error: ", str(error)), file=sys.stderr)
+        print(re.sub(r"(?m)^", f"{_who()}error: ", str(error)), file=sys.stderr)
         return 2 if isinstance(error, UserError) else 1
     except BrokenPipeError:  # whoever read the output has left
         with contextlib.suppress(OSError):  # a stream without a descriptor
@@ -45,7 +47,16 @@ def command(main: Callable[[Sequence[str]], None], arguments: Sequence[str] | No
         return 1
     except OSError as error:
         remedy = "Mend it (space, permissions, a name that is taken) and run the same command again: it goes on."
-        print(f"error: {error}. {remedy}", file=sys.stderr)
+        print(f"{_who()}error: {error}. {remedy}", file=sys.stderr)
+        return 1
+    except jax.errors.JaxRuntimeError as error:
+        if not several():
+            raise
+        print(
+            f"{_who()}error: a computation with the other processes failed; one of them has probably ended, see what "
+            f"it says. Start all of them again: the run goes on from what is saved. ({str(error).splitlines()[0]})",
+            file=sys.stderr,
+        )
         return 1
     except KeyboardInterrupt:
         print("\nStopped. Run the same command again: it goes on from what is saved.", file=sys.stderr)
@@ -56,10 +67,19 @@ def command(main: Callable[[Sequence[str]], None], arguments: Sequence[str] | No
 def program(main: Callable[[Sequence[str]], None]) -> NoReturn:
     """Runs a command as this process and ends it with the command's exit status."""
     status = command(main)
-    if status == STOPPED:  # computations may be under way, and would crash in an interpreter that is taken down
+    if status == 0:
+        leave()
+    # After Ctrl-C computations may be under way, and would crash in an interpreter that is taken down; one of several
+    # processes that failed would wait for the others there, and they for it.
+    elif status == STOPPED or several():
+        sys.stdout.flush()
         sys.stderr.flush()
         os._exit(status)
     sys.exit(status)
+
+
+def _who() -> str:
+    return f"process {jax.process_index()}: " if several() else ""
 
 
 @contextlib.contextmanager
@@ -67,8 +87,11 @@ def writing(folder: Path, key: str, *, waiting: str = "") -> Iterator[None]:
     """Makes a folder, which the configuration names under `key`; within it no other process does the same.
 
     Raises `UserError` where it cannot be made, or another process holds it; with `waiting`, which is then said, that
-    process is waited for.
+    process is waited for. Of the processes of one run the first one does so for all of them.
     """
+    if not first():
+        yield
+        return
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:

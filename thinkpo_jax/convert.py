@@ -22,6 +22,7 @@ from safetensors.numpy import save_file
 from thinkpo_jax.architecture import Architecture, read_architecture
 from thinkpo_jax.config import UserError, read_json, together
 from thinkpo_jax.folder import INDEX, MODEL_FILES, Tensor, read_headers, some
+from thinkpo_jax.hosts import first, wait, whole
 from thinkpo_jax.log import warn
 from thinkpo_jax.model import ComputeConfig, Transformer
 from thinkpo_jax.sharding import shardings
@@ -252,9 +253,18 @@ def save_model(
     `stops` are the ids that end a generation (`chat.Chat.stop_ids`); others then stop where our sampler does.
     """
     partial = partial_folder(folder)
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
+    if first():
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
     _save_weights(model, partial, DTYPES[dtype])
+    if first():
+        _save_text(partial, like, dtype, stops, card)
+        shutil.rmtree(folder, ignore_errors=True)
+        partial.rename(folder)
+    wait("the model is saved")
+
+
+def _save_text(partial: Path, like: Path, dtype: str, stops: Sequence[int], card: str) -> None:
     raw = read_json(like / "config.json") | {"dtype": dtype, "torch_dtype": dtype}
     (partial / "config.json").write_text(json.dumps(raw, indent=2) + "\n", encoding="utf-8")
     for pattern in MODEL_FILES:
@@ -265,8 +275,6 @@ def save_model(
     generation |= {"eos_token_id": list(stops)} if stops else {}
     (partial / "generation_config.json").write_text(json.dumps(generation, indent=2) + "\n", encoding="utf-8")
     (partial / "README.md").write_text(card, encoding="utf-8")
-    shutil.rmtree(folder, ignore_errors=True)
-    partial.rename(folder)
 
 
 def _save_weights(model: Transformer, folder: Path, dtype: np.dtype) -> None:
@@ -283,9 +291,13 @@ def _save_weights(model: Transformer, folder: Path, dtype: np.dtype) -> None:
         for name in names:
             entry, layer = places[name]
             array = parameters[entry.path][layer] if entry.layered else parameters[entry.path]
-            tensors[name] = np.ascontiguousarray(entry.to_hf(np.asarray(jax.device_get(array))).astype(dtype))
+            array = whole(array)  # all processes take part
+            if first():
+                tensors[name] = np.ascontiguousarray(entry.to_hf(array).astype(dtype))
+        if not first():
+            continue
         save_file(tensors, folder / filename, metadata={"format": "pt"})
         (folder / filename).chmod(0o644)  # safetensors makes files that only their owner can read
-    if plan.is_sharded:
+    if plan.is_sharded and first():
         index = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
         (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")

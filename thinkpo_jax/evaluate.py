@@ -18,6 +18,7 @@ from thinkpo_jax.chat import Chat
 from thinkpo_jax.commands import config_arguments, program
 from thinkpo_jax.config import UserError
 from thinkpo_jax.folder import ModelConfig
+from thinkpo_jax.hosts import first, host_arguments, join
 from thinkpo_jax.log import Progress, say, write_whole
 from thinkpo_jax.model import Transformer
 from thinkpo_jax.report import ReportContents, StageSummary, terminal_summary, write_report
@@ -64,8 +65,9 @@ def evaluate_run(run: Run, asked: Asked) -> None:
         comparisons=tuple(pair for pair in _comparisons(run) if set(pair) <= results.keys()),
         settings=_settings(run),
     )
-    write_report(run.folder, contents)
-    print(terminal_summary(contents))
+    if first():
+        write_report(run.folder, contents)
+        print(terminal_summary(contents))
     say(f"report: {run.folder / 'report.md'}, plots: {run.folder / 'plots'}")
 
 
@@ -214,6 +216,7 @@ def main(arguments: Sequence[str]) -> None:
         "python -m thinkpo_jax.evaluate --pool runs/seed0 runs/seed1 runs/seed2",
     )
     config_arguments(parser, required=False)
+    host_arguments(parser)
     parser.add_argument(
         "--pool", nargs="+", type=Path, metavar="RUN", help="compare over several finished runs (seeds)"
     )
@@ -227,6 +230,7 @@ def main(arguments: Sequence[str]) -> None:
             parser.error("--pool goes alone: it reads finished runs")
         print(pool_runs(parsed.pool))
         return
+    join(parsed)
     if parsed.config is None:
         parser.error("give --config FILE, or --pool RUN RUN ...")
     config = load_config(parsed.config, parsed.assignments)

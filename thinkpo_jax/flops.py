@@ -7,11 +7,10 @@ head for trained tokens. A multiplication and an addition are two operations. Th
 from typing import NamedTuple
 
 import jax
-import numpy as np
 
 from thinkpo_jax.architecture import Architecture
 from thinkpo_jax.model import ComputeConfig
-from thinkpo_jax.packing import HostBatch
+from thinkpo_jax.packing import Work
 
 # Peak of dense bfloat16 products, operations per second, by what a device calls itself; the first that fits counts. A
 # TPU7x chip is two devices.
@@ -29,14 +28,6 @@ PEAKS = (
 )
 
 
-class Work(NamedTuple):
-    """What a batch asks for: tokens, pairs of a query and a key that it sees, tokens that reach the head."""
-
-    tokens: int
-    attended: int
-    trained: int
-
-
 class Operations(NamedTuple):
     """Of an update: what the model needs (forward, and backward twice that), and what is computed for it."""
 
@@ -44,18 +35,12 @@ class Operations(NamedTuple):
     hardware: float
 
 
-def work(batch: HostBatch) -> Work:
-    """The work of a batch. A query at position p of its segment sees p + 1 keys."""
-    real = batch.segments > 0
-    attended = int(batch.positions[real].astype(np.int64).sum()) + int(real.sum())
-    return Work(int(real.sum()), attended, int((batch.regions > 0).sum()))
-
-
 def update_operations(arch: Architecture, compute: ComputeConfig, work: Work) -> Operations:
     """Operations of one update; the hardware's are those of the model and what the backward pass computes again.
 
     That is the head's logits (logprobs.py) and the scores of attention (attention.py, half of its products), with remat
-    `attention` and `full` the layers' products with weights, and with `full` those of attention.
+    `attention` and `full` the layers' products with weights (with `offload` those of gate and up), and with `full`
+    those of attention.
     """
     D, H = arch.embed, arch.head_dim
     weights = arch.layers * (2 * D * arch.heads * H + 2 * D * arch.kv_heads * H + 3 * D * arch.mlp)
@@ -64,6 +49,7 @@ def update_operations(arch: Architecture, compute: ComputeConfig, work: Work) ->
     head = 2.0 * D * arch.vocab_size * work.trained
     again = head + attention / 2
     again += projections if compute.remat in ("attention", "full") else 0.0
+    again += 4.0 * arch.layers * D * arch.mlp * work.tokens if compute.remat == "offload" else 0.0
     again += attention if compute.remat == "full" else 0.0
     model = 3 * (projections + attention + head)
     return Operations(model, model + again)
@@ -74,20 +60,19 @@ def peak(device_kind: str) -> float | None:
     return next((found for name, found in PEAKS if name.lower() in device_kind.lower()), None)
 
 
-def throughput(batch: HostBatch, arch: Architecture, compute: ComputeConfig, seconds: float) -> dict[str, float]:
-    """How fast an update was, as metrics: tokens with and without padding, and the use made of the devices.
+def throughput(work: Work, slots: int, arch: Architecture, compute: ComputeConfig, seconds: float) -> dict[str, float]:
+    """How fast an update was, as metrics: tokens with padding (`slots`) and without, and the use made of the devices.
 
     `mfu` is the share of the devices' bfloat16 peak that the model's operations are, `hfu` that of all that is
     computed; both are left out where the peak is not known, or where the model is not computed in bfloat16.
     """
-    needed, slots = work(batch), batch.tokens.size
-    operations, devices = update_operations(arch, compute, needed), jax.devices()
+    operations, devices = update_operations(arch, compute, work), jax.devices()
     metrics = {
-        "tokens": needed.tokens,
+        "tokens": work.tokens,
         "seconds": round(seconds, 4),
-        "tokens_per_second": round(needed.tokens / seconds, 1),
+        "tokens_per_second": round(work.tokens / seconds, 1),
         "padded_tokens_per_second": round(slots / seconds, 1),
-        "packing_efficiency": round(needed.tokens / slots, 4),
+        "packing_efficiency": round(work.tokens / slots, 4),
         "tflops_per_device": float(f"{operations.model / seconds / len(devices) / 1e12:.4g}"),
     }
     most = peak(devices[0].device_kind)

@@ -10,12 +10,18 @@ from pathlib import Path
 from tqdm import tqdm
 
 from thinkpo_jax.config import UserError
+from thinkpo_jax.hosts import first
 
 PLAIN_LINE_SECONDS = 10.0
 
 
 def write_whole(path: Path, content: bytes) -> None:
-    """Writes a file so that it is whole or not there at all; an older one stays until then. Makes its folder."""
+    """Writes a file so that it is whole or not there at all; an older one stays until then. Makes its folder.
+
+    Of several processes the first one alone writes.
+    """
+    if not first():
+        return
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
@@ -26,9 +32,15 @@ def write_whole(path: Path, content: bytes) -> None:
 
 
 class MetricsFile:
-    """A JSONL file of one object per update. Opened at update `step`, later lines of an earlier try are cut off."""
+    """A JSONL file of one object per update. Opened at update `step`, later lines of an earlier try are cut off.
+
+    Of several processes the first one alone writes.
+    """
 
     def __init__(self, path: Path, *, step: int) -> None:
+        self._file = None
+        if not first():
+            return
         path.parent.mkdir(parents=True, exist_ok=True)
         kept = [line for line in read_metrics(path) if line["step"] <= step]
         partial = path.with_name(path.name + ".partial")
@@ -38,12 +50,14 @@ class MetricsFile:
 
     def write(self, metrics: Mapping[str, float]) -> None:
         """Appends one line; it is in the file when this returns."""
-        self._file.write(json.dumps(dict(metrics)) + "\n")
-        self._file.flush()
+        if self._file is not None:
+            self._file.write(json.dumps(dict(metrics)) + "\n")
+            self._file.flush()
 
     def close(self) -> None:
         """Closes the file."""
-        self._file.close()
+        if self._file is not None:
+            self._file.close()
 
 
 def read_metrics(path: Path) -> list[dict[str, float]]:
@@ -67,7 +81,7 @@ class Progress:
         self._bar = None
         self._title, self._total, self._unit = title, total, unit
         self._first, self._start, self._said = done, time.monotonic(), time.monotonic()
-        if sys.stderr.isatty():
+        if sys.stderr.isatty() and first():
             self._bar = tqdm(total=total, initial=done, desc=title, unit=unit, dynamic_ncols=True, file=sys.stderr)
 
     def update(self, done: int, shown: Mapping[str, str] | None = None) -> None:
@@ -78,6 +92,8 @@ class Progress:
             self._bar.update(done - self._bar.n)
             return
         now = time.monotonic()
+        if not first():
+            return
         if now - self._said >= PLAIN_LINE_SECONDS or done == self._total:
             self._said = now
             rate = (done - self._first) / max(now - self._start, 1e-9)
@@ -95,7 +111,9 @@ class Progress:
 
 
 def say(text: str) -> None:
-    """A line for the person who watches, beside a bar if there is one."""
+    """A line for the person who watches, beside a bar if there is one. Of several processes the first one speaks."""
+    if not first():
+        return
     with tqdm.external_write_mode(file=sys.stderr):
         print(text, file=sys.stderr, flush=True)
 

@@ -6,7 +6,8 @@ layers are stacked along a leading axis L and scanned.
 """
 
 import functools
-from typing import Literal, NamedTuple
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,14 +15,16 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
 from thinkpo_jax.architecture import Architecture
-from thinkpo_jax.attention import ATTENDED, Places, attend
+from thinkpo_jax.attention import ATTENDED, Places, attend, attend_whole
 from thinkpo_jax.config import Section
 from thinkpo_jax.rope import rotate
-from thinkpo_jax.sharding import constrain
+from thinkpo_jax.sharding import balanced, constrain
 
-PROJECTED = "projected"  # by which remat policies name what the weights of a layer give
+# By which remat policies name a layer's input, and what weights give: those of attention, gate and up.
+INPUT, PROJECTED, GATED = "input", "projected", "gated"
 # What each policy keeps of a layer for the backward pass, beside the layer's input; the rest is computed again.
-KEPT: dict[str, tuple[str, ...]] = {"projections": (PROJECTED, ATTENDED), "attention": (ATTENDED,), "full": ()}
+KEPT: dict[str, tuple[str, ...]] = {"projections": (PROJECTED, GATED, ATTENDED), "attention": (ATTENDED,), "full": ()}
+OFFLOADED = (INPUT, PROJECTED, ATTENDED)  # by the policy `offload`, to the memory of the host
 
 
 class ComputeConfig(Section):
@@ -29,10 +32,11 @@ class ComputeConfig(Section):
 
     `remat` trades memory for operations: `none` keeps every intermediate of the layers, `projections` what weights and
     attention give (no product with a weight is computed twice), `attention` its output alone, `full` nothing.
+    `offload` keeps in the memory of the host what `projections` keeps, gate and up left out, and the layer's input.
     """
 
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
-    remat: Literal["none", "projections", "attention", "full"] = "none"
+    remat: Literal["none", "projections", "attention", "full", "offload"] = "none"
 
 
 class Cache(NamedTuple):
@@ -79,29 +83,30 @@ class Blocks(nnx.Module):
         self.down = weight((F, "mlp"), (D, "embed"))
 
     def __call__(  # noqa: D102 -- the class says it
-        self, x_BTD: jax.Array, places: Places, cached: tuple[jax.Array, jax.Array] | None, cache: Cache | None
-    ) -> tuple[jax.Array, tuple[jax.Array, jax.Array] | None]:
-        attended, cached = self._attention(
-            rms_norm(x_BTD, self.attention_norm, self.arch.norm_eps), places, cached, cache
-        )
-        x_BTD = constrain(x_BTD + attended, ("batch", "length", "activation_embed"))
+        self, x_BTD: jax.Array, places: Places, keys: Places, cached: tuple[jax.Array, ...] | None
+    ) -> tuple[jax.Array, tuple[jax.Array, ...] | None]:
+        x_BTD = checkpoint_name(x_BTD, INPUT)
+        h_BTD = rms_norm(x_BTD, self.attention_norm, self.arch.norm_eps)
+        attended_BTD, cached = self._attention(h_BTD, places, keys, cached)
+        axes = ("batch", _length(cached), "activation_embed")
+        x_BTD = constrain(x_BTD + attended_BTD, axes)
         h_BTD = rms_norm(x_BTD, self.mlp_norm, self.arch.norm_eps)
         dtype = x_BTD.dtype
         gate_BTF, up_BTF = (
-            checkpoint_name(project(h_BTD, weight[...].astype(dtype)), PROJECTED) for weight in (self.gate, self.up)
+            checkpoint_name(project(h_BTD, weight[...].astype(dtype)), GATED) for weight in (self.gate, self.up)
         )
         x_BTD = x_BTD + project(jax.nn.silu(gate_BTF) * up_BTF, self.down[...].astype(dtype))
-        return constrain(x_BTD, ("batch", "length", "activation_embed")), cached
+        return constrain(x_BTD, axes), cached
 
     def _attention(
-        self, x_BTD: jax.Array, places: Places, cached: tuple[jax.Array, jax.Array] | None, cache: Cache | None
-    ) -> tuple[jax.Array, tuple[jax.Array, jax.Array] | None]:
+        self, x_BTD: jax.Array, places: Places, keys: Places, cached: tuple[jax.Array, ...] | None
+    ) -> tuple[jax.Array, tuple[jax.Array, ...] | None]:
         dtype, arch = x_BTD.dtype, self.arch
 
         def heads_of(weight: nnx.Param, bias: nnx.Param | None) -> jax.Array:
             out = checkpoint_name(jnp.einsum("BTD,DNH->BTNH", x_BTD, weight[...].astype(dtype)), PROJECTED)
             out = out if bias is None else out + bias[...].astype(dtype)[None, None]
-            return constrain(out, ("batch", "length", "activation_heads", "head_dim"))
+            return constrain(out, ("batch", _length(cached), "activation_heads", "head_dim"))
 
         def placed(x_BTNH: jax.Array, norm: nnx.Param | None) -> jax.Array:
             x_BTNH = x_BTNH if norm is None else rms_norm(x_BTNH, norm, arch.norm_eps)
@@ -110,13 +115,14 @@ class Blocks(nnx.Module):
         q_BTNH = placed(heads_of(self.q, self.q_bias), self.q_norm)
         k_BTKH = placed(heads_of(self.k, self.k_bias), self.k_norm)
         v_BTKH = heads_of(self.v, self.v_bias)
-        keys = places
-        if cache is not None and cached is not None:
-            start = (0, cache.cursor, 0, 0)
-            k_BTKH = jax.lax.dynamic_update_slice(cached[0], k_BTKH, start)
-            v_BTKH = jax.lax.dynamic_update_slice(cached[1], v_BTKH, start)
-            keys, cached = cache.places, (k_BTKH, v_BTKH)
-        out_BTNH = attend(q_BTNH, k_BTKH, v_BTKH, places, keys)
+        if cached is None:
+            out_BTNH = attend(q_BTNH, k_BTKH, v_BTKH, keys)
+        else:
+            k_BSKH, v_BSKH, cursor = cached
+            k_BSKH = jax.lax.dynamic_update_slice(k_BSKH, k_BTKH, (0, cursor, 0, 0))
+            v_BSKH = jax.lax.dynamic_update_slice(v_BSKH, v_BTKH, (0, cursor, 0, 0))
+            out_BTNH = attend_whole(q_BTNH, k_BSKH, v_BSKH, places, keys)
+            cached = k_BSKH, v_BSKH
         out_BTD = jnp.einsum("BTNH,NHD->BTD", out_BTNH, self.o[...].astype(dtype))
         return checkpoint_name(out_BTD, PROJECTED), cached
 
@@ -138,26 +144,29 @@ class Transformer(nnx.Module):
     def __call__(
         self, tokens_BT: jax.Array, places: Places, cache: Cache | None = None
     ) -> tuple[jax.Array, Cache | None]:
-        """Hidden states [B, T, D] in the compute dtype, and the cache with these tokens in it (if one was given)."""
-        dtype = jnp.dtype(self.compute.dtype)
+        """Hidden states [B, T, D] in the compute dtype, and the cache with these tokens in it (if one was given).
+
+        Without a cache the rows are packed rows, and hidden states come in the order of `sharding.balanced`.
+        """
+        dtype, keys = jnp.dtype(self.compute.dtype), places
+        if cache is None:
+            tokens_BT, places = balanced(tokens_BT), Places(*(balanced(array_BT) for array_BT in places))
+        else:
+            keys = Places(*(jax.lax.dynamic_update_slice(old, new, (0, cache.cursor))
+                            for old, new in zip(cache.places, places, strict=True)))  # fmt: skip
+            cache = cache._replace(places=keys)
         # Gathered before the look-up: XLA would otherwise rematerialise the whole table for each use.
         table_VD = constrain(self.embedding[...].astype(dtype), (None, None))
-        x_BTD = constrain(table_VD[tokens_BT], ("batch", "length", "activation_embed"))
-        if cache is not None:
-            slots = Places(*(jax.lax.dynamic_update_slice(old, new, (0, cache.cursor))
-                             for old, new in zip(cache.places, places, strict=True)))  # fmt: skip
-            cache = cache._replace(places=slots)
+        x_BTD = constrain(table_VD[tokens_BT], ("batch", _length(cache), "activation_embed"))
 
         def layer(x_BTD: jax.Array, xs: tuple) -> tuple:
             block, cached = xs
-            return block(x_BTD, places, cached, cache)
+            return block(x_BTD, places, keys, None if cache is None else (*cached, cache.cursor))
 
         if self.compute.remat != "none":
-            policy = jax.checkpoint_policies.save_only_these_names(*KEPT[self.compute.remat])
-            layer = jax.checkpoint(layer, policy=policy)
-        cached = None if cache is None else (cache.k_LBSKH, cache.v_LBSKH)
-        x_BTD, cached = jax.lax.scan(layer, x_BTD, (self.blocks, cached))
-        if cache is not None and cached is not None:
+            layer = jax.checkpoint(layer, policy=_policy(self.compute.remat))
+        x_BTD, cached = jax.lax.scan(layer, x_BTD, (self.blocks, cache and (cache.k_LBSKH, cache.v_LBSKH)))
+        if cache is not None:
             cache = cache._replace(k_LBSKH=cached[0], v_LBSKH=cached[1], cursor=cache.cursor + tokens_BT.shape[1])
         return rms_norm(x_BTD, self.final_norm, self.arch.norm_eps), cache
 
@@ -172,6 +181,24 @@ class Transformer(nnx.Module):
         zeros = jnp.zeros(shape, self.compute.dtype)
         nowhere = jnp.zeros((batch, slots), jnp.int32)
         return Cache(zeros, zeros, Places(nowhere, nowhere), jnp.zeros((), jnp.int32))
+
+
+def _policy(remat: str) -> Callable[..., Any]:
+    """What the backward pass keeps of a layer."""
+    policies = jax.checkpoint_policies
+    if remat != "offload":
+        return policies.save_only_these_names(*KEPT[remat])
+    return policies.save_and_offload_only_these_names(
+        names_which_can_be_saved=[],
+        names_which_can_be_offloaded=list(OFFLOADED),
+        offload_src="device",
+        offload_dst="pinned_host",
+    )
+
+
+def _length(cache: tuple | None) -> str | None:
+    """The axis of a row's tokens: what a cache gets is a token at a time, and is not split."""
+    return "length" if cache is None else None
 
 
 @jax.custom_vjp

@@ -18,7 +18,9 @@ from thinkpo_jax.logprobs import token_logprobs
 from thinkpo_jax.losses import LOSSES
 from thinkpo_jax.model import Transformer
 from thinkpo_jax.packing import HEAD, REGIONS, DeviceBatch
+from thinkpo_jax.sharding import constrain, per_device, whole_rows
 
+SPLIT = ("batch", "length", None)
 SATURATED = 0.05  # a pair whose gradient is below this share of what a wholly wrong one would have
 GAPS = (0, 512, 2048)  # bounds, in tokens of chosen minus rejected, of the buckets that accuracy is told for
 
@@ -62,25 +64,27 @@ class PreferenceConfig(Section):
 def answer_logprobs(model: Transformer, batch: DeviceBatch) -> jax.Array:
     """Log-prob of each trained token, 0 in unused slots; float32 [R, A]. No other token reaches the head."""
     hidden_RTD, _ = model(batch.tokens, Places(batch.segments, batch.positions))
-    logprobs_RA = token_logprobs(_at_trained(hidden_RTD, batch), model.head(), batch.targets)
-    return jnp.where(batch.regions > 0, logprobs_RA, 0.0)
+    # Of a row that is split over devices each of them gathers all hidden states, for its share of the slots.
+    gather = per_device(lambda hidden, places: _at(whole_rows(hidden), places), (SPLIT, SPLIT[:2]), SPLIT)
+    logprobs_RA = token_logprobs(gather(hidden_RTD, batch.trained), model.head(), batch.targets)
+    return jnp.where(batch.regions > 0, constrain(logprobs_RA, ("batch", None)), 0.0)
 
 
-def _at_trained(values: jax.Array, batch: DeviceBatch) -> jax.Array:
-    """[R, T, ...] at the places that predict the trained tokens, 0 in unused slots; [R, A, ...]."""
+def _at(values_RT: jax.Array, places_RA: jax.Array) -> jax.Array:
+    """[R, T, ...] at places, 0 at those beyond the row; [R, A, ...]."""
 
     def of_row(values: jax.Array, places: jax.Array) -> jax.Array:
         found = values.at[places]
         return found.get(mode="fill", fill_value=0, indices_are_sorted=True, unique_indices=True)
 
-    return jax.vmap(of_row)(values, batch.trained)
+    return jax.vmap(of_row)(values_RT, places_RA)
 
 
 def region_sums(values_RA: jax.Array, batch: DeviceBatch) -> jax.Array:
     """Values of trained tokens summed over the regions of every answer; [R, P, S, 3]."""
     examples, answers = batch.reference.shape[-3:-1]
     # Segments 1, 2, ... are the answers of the row, in order; what belongs to none goes to place 0.
-    answers_RA = _at_trained(batch.segments, batch) - 1
+    answers_RA = _at(batch.segments, batch.trained) - 1
     places_RA = jnp.where(batch.regions > 0, answers_RA * REGIONS + batch.regions, 0)
     sums = jax.vmap(lambda values, places: jax.ops.segment_sum(values, places, examples * answers * REGIONS + 1))
     return sums(values_RA, places_RA)[:, 1:].reshape(-1, examples, answers, REGIONS)

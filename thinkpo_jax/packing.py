@@ -77,6 +77,14 @@ class Batch(NamedTuple, Generic[ArrayT]):
     reference: ArrayT  # [M, R, P, S, 3] float32: the reference's log-prob of each region of each answer of the example
 
 
+class Work(NamedTuple):
+    """What a batch asks for: tokens, pairs of a query and a key that it sees, tokens that reach the head."""
+
+    tokens: int
+    attended: int
+    trained: int
+
+
 def pack(sizes: np.ndarray, limits: Sequence[int], order: np.ndarray) -> list[list[int]]:
     """Rows of example indices: best fit, longest first; among equal lengths the given order decides.
 
@@ -139,10 +147,12 @@ class Batches:
         steps: int | None,
         epochs: float,
         held_out: Sequence[int] | np.ndarray = (),
+        own: Sequence[int] | None = None,
     ) -> None:
         """`steps` updates, or those of `epochs` epochs where `steps` is None. Rows are padded to `shards` parts.
 
-        The examples whose indices are `held_out` are in no update.
+        The examples whose indices are `held_out` are in no update. Of several processes each reads the examples of its
+        `own` parts alone (default: all); in its batches the tokens of other rows are missing.
         """
         self.examples = examples
         self.config = config
@@ -152,6 +162,8 @@ class Batches:
             raise UserError(
                 f"an example has {self.sizes[:, 0].max()} tokens, more than row_length {config.row_length}."
             )
+        lengths = [[len(segment.tokens) for segment in example] for example in examples]
+        self.attended = np.array([sum(n * (n + 1) // 2 for n in of_example) for of_example in lengths])
         self.held_out = np.asarray(held_out, np.int64)
         self.read = np.setdiff1d(np.arange(len(examples)), self.held_out)
         # The number of rows is the same in every epoch: it depends on the sorted lengths alone.
@@ -166,6 +178,8 @@ class Batches:
         at_once = min(rows, (config.rows_per_device or rows) * shards)
         self.rows = math.ceil(at_once / shards) * shards
         self.micro_batches = math.ceil(rows / self.rows)
+        part = np.arange(self.micro_batches * self.rows) % self.rows // (self.rows // shards)
+        self._own = np.isin(part, range(shards) if own is None else own)  # of the rows of all micro-batches
         self.reference = np.zeros((len(examples), self.answers, REGIONS), np.float32)
 
     def _updates(self, rows: int) -> int:
@@ -209,6 +223,12 @@ class Batches:
         at_once = self.micro_batches * self.rows
         return Filled(self._fill, [rows[start : start + at_once] for start in range(0, len(rows), at_once)])
 
+    def work(self, batch: HostBatch) -> Work:
+        """The work of a batch. A query at position p of its segment sees p + 1 keys."""
+        read = batch.examples[batch.examples >= 0]
+        tokens, _, trained = self.sizes[read].sum(axis=0).tolist()
+        return Work(tokens, int(self.attended[read].sum()), trained)
+
     def slots(self) -> int:
         """Places for tokens in an update, padding included."""
         return self.micro_batches * self.rows * self.config.row_length
@@ -241,6 +261,8 @@ class Batches:
         for row, indices in enumerate(update):
             batch.examples[row, : len(indices)] = indices
             batch.reference[row, : len(indices)] = self.reference[indices]
+            if not self._own[row]:
+                continue
             examples = [self.examples[index] for index in indices]
             placed = [(segment, _shortest(example)) for example in examples for segment in example]
             start = slot = 0

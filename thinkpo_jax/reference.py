@@ -23,6 +23,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from thinkpo_jax.commands import writing
 from thinkpo_jax.config import RunError, UserError, read_json
 from thinkpo_jax.data import Example, cache_folder
+from thinkpo_jax.hosts import first, from_the_first
 from thinkpo_jax.log import say, warn, write_whole
 from thinkpo_jax.model import Transformer
 from thinkpo_jax.objectives import (
@@ -127,20 +128,19 @@ def stored_logprobs(
     """
     store = Store(identity, answers=batches.answers)
     digests = [example_digest(example) for example in batches.examples]
-    first = jax.process_index() == 0
-    with store.writing() if first else contextlib.nullcontext():
+    with store.writing():
         logprobs = np.full(batches.reference.shape, np.nan, np.float32)
-        if first:
+        if first():
             kept = store.read()
             for index, digest in enumerate(digests):
                 if digest in kept:
                     logprobs[index] = kept[digest]
-        logprobs = _from_the_first(logprobs)
+        logprobs = from_the_first(logprobs)
         missing = {digests[i]: i for i in np.flatnonzero(np.isnan(logprobs).any(axis=(1, 2))).tolist()}
         say(_tell(store, len(digests), len({*digests} - missing.keys()), len(missing)))
         for indices, found in _passes(model, batches, [*missing.values()], mesh, watch):
             logprobs[indices] = found
-            if first:
+            if first():
                 store.add([digests[index] for index in indices], found)
     place = {digest: index for index, digest in reversed([*enumerate(digests)])} | missing
     return logprobs[[place[digest] for digest in digests]]
@@ -202,7 +202,17 @@ def write_logprobs(path: Path, logprobs: np.ndarray) -> None:
 
 
 def read_logprobs(path: Path, *, like: np.ndarray) -> np.ndarray | None:
-    """What `write_logprobs` wrote; None where there is none yet, or where it is damaged, which is said."""
+    """What `write_logprobs` wrote; None where there is none yet, or where it is damaged, which is said.
+
+    Several processes get what the first one reads.
+    """
+    found = _read_logprobs(path, like) if first() else None
+    if not bool(from_the_first(np.array(found is not None))):
+        return None
+    return from_the_first(like if found is None else found)
+
+
+def _read_logprobs(path: Path, like: np.ndarray) -> np.ndarray | None:
     if not path.exists():
         return None
     try:
@@ -214,15 +224,6 @@ def read_logprobs(path: Path, *, like: np.ndarray) -> np.ndarray | None:
         pass
     warn(f"{path}: damaged; the reference is looked up, or computed, again.")
     return None
-
-
-def _from_the_first(array: np.ndarray) -> np.ndarray:
-    """The array of the first process, in every process."""
-    if jax.process_count() == 1:
-        return array
-    from jax.experimental import multihost_utils
-
-    return np.array(multihost_utils.broadcast_one_to_all(array))
 
 
 def check_start(

@@ -35,13 +35,14 @@ from thinkpo_jax.config import (
 from thinkpo_jax.convert import abstract_model, check_weights, load_model, random_model
 from thinkpo_jax.folder import ModelConfig, content_digest, find_model, fingerprint, stop_ids
 from thinkpo_jax.forms import PairData, SftData
+from thinkpo_jax.hosts import wait
 from thinkpo_jax.log import read_metrics, warn, write_whole
 from thinkpo_jax.model import ComputeConfig, Transformer
 from thinkpo_jax.objectives import PreferenceConfig
 from thinkpo_jax.optimizer import OptimizerConfig
 from thinkpo_jax.packing import BatchConfig, ValidationConfig
 from thinkpo_jax.sample import SamplingConfig
-from thinkpo_jax.sharding import MeshConfig, make_mesh, shardings
+from thinkpo_jax.sharding import MeshConfig, check_row_length, make_mesh, shardings
 
 STAGE_RECORD = "stage.json"
 BASE = "base"  # the name of the start model among the models of a run
@@ -219,8 +220,12 @@ class Run:
 
     @contextlib.contextmanager
     def writing(self) -> Iterator[None]:
-        """Makes the run folder and writes config.yaml; within it no other process can do the same."""
+        """Makes the run folder and writes config.yaml; within it no other run can do the same.
+
+        Several processes begin together: none writes before all have read what is there.
+        """
         with writing(self.folder, "run_dir"):
+            wait("the run folder is read")
             self._write_config()
             yield
 
@@ -340,6 +345,8 @@ def open_run(config: RunConfig) -> Run:
     folder = find_model(config.model.path)
     arch, chat = check_folder(folder, weights=config.model.weights == "pretrained")
     shardings(abstract_model(arch, config.compute), mesh)
+    for stage in config.stages:
+        check_row_length(mesh, stage.batch.row_length, f"stages.{stage.name}.batch.row_length")
     warn_of_lengths(config, arch)
     return Run(config, Path(config.run_dir).expanduser(), folder, chat, mesh)
 

@@ -11,12 +11,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pydantic
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh
 
 from thinkpo_jax.attention import Places
 from thinkpo_jax.config import Section
 from thinkpo_jax.model import Transformer
-from thinkpo_jax.sharding import data_shards, spec
+from thinkpo_jax.sharding import constrain, data_shards, put
 
 PROMPT_MULTIPLE = 64  # prompts are padded to a multiple of this, so that few shapes are compiled
 
@@ -65,6 +65,7 @@ def generate(
     rows = -(-config.batch_size // data_shards(mesh)) * data_shards(mesh)
     results: list[Generation] = [Generation([], False)] * len(prompts)
     keys = jax.vmap(lambda i: jax.random.fold_in(jax.random.key(seed), i))(np.arange(len(prompts)))
+    keys = np.asarray(jax.random.key_data(keys))
     for start in range(0, len(order), rows):
         chosen = order[start : start + rows]
         filled = chosen + chosen[:1] * (rows - len(chosen))
@@ -73,10 +74,11 @@ def generate(
         for row, i in enumerate(filled):
             tokens_BT[row, length - len(prompts[i]) :] = prompts[i]
         lengths_B = np.array([len(prompts[i]) for i in filled], np.int32)
-        place = functools.partial(jax.device_put, device=NamedSharding(mesh, spec(("batch",))))
         settings = (config.max_new_tokens, config.temperature, config.top_p, vocabulary, tuple(stop_ids))
         ids_BG, counts_B, done_B = jax.device_get(
-            _generate(model, place(tokens_BT), place(lengths_B), place(keys[np.array(filled)]), settings)
+            _generate(
+                model, *(put(array, ("batch",), mesh) for array in (tokens_BT, lengths_B, keys[filled])), settings
+            )
         )
         for row, i in enumerate(chosen):
             results[i] = Generation(ids_BG[row, : counts_B[row]].tolist(), bool(done_B[row]))
@@ -90,15 +92,15 @@ def _generate(
     model: Transformer,
     tokens_BT: jax.Array,
     lengths_B: jax.Array,
-    keys_B: jax.Array,
+    keys_BW: jax.Array,
     settings: tuple[int, float, float, int, tuple[int, ...]],
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Ids [B, G], how many of them count [B], and whether a stop id ended them [B]."""
+    """Ids [B, G], how many of them count [B], and whether a stop id ended them [B], whole on every device."""
     limit, temperature, top_p, vocabulary, stop_ids = settings
     batch, length = tokens_BT.shape
     positions_BT = jnp.arange(length)[None] - (length - lengths_B)[:, None]
     places = Places((positions_BT >= 0).astype(jnp.int32), jnp.maximum(positions_BT, 0))
-    head_DV = model.head()[:, :vocabulary]
+    head_DV, keys_B = model.head()[:, :vocabulary], jax.random.wrap_key_data(keys_BW)
 
     def draw(hidden_BD: jax.Array, count: jax.Array) -> jax.Array:
         logits_BV = jnp.dot(hidden_BD, head_DV, preferred_element_type=jnp.float32)
@@ -131,7 +133,7 @@ def _generate(
     _, _, done_B, counts_B, out_BG, _ = jax.lax.while_loop(
         going_on, body, (*start, jnp.zeros((batch, limit), jnp.int32), cache)
     )
-    return out_BG, counts_B, done_B
+    return constrain(out_BG, (None, None)), constrain(counts_B, (None,)), constrain(done_B, (None,))
 
 
 def _nucleus(logits_BV: jax.Array, top_p: float) -> jax.Array:

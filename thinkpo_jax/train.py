@@ -23,6 +23,7 @@ from thinkpo_jax.convert import save_model
 from thinkpo_jax.data import Examples
 from thinkpo_jax.evaluate import evaluate_run, read_questions
 from thinkpo_jax.flops import throughput
+from thinkpo_jax.hosts import from_the_first, host_arguments, in_any, join, wait
 from thinkpo_jax.log import MetricsFile, Progress, read_metrics, say, warn, write_whole
 from thinkpo_jax.model import Transformer
 from thinkpo_jax.objectives import Objective, comparison, readable, sft, thinkpo
@@ -40,7 +41,7 @@ from thinkpo_jax.run import (
     open_run,
     read_record,
 )  # fmt: skip
-from thinkpo_jax.sharding import data_shards, put_batch
+from thinkpo_jax.sharding import data_shards, own_shards, put_batch
 from thinkpo_jax.step import TrainState, initial_state, make_evaluation, make_step
 
 METRICS, VALIDATION = "metrics.jsonl", "validation.jsonl"  # of a stage, one line for each (validated) update
@@ -79,6 +80,11 @@ def read_examples(run: Run, stage: Stage) -> Examples:
 
 def check_data(run: Run, stage: Stage, examples: Examples) -> None:
     """Raises `UserError` where a stage was begun with other data than these."""
+    digest = np.frombuffer(examples.digest().encode(), np.uint8)
+    if not np.array_equal(digest, from_the_first(digest)):
+        raise UserError(
+            f"stage {stage.name}: this process reads other data than the first one. Give all processes the same files."
+        )
     record = read_record(run.folder / stage.name / "stage.json", "data")
     if record is not None and record["data"] != examples.digest():
         raise UserError(
@@ -95,6 +101,7 @@ def train_stage(run: Run, stage: Stage, examples: Examples) -> None:
         stage.batch,
         seed=run.config.seed,
         shards=data_shards(run.mesh),
+        own=own_shards(run.mesh),
         steps=stage.steps,
         epochs=stage.epochs or 1.0,
         held_out=not_trained(run.config, stage, examples),
@@ -117,7 +124,7 @@ def train_stage(run: Run, stage: Stage, examples: Examples) -> None:
         validate = stack.enter_context(Validation(run, stage, batches, objective, step=int(state.step)))
         progress = stack.enter_context(closing(Progress(stage.name, len(batches), done=int(state.step), unit="update")))
         rate = learning_rate(stage.optimizer, len(batches))
-        skipped = sum("skipped" in line for line in read_metrics(folder / METRICS))
+        skipped = int(from_the_first(np.array(sum("skipped" in line for line in read_metrics(folder / METRICS)))))
         validate(state)
         began = time.monotonic()
         for index, batch in enumerate(batches.stream(int(state.step)), int(state.step)):
@@ -126,14 +133,14 @@ def train_stage(run: Run, stage: Stage, examples: Examples) -> None:
             state, metrics = step(state, put_batch(batch, run.mesh))
             line = metrics_line(jax.device_get(metrics), index, batches) | line
             seconds = time.monotonic() - began  # the wait for data and saving included, looking at held-out ones not
-            line |= throughput(batch, state.model.arch, state.model.compute, seconds)
+            line |= throughput(batches.work(batch), batches.slots(), state.model.arch, state.model.compute, seconds)
             if not line.pop("finite"):
                 skipped += 1
                 not_finite(stage, line, skipped, examples.names(batch.examples[batch.examples >= 0].tolist()))
                 line = {name: value for name, value in line.items() if math.isfinite(value)} | {"skipped": 1}
             metrics_file.write(line)
             progress.update(index + 1, shown(line))
-            stop = stopping()
+            stop = in_any(stopping())
             began = time.monotonic() + validate(state)
             if (index + 1) % stage.checkpoint.every == 0 or index + 1 == len(batches) or stop:
                 checkpoints.save(state)
@@ -188,7 +195,9 @@ class Validation:
         if self._every is not None:
             self._evaluate, self._batches = make_evaluation(objective), batches.over(batches.held_out)
             self._file = MetricsFile(run.folder / stage.name / VALIDATION, step=step)
-            self._done = {line["step"] for line in read_metrics(run.folder / stage.name / VALIDATION)}
+            done = np.zeros(self._last + 1, bool)
+            done[[int(line["step"]) for line in read_metrics(run.folder / stage.name / VALIDATION)]] = True
+            self._done = from_the_first(done)
 
     def __enter__(self) -> "Validation":
         return self
@@ -200,14 +209,14 @@ class Validation:
     def __call__(self, state: TrainState) -> float:
         """Computes and writes a line where it is time for one and there is none yet; gives the seconds that it took."""
         step, began = int(state.step), time.monotonic()
-        if self._every is None or step in self._done or (step % self._every and step != self._last):
+        if self._every is None or self._done[step] or (step % self._every and step != self._last):
             return 0.0
         found = [jax.device_get(self._evaluate(state.model, put_batch(batch, self._mesh))) for batch in self._batches]
         total = jax.tree.map(lambda *sums: sum(sums), *found)
         means = {name: float(value / total.weight) for name, value in total.metrics.items()}
         line = readable(means | {"loss": float(total.loss / total.weight)})
         self._file.write({"step": step, **line})
-        self._done.add(step)
+        self._done[step] = True
         say(f"held out, after {step} updates: " + ", ".join(f"{name} {value}" for name, value in told(line).items()))
         return time.monotonic() - began
 
@@ -261,6 +270,7 @@ def finish_stage(run: Run, stage: Stage, state: TrainState, batches: Batches, ex
         warn(f"stage {stage.name}: at its end {share:.0%} of the pairs had next to no gradient left. {advice}")
     summary = {"steps": len(batches), "seconds": sum(line["seconds"] for line in lines), "notes": notes}
     write_record(run, stage, examples, summary)
+    wait("the stage is finished")
 
 
 def write_record(run: Run, stage: Stage, examples: Examples, summary: dict[str, Any] | None) -> None:
@@ -277,8 +287,11 @@ def main(arguments: Sequence[str]) -> None:
         epilog="example: python -m thinkpo_jax.train --config configs/quickstart.yaml --set seed=1 run_dir=runs/seed1",
     )
     config_arguments(parser)
+    host_arguments(parser)
     parser.add_argument("--check", action="store_true", help="only read, count and show the data; touches no device")
     parsed = parser.parse_args(arguments)
+    if not parsed.check:
+        join(parsed)
     config = load_config(parsed.config, parsed.assignments)
     if parsed.check:
         check_run(config)

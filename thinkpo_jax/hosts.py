@@ -1,0 +1,142 @@
+"""How do several processes make one run? Who they are, what they agree on, and how they wait for each other.
+
+Every process runs the same program on its own devices. The first one alone speaks and writes; what decides how a run
+goes on is what the first one sees. A process that ends early is missed by the others, who then end too.
+"""
+
+import argparse
+import os
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import numpy as np
+
+from thinkpo_jax.config import UserError
+
+MISSED_SECONDS = 60  # after so long without a sign of life a process counts as dead, and the others end
+
+
+def host_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds --coordinator, --processes and --process to a command."""
+    group = parser.add_argument_group("several processes", "TPU slices, SLURM and Open MPI need none of these.")
+    group.add_argument("--coordinator", metavar="HOST:PORT", help="where process 0 runs, and a free port there")
+    group.add_argument("--processes", type=int, metavar="N", help="how many processes there are")
+    group.add_argument("--process", type=int, metavar="I", help="which of them this is, from 0")
+
+
+def join(arguments: argparse.Namespace) -> None:
+    """Makes this process one of several, by its arguments or by what a cluster says of itself; alone: does nothing.
+
+    Must be called before JAX is used. Raises `UserError` where the arguments make no sense, or the others do not come.
+    """
+    given = {
+        "coordinator_address": arguments.coordinator,
+        "num_processes": arguments.processes,
+        "process_id": arguments.process,
+    }
+    if any(value is not None for value in given.values()):
+        _check(arguments)
+    else:
+        found = detected(os.environ)
+        if found is None:
+            return
+        given = found
+    jax.config.update("jax_enable_preemption_service", False)  # it would swallow SIGTERM, at which a run saves and ends
+    try:
+        jax.distributed.initialize(
+            **given, heartbeat_timeout_seconds=MISSED_SECONDS, shutdown_timeout_seconds=MISSED_SECONDS
+        )
+    except (RuntimeError, ValueError, OSError) as error:
+        raise UserError(
+            f"the processes do not come together: {str(error).splitlines()[0]} Start all of them within five minutes, "
+            "with one --coordinator that each of them can reach, or on a TPU slice, under srun or mpirun."
+        ) from None
+
+
+def _check(arguments: argparse.Namespace) -> None:
+    coordinator, count, index = arguments.coordinator, arguments.processes, arguments.process
+    if None in (coordinator, count, index):
+        raise UserError("--coordinator HOST:PORT, --processes N and --process I go together.")
+    if not 0 <= index < count:
+        raise UserError(f"--process {index}: with --processes {count} it is one of 0 to {count - 1}.")
+    host, _, port = coordinator.rpartition(":")
+    if not host or not port.isdigit():
+        raise UserError(f"--coordinator {coordinator}: expected HOST:PORT, for example 10.0.0.2:8476.")
+
+
+def detected(environment: Mapping[str, str]) -> dict[str, Any] | None:
+    """What `jax.distributed.initialize` needs beyond what it finds by itself; None where this process is alone.
+
+    JAX knows TPU slices, SLURM and Open MPI. Under SLURM it gives each process the one GPU of its number on the node;
+    where a node has one process, that gets all of them.
+    """
+    if int(environment.get("SLURM_NTASKS", 1)) > 1 and "SLURM_PROCID" in environment:
+        tasks, nodes = int(environment["SLURM_NTASKS"]), int(environment.get("SLURM_NNODES", 1))
+        gpus = environment.get("SLURM_GPUS_ON_NODE", "1")
+        return {"local_device_ids": [*range(int(gpus))]} if tasks == nodes and gpus.isdigit() else {}
+    if int(environment.get("OMPI_COMM_WORLD_SIZE", 1)) > 1:
+        return {}
+    if environment.get("JAX_PLATFORMS", "tpu") == "tpu" and "," in environment.get("TPU_WORKER_HOSTNAMES", ""):
+        return {}
+    return {} if _on_a_tpu_vm(environment) else None
+
+
+def _on_a_tpu_vm(environment: Mapping[str, str]) -> bool:
+    """Whether this is a Cloud TPU VM, whose metadata say what slice it belongs to. A notebook's machine is alone."""
+    if environment.get("JAX_PLATFORMS", "tpu") != "tpu" or "COLAB_RELEASE_TAG" in environment:
+        return False
+    from jax._src import cloud_tpu_init  # where JAX itself keeps what it found when it was imported
+
+    return cloud_tpu_init.running_in_cloud_tpu_vm and "TPU_SKIP_MDS_QUERY" not in environment
+
+
+def several() -> bool:
+    """Whether this process is one of several."""
+    return jax.distributed.is_initialized() and jax.process_count() > 1
+
+
+def first() -> bool:
+    """Whether this process is the one that speaks and writes; touches no device where it is alone."""
+    return not several() or jax.process_index() == 0
+
+
+def wait(what: str) -> None:
+    """Returns when every process has come here; `what` names the place."""
+    if several():
+        from jax.experimental import multihost_utils
+
+        multihost_utils.sync_global_devices(what)
+
+
+def from_the_first(array: np.ndarray) -> np.ndarray:
+    """The array of the first process, in every process; of the same shape in all of them."""
+    if not several():
+        return array
+    from jax.experimental import multihost_utils
+
+    return np.array(multihost_utils.broadcast_one_to_all(array))
+
+
+def in_any(flag: bool) -> bool:
+    """Whether the flag is set in one of the processes."""
+    if not several():
+        return flag
+    from jax.experimental import multihost_utils
+
+    return bool(np.any(multihost_utils.process_allgather(np.array(flag))))
+
+
+def whole(array: jax.Array) -> np.ndarray:
+    """An array that lies on devices of several processes, on this host."""
+    if array.is_fully_addressable:
+        return np.asarray(array)
+    from jax.experimental import multihost_utils
+
+    return np.asarray(multihost_utils.process_allgather(array, tiled=True))
+
+
+def leave() -> None:
+    """Waits until all processes are done: one that goes first would look as if it had died."""
+    if several():
+        jax.distributed.shutdown()
