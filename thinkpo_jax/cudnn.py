@@ -1,0 +1,139 @@
+"""How does an NVIDIA GPU attend? cuDNN's flash attention over packed rows, on Hopper and newer.
+
+jax has it, but gives it to no one: `jax.nn.dot_product_attention` knows of no segments. This file alone calls what lies
+beneath. Two things are done here because jax 0.10.2 does not: offsets of keys count the heads of keys (jax counts those
+of queries, and reads other tokens' keys without a word), and what the backward pass needs carries a name for remat.
+
+Letters: B batch, T tokens, N query heads, K key/value heads, H head width, M segments of a row at most.
+"""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+
+from thinkpo_jax.config import UserError
+
+try:
+    from jax._src.cudnn import fused_attention_stablehlo as fused
+
+    FORWARD: Any = fused._dot_product_attention_fwd_p
+    BACKWARD: Any = fused._dot_product_attention_bwd_p
+    SETTINGS: dict[str, Any] = {
+        "seed": 42,  # of dropout, of which there is none
+        "dropout_rate": 0.0,
+        "variadic_args": (False, False),  # no bias, no gradient of one
+        "mask_type": fused.MaskType.PADDING_CAUSAL,
+        "layout": fused.AttentionLayout.BTNH.value,
+        "sliding_window_length": None,
+    }
+except (ImportError, AttributeError):
+    FORWARD = BACKWARD = None
+    SETTINGS = {}
+
+MISSING = (
+    f"jax {jax.__version__} has no cuDNN attention, or another one, where thinkpo_jax looks for it (jax._src.cudnn). "
+    "Install jax 0.10.2, or choose another kernel of attention."
+)
+
+
+def cudnn(
+    q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, lengths_BM: jax.Array, *, name: str | None = None
+) -> jax.Array:
+    """Causal attention within segments, scaled by H**-0.5; [B, T, N, H] in the dtype of the queries, 0 for padding.
+
+    Called on each device's part, in bfloat16 or float16. Segment m of a row has `lengths_BM[:, m]` tokens (0: there is
+    none) and begins where the one before it ends; the rest of the row is padding. Outputs and what the backward pass
+    needs of the forward pass carry `name` for remat policies. Raises `UserError` where cuDNN cannot be had.
+    """
+    _check(q_BTNH)
+    if lengths_BM.shape[1] == 1:  # a single one is not taken for a packed row
+        lengths_BM = jnp.pad(lengths_BM, ((0, 0), (0, 1)))
+    return _attend(name, q_BTNH, k_BTKH, v_BTKH, lengths_BM)
+
+
+def _check(q_BTNH: jax.Array) -> None:
+    B, T, N, H = q_BTNH.shape
+    if FORWARD is None:
+        raise UserError(MISSING)
+    if q_BTNH.dtype not in (jnp.bfloat16, jnp.float16):
+        raise UserError(f"cuDNN attends in bfloat16 or float16, not in {q_BTNH.dtype}. Set the dtype to bfloat16.")
+    if H % 8 or H > 256:
+        raise UserError(f"cuDNN attends with heads of up to 256 in steps of 8, not of {H}. Choose another kernel.")
+    if B * T * N * H > 2**31 - 1:
+        raise UserError(
+            f"{B} rows of {T} tokens x {N} heads x {H} on a device are more than cuDNN's offsets count (2**31). "
+            "Put fewer rows on a device."
+        )
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _attend(
+    name: str | None, q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, lengths_BM: jax.Array
+) -> jax.Array:
+    return _forward(name, q_BTNH, k_BTKH, v_BTKH, lengths_BM)[0]
+
+
+def _forward(
+    name: str | None, q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, lengths_BM: jax.Array
+) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+    places = _places(q_BTNH, k_BTKH, lengths_BM)
+    scale = q_BTNH.shape[-1] ** -0.5
+    out_BTNH, stats = _bind(FORWARD, q_BTNH, k_BTKH, v_BTKH, *places, scale=scale, is_training=True)
+    out_BTNH = _where_real(out_BTNH, lengths_BM)
+    if name is not None:
+        out_BTNH, stats = checkpoint_name((out_BTNH, stats), name)
+    return out_BTNH, (q_BTNH, k_BTKH, v_BTKH, lengths_BM, out_BTNH, stats)
+
+
+def _backward(
+    _name: str | None, residuals: tuple[jax.Array, ...], dout_BTNH: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array, None]:
+    q_BTNH, k_BTKH, v_BTKH, lengths_BM, out_BTNH, stats = residuals
+    places = _places(q_BTNH, k_BTKH, lengths_BM)
+    scale = q_BTNH.shape[-1] ** -0.5
+    found = _bind(BACKWARD, q_BTNH, k_BTKH, v_BTKH, *places, stats, out_BTNH, dout_BTNH, scale=scale)
+    dq_BTNH, dk_BTKH, dv_BTKH = (_where_real(gradient, lengths_BM) for gradient in found)
+    return dq_BTNH, dk_BTKH, dv_BTKH, None
+
+
+_attend.defvjp(_forward, _backward)
+
+
+def _bind(primitive: Any, *arrays: jax.Array, **settings: Any) -> list[jax.Array]:
+    """What a primitive of jax gives; its parameters may be others in another version."""
+    try:
+        return primitive.bind(*arrays, **SETTINGS, **settings)
+    except TypeError as error:
+        raise UserError(f"{MISSING} ({error})") from error
+
+
+def _where_real(x_BTNH: jax.Array, lengths_BM: jax.Array) -> jax.Array:
+    """0 for padding, where cuDNN writes nothing: there is what was in memory before."""
+    real_BT = jnp.arange(x_BTNH.shape[1])[None] < lengths_BM.sum(axis=1)[:, None]
+    return jnp.where(real_BT[..., None, None], x_BTNH, 0)
+
+
+def _places(q_BTNH: jax.Array, k_BTKH: jax.Array, lengths_BM: jax.Array) -> tuple[jax.Array, ...]:
+    """The arguments between the values and the residuals: where cuDNN finds the segments (bias and pages: none)."""
+    (_, T, N, H), K = q_BTNH.shape, k_BTKH.shape[2]
+    lengths, starts = segment_starts(lengths_BM, T)
+    none = jnp.zeros(0, q_BTNH.dtype)
+    return none, lengths, lengths, starts * (N * H), starts * (K * H), none, none
+
+
+def segment_starts(lengths_BM: jax.Array, length: int) -> tuple[jax.Array, jax.Array]:
+    """Lengths [B, M] and first tokens [B, M + 1] of all segments of all rows of `length` tokens, as cuDNN reads them.
+
+    Row-major, the segments that there are stand one after the other, whatever their row; behind them are lengths of 0
+    and the end of the last row. First tokens are counted through all rows.
+    """
+    B, M = lengths_BM.shape
+    starts_BM = jnp.cumsum(lengths_BM, axis=1) - lengths_BM + jnp.arange(B)[:, None] * length
+    order = jnp.argsort(lengths_BM.reshape(-1) == 0, stable=True)
+    lengths = lengths_BM.reshape(-1)[order]
+    starts = jnp.where(lengths > 0, starts_BM.reshape(-1)[order], B * length)
+    starts = jnp.pad(starts, (0, B), constant_values=B * length)
+    return lengths.reshape(B, M).astype(jnp.int32), starts.reshape(B, M + 1).astype(jnp.int32)
