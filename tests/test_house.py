@@ -10,7 +10,7 @@ PACKAGE = Path(__file__).resolve().parents[1] / "thinkpo_jax"
 FLOORS = (
     ("config", "losses", "rope"),
     ("hosts",),
-    ("log", "sharding"),
+    ("log", "sharding", "devices", "hlo"),
     (
         "commands",
         "architecture",
@@ -33,8 +33,9 @@ FLOORS = (
     ("checkpoint", "bench_step"),
     ("run", "report"),
     ("evaluate", "export", "bench", "short_answers"),
-    ("check", "pairs"),
-    ("train",),
+    ("check", "pairs", "footprint"),
+    ("compiled",),
+    ("train", "plan"),
 )
 FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
 FILES = sorted(path for path in PACKAGE.glob("*.py") if path.stem != "__init__")

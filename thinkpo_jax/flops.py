@@ -9,23 +9,11 @@ from typing import NamedTuple
 import jax
 
 from thinkpo_jax.architecture import Architecture
+from thinkpo_jax.devices import peak
 from thinkpo_jax.model import ComputeConfig
 from thinkpo_jax.packing import Work
 
-# Peak of dense bfloat16 products, operations per second, by what a device calls itself; the first that fits counts. A
-# TPU7x chip is two devices.
-PEAKS = (
-    ("TPU v4", 275e12),
-    ("TPU v5 lite", 197e12),
-    ("TPU v5e", 197e12),
-    ("TPU v5", 459e12),
-    ("TPU v6", 918e12),
-    ("TPU7x", 2307e12 / 2),
-    ("A100", 312e12),
-    ("H100", 989e12),
-    ("H200", 989e12),
-    ("B200", 2250e12),
-)
+
 
 
 class Operations(NamedTuple):
@@ -53,11 +41,6 @@ def update_operations(arch: Architecture, compute: ComputeConfig, work: Work) ->
     again += attention if compute.remat == "full" else 0.0
     model = 3 * (projections + attention + head)
     return Operations(model, model + again)
-
-
-def peak(device_kind: str) -> float | None:
-    """Peak bfloat16 operations per second of a device; None where it is not known."""
-    return next((found for name, found in PEAKS if name.lower() in device_kind.lower()), None)
 
 
 def throughput(work: Work, slots: int, arch: Architecture, compute: ComputeConfig, seconds: float) -> dict[str, float]:

@@ -15,6 +15,7 @@ import zipfile
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -23,6 +24,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from thinkpo_jax.commands import writing
 from thinkpo_jax.config import RunError, UserError, read_json
 from thinkpo_jax.data import Example, cache_folder
+from thinkpo_jax.devices import compiler_options
 from thinkpo_jax.hosts import first, from_the_first
 from thinkpo_jax.log import say, warn, write_whole
 from thinkpo_jax.model import Transformer
@@ -171,14 +173,22 @@ def reference_logprobs(model: Transformer, batches: Batches, mesh: Mesh) -> np.n
     return logprobs
 
 
+def make_scoring(mesh: Mesh) -> Callable[[Transformer, DeviceBatch], jax.Array]:
+    """The log-probs [M, R, P, S, 3] of a batch, of the shape that the updates have: the program of a reference pass."""
+    return _compiled(lambda model, batch: jax.lax.map(lambda rows: region_logprobs(model, rows), batch), mesh)
+
+
+def _compiled(function: Callable[..., Any], mesh: Mesh) -> Callable[..., Any]:
+    """Jitted for the devices of the mesh; what it gives is whole on every one."""
+    layout = NamedSharding(mesh, PartitionSpec())
+    return jax.jit(function, out_shardings=layout, compiler_options=compiler_options(mesh))
+
+
 def _passes(
     model: Transformer, batches: Batches, indices: Sequence[int], mesh: Mesh, watch: Watch | None
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Batch by batch, which examples it holds and their log-probs."""
-    score = jax.jit(
-        lambda model, batch: jax.lax.map(lambda rows: region_logprobs(model, rows), batch),
-        out_shardings=NamedSharding(mesh, PartitionSpec()),
-    )
+    score = make_scoring(mesh)
     planned = batches.over(indices)
     for number, batch in enumerate(planned, 1):
         real = batch.examples >= 0
@@ -244,7 +254,7 @@ def check_start(
     def batched(model: Transformer, batch: DeviceBatch) -> tuple[Sums, Sums, jax.Array, jax.Array]:
         return jax.lax.map(lambda given: rows(model, given), batch)
 
-    program = jax.jit(batched, out_shardings=NamedSharding(mesh, PartitionSpec()))
+    program = _compiled(batched, mesh)
     found, itself, live, lengths = jax.device_get(program(model, put_batch(batch, mesh)))
     loss, own = (float(sums.loss.sum() / sums.weight.sum()) for sums in (found, itself))
     nll, margins = (

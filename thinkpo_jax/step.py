@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
+from thinkpo_jax.devices import compiler_options
 from thinkpo_jax.model import Transformer
 from thinkpo_jax.objectives import Objective, Sums
 from thinkpo_jax.packing import DeviceBatch
@@ -61,7 +62,8 @@ def make_step(objective: Objective, optimizer: optax.GradientTransformation, mes
         metrics |= {"loss": sums.loss / weight, "grad_norm": norm, "weight": sums.weight, "finite": finite}
         return state, metrics
 
-    return jax.jit(step, donate_argnums=0, out_shardings=(shardings(state, mesh), None))
+    layout = (shardings(state, mesh), None)
+    return jax.jit(step, donate_argnums=0, out_shardings=layout, compiler_options=compiler_options(mesh))
 
 
 def _accumulate(objective: Objective, model: Transformer, batch: DeviceBatch) -> tuple[Any, Sums]:
@@ -81,10 +83,10 @@ def _accumulate(objective: Objective, model: Transformer, batch: DeviceBatch) ->
     return jax.lax.scan(body, zeros, batch)[0]
 
 
-def make_evaluation(objective: Objective) -> Callable[[Transformer, DeviceBatch], Sums]:
+def make_evaluation(objective: Objective, mesh: Mesh) -> Callable[[Transformer, DeviceBatch], Sums]:
     """The sums of an objective over a batch [M, R, ...], of the shape that the updates have; nothing is trained."""
 
     def evaluate(model: Transformer, batch: DeviceBatch) -> Sums:
         return jax.tree.map(lambda sums: sums.sum(axis=0), jax.lax.map(lambda rows: objective(model, rows), batch))
 
-    return jax.jit(evaluate)
+    return jax.jit(evaluate, compiler_options=compiler_options(mesh))

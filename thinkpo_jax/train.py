@@ -193,7 +193,7 @@ class Validation:
         """`step`: the updates that are done; lines of later ones, from an earlier try, are removed."""
         self._mesh, self._last, self._every = run.mesh, len(batches), stage.validation and stage.validation.every
         if self._every is not None:
-            self._evaluate, self._batches = make_evaluation(objective), batches.over(batches.held_out)
+            self._evaluate, self._batches = make_evaluation(objective, run.mesh), batches.over(batches.held_out)
             self._file = MetricsFile(run.folder / stage.name / VALIDATION, step=step)
             done = np.zeros(self._last + 1, bool)
             done[[int(line["step"]) for line in read_metrics(run.folder / stage.name / VALIDATION)]] = True
