@@ -28,7 +28,7 @@ from thinkpo_jax.commands import program
 from thinkpo_jax.config import RunError, UserError, parse, read_json
 from thinkpo_jax.devices import Topology, topology
 from thinkpo_jax.folder import find_model
-from thinkpo_jax.footprint import Memory, Shape, abstract_state, batch_shape, bytes_per_device
+from thinkpo_jax.footprint import UPDATES, Memory, Shape, abstract_state, batch_shape, bytes_per_device
 from thinkpo_jax.hlo import Exchange, exchanges, total_memory
 from thinkpo_jax.objectives import Objective, sft, thinkpo
 from thinkpo_jax.optimizer import make_optimizer
@@ -74,7 +74,7 @@ def lower(config: RunConfig, stage: Stage, name: str, mesh: Mesh) -> tuple[Any, 
         if name == REFERENCE:
             scoring: Any = make_scoring(mesh)
             return scoring.lower(state.model, batch), known
-        optimizer = make_optimizer(stage.optimizer, stage.steps or 1000)
+        optimizer = make_optimizer(stage.optimizer, stage.steps or UPDATES)
         step: Any = make_step(objective, optimizer, mesh, state)
         return step.lower(state, batch), known
 
@@ -165,8 +165,8 @@ def _compiler(devices: Topology) -> dict[str, str]:
     if any(importlib.util.find_spec(name) for name in CUDA_PLUGINS):
         return {}
     raise UserError(
-        f"--topology {devices.name}: the compiler for NVIDIA GPUs, the CUDA plugin of jax {jax.__version__}, is neither "
-        f"installed nor in {apart}. Install it apart: pip install --no-deps --target {apart} "
+        f"--topology {devices.name}: the compiler for NVIDIA GPUs, the CUDA plugin of jax {jax.__version__}, is "
+        f"neither installed nor in {apart}. Install it apart: pip install --no-deps --target {apart} "
         f"jax-cuda13-plugin=={jax.__version__} jax-cuda13-pjrt=={jax.__version__}"
     )
 

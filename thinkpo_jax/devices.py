@@ -9,7 +9,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-import jax
 from jax.experimental import topologies
 from jax.sharding import Mesh
 
@@ -47,8 +46,8 @@ class Device:
 
 
 # Products are not split into a ring of exchanges (collective matmul), and the scheduler looks again at what it found to
-# overlap: from the published settings of 8B models on v6e. (Fusing gathers with what runs beside them, which is in those
-# settings too, libtpu 0.0.52 refuses on all but v5e, and warns of wrong results.)
+# overlap: from the published settings of 8B models on v6e. (Those fuse gathers with what runs beside them too, which
+# libtpu 0.0.52 refuses on all but v5e: it warns of wrong results.)
 _TPU = {
     "xla_jf_spmd_threshold_for_windowed_einsum_mib": 1_000_000,
     "xla_latency_hiding_scheduler_rerun": 2,
@@ -151,15 +150,21 @@ def topology(name: str) -> Topology:
     kind, _, shape = name.lower().partition(":")
     device = next((row for row in DEVICES if row.name == kind), None)
     if device is None:
-        raise UserError(f"--topology {name}: no device {kind!r}{nearest(kind, [row.name for row in DEVICES])}. {listed()}")
+        raise UserError(
+            f"--topology {name}: no device {kind!r}{nearest(kind, [row.name for row in DEVICES])}. {listed()}"
+        )
     if device.gpu is None:
         if shape not in SLICES[kind]:
-            raise UserError(f"--topology {name}: {kind} has the slices {', '.join(SLICES[kind])} (chips along each axis).")
+            raise UserError(
+                f"--topology {name}: {kind} has the slices {', '.join(SLICES[kind])} (chips along each axis)."
+            )
         return Topology(name.lower(), device, tuple(map(int, shape.split("x"))))
     count = int(shape) if shape.isascii() and shape.isdecimal() and len(shape) < 6 else 0
     hosts = max(1, count // PER_HOST)
     if count < 1 or count != hosts * min(count, PER_HOST):
-        raise UserError(f"--topology {name}: give {kind} a number of GPUs: 1 to {PER_HOST} of one host, or a multiple of {PER_HOST}.")
+        raise UserError(
+            f"--topology {name}: give {kind} a number of GPUs: 1 to {PER_HOST}, or a multiple of {PER_HOST} (hosts)."
+        )
     return Topology(name.lower(), device, (hosts, count // hosts))
 
 

@@ -16,6 +16,7 @@ from thinkpo_jax.packing import Work
 
 
 
+
 class Operations(NamedTuple):
     """Of an update: what the model needs (forward, and backward twice that), and what is computed for it."""
 

@@ -4,8 +4,9 @@ Nothing is compiled here. Sizes of parameters, moments and batches are exact; th
 leave out what cannot fit and to choose what is worth compiling.
 """
 
+import functools
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -22,7 +23,7 @@ from thinkpo_jax.model import ComputeConfig, Transformer
 from thinkpo_jax.optimizer import make_optimizer
 from thinkpo_jax.packing import BatchConfig
 from thinkpo_jax.run import Stage
-from thinkpo_jax.sharding import MESH_AXES, MeshConfig, data_shards, shardings, spec
+from thinkpo_jax.sharding import MESH_AXES, MeshConfig, shardings, spec
 from thinkpo_jax.step import TrainState
 
 # What of the published rates a program is taken to reach.
@@ -106,27 +107,31 @@ def tokens_per_device(shape: Shape, mesh: Mesh | AbstractMesh) -> int:
     return math.prod(layout.shard_shape((shape.rows, shape.length)))
 
 
-def estimated_memory(arch: Architecture, compute: ComputeConfig, stage: Stage, mesh: Mesh | AbstractMesh) -> Memory:
-    """About what an update takes of each device. Raises `UserError` where the mesh does not fit the model."""
-    state = abstract_state(arch, compute, stage, mesh)
+def state_memory(state: TrainState) -> Memory:
+    """What an abstract state takes, exactly, and nothing temporary yet."""
     parameters = bytes_per_device(state.model)
-    tokens = tokens_per_device(batch_shape(stage.batch, data_shards(mesh)), mesh)  # pyright: ignore[reportArgumentType] -- only sizes are read
-    parts = _parts(mesh)
-    width, D, F, V = jnp.dtype(compute.dtype).itemsize, arch.embed, arch.mlp // parts, arch.vocab_size
-    heads, pairs = arch.heads * arch.head_dim // parts, (arch.heads + 2 * arch.kv_heads) * arch.head_dim // parts
-    kept = {"full": D, "attention": D + heads, "projections": 2 * D + heads + pairs + 2 * F}
-    kept["none"] = kept["projections"] + 4 * D + heads + pairs + 3 * F
+    return Memory(parameters, bytes_per_device(state) - parameters, 0)
+
+
+def estimated_memory(
+    arch: Architecture, compute: ComputeConfig, shape: Shape, mesh: Mesh | AbstractMesh, state: Memory
+) -> Memory:
+    """About what an update takes of each device, beside its `state_memory`.
+
+    That is float32 gradients, what the backward pass needs of every layer, and the greater of one layer's work and that
+    of both ends of the model (the table of embeddings and the head).
+    """
+    tokens, parts = tokens_per_device(shape, mesh), mesh.shape["tensor"]
+    width, D, F = jnp.dtype(compute.dtype).itemsize, arch.embed, arch.mlp // parts
+    heads, projected = (count * arch.head_dim // parts for count in (arch.heads, arch.heads + 2 * arch.kv_heads))
+    kept = {"full": D, "attention": D + heads, "projections": 2 * D + heads + projected + 2 * F}
+    kept["none"] = kept["projections"] + 4 * D + heads + projected + 3 * F
     layers = arch.layers * tokens * width * kept[compute.remat]
-    # One layer in the backward pass: its weights and their gradients, and what it computes.
-    weights = 2 * D * arch.heads * arch.head_dim + 2 * D * arch.kv_heads * arch.head_dim + 3 * D * arch.mlp
-    layer = 3 * width * weights // parts + tokens * width * (kept["none"] + F + 2 * heads)
-    ends = width * V * D * (2 + 2 / parts) + 3 * 4 * LOGITS // 2  # the table and the head, gathered, with gradients
-    return Memory(parameters, bytes_per_device(state) - parameters, int(parameters + layers + max(layer, 0) + ends))
-
-
-def _parts(mesh: Mesh | AbstractMesh) -> int:
-    """In how many parts the products of a layer are split."""
-    return mesh.shape["tensor"]
+    weights = (2 * D * (arch.heads + arch.kv_heads) * arch.head_dim + 3 * D * arch.mlp) // parts
+    layer = 4 * width * weights + tokens * width * (kept["none"] + 2 * F + 4 * heads)
+    table = width * arch.vocab_size * D
+    ends = 2 * table + 3 * table // parts + tokens * D * 8 + 6 * LOGITS
+    return state._replace(temporary=state.parameters + layers + max(layer, 0) + ends)
 
 
 def operations(arch: Architecture, compute: ComputeConfig, shape: Shape) -> Operations:
@@ -136,21 +141,24 @@ def operations(arch: Architecture, compute: ComputeConfig, shape: Shape) -> Oper
     return update_operations(arch, compute, work)
 
 
-def estimated_exchanges(arch: Architecture, shape: Shape, mesh: Mesh | AbstractMesh, width: int) -> list[Exchange]:
+def estimated_exchanges(
+    arch: Architecture, compute: ComputeConfig, shape: Shape, mesh: Mesh | AbstractMesh
+) -> list[Exchange]:
     """About what devices exchange in an update, as `hlo.exchanges` tells it of a compiled program."""
-    weights = abstract_model(arch, ComputeConfig())
-    bytes_gathered = sum(leaf.size for leaf in jax.tree.leaves(weights)) * width / _parts(mesh)
-    activations = tokens_per_device(shape, mesh) * arch.embed * width
+    width, micro_batches = jnp.dtype(compute.dtype).itemsize, shape.micro_batches
+    weights = width * parameter_count(arch) / mesh.shape["tensor"]
+    activations = width * tokens_per_device(shape, mesh) * arch.embed
     found: list[Exchange] = []
 
-    def add(kind: str, received: float, times: int, members: int) -> None:
+    def add(kind: str, received: float, times: int, axis: str) -> None:
+        members = mesh.shape[axis]
         if members > 1:
             found.append(Exchange(kind, received * (members - 1) / members, times, tuple(range(members))))
 
-    add("all-gather", bytes_gathered, 2 * shape.micro_batches, mesh.shape["fsdp"])
-    add("reduce-scatter", bytes_gathered, shape.micro_batches, mesh.shape["fsdp"])
-    add("all-reduce", 2 * bytes_gathered / mesh.shape["fsdp"], shape.micro_batches, mesh.shape["data"])
-    add("all-reduce", 2 * activations, 4 * arch.layers * shape.micro_batches, mesh.shape["tensor"])
+    add("all-gather", weights, 2 * micro_batches, "fsdp")
+    add("reduce-scatter", weights, micro_batches, "fsdp")
+    add("all-reduce", 2 * weights / mesh.shape["fsdp"], micro_batches, "data")
+    add("all-reduce", 2 * activations, 4 * arch.layers * micro_batches, "tensor")
     return found
 
 
@@ -162,31 +170,37 @@ class Seconds(NamedTuple):
     network: float
 
 
+@functools.cache
+def parameter_count(arch: Architecture) -> int:
+    """How many parameters a model has."""
+    return sum(leaf.size for leaf in jax.tree.leaves(abstract_model(arch, ComputeConfig())))
+
+
 def estimated_seconds(
     arch: Architecture,
     compute: ComputeConfig,
     shape: Shape,
     *,
-    parameters: int,
-    split: int,
+    mesh: Mapping[str, int],
     exchanges: Iterable[Exchange],
     topology: Topology,
+    forward_only: bool = False,
 ) -> Seconds:
-    """An estimate of an update's time; `parameters`: bytes per device, `split`: parts of a layer's products."""
-    device, width = topology.device, jnp.dtype(compute.dtype).itemsize
-    needed = operations(arch, compute, shape).hardware / topology.size
-    weights = sum(leaf.size for leaf in jax.tree.leaves(abstract_model(arch, compute)))
-    # Every micro-batch reads the weights three times (forward, and for both gradients), once more where the layers are
-    # computed again, and adds to float32 gradients; the update reads and writes weights, gradients and moments.
-    again = 4 if compute.remat in ("attention", "full") else 3
-    each = again * width * weights / split + 2 * parameters
-    tokens = shape.tokens / topology.size
+    """An estimate of the time of an update, or of a pass over its batch, by what bounds it."""
+    device, width, weights = topology.device, jnp.dtype(compute.dtype).itemsize, parameter_count(arch)
+    work = operations(arch, compute, shape)
+    needed = (work.model / 3 if forward_only else work.hardware) / topology.size
+    # A micro-batch reads the weights: forward, for both gradients, and again where layers are computed again.
+    reads = 1 if forward_only else 4 if compute.remat in ("attention", "full") else 3
     inner = 2 * arch.embed + 3 * arch.mlp + 2 * (arch.heads + arch.kv_heads) * arch.head_dim
-    moved = shape.micro_batches * each + 7 * parameters + again * 2 * width * arch.layers * tokens * inner
+    activations = reads * 2 * width * arch.layers * inner * shape.tokens / topology.size
+    moved = activations + shape.micro_batches * reads * width * weights / mesh["tensor"]
+    if not forward_only:
+        # It adds to float32 gradients; the update reads and writes weights, gradients and both moments.
+        own = 4 * weights / (mesh["fsdp"] * mesh["tensor"])
+        moved += (2 * shape.micro_batches + 7) * own
     network = sum(found.received * found.times / bandwidth(found.group, topology) for found in exchanges)
-    return Seconds(
-        needed / (device.peak * OF_PEAK), moved / (device.bandwidth * OF_BANDWIDTH), network / OF_NETWORK
-    )
+    return Seconds(needed / (device.peak * OF_PEAK), moved / (device.bandwidth * OF_BANDWIDTH), network / OF_NETWORK)
 
 
 def bandwidth(group: tuple[int, ...], topology: Topology) -> float:

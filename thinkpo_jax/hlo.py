@@ -80,7 +80,9 @@ def _lines(body: list[str], bodies: dict[str, list[str]], devices: int) -> Itera
             group = _group(line, devices)
             if len(group) > 1:
                 channel = re.search(r"channel_id=(\d+)", line)
-                received = _received(match[2], _bytes(match[1]), len(group), started=match[3] is not None)
+                started = match[3] is not None
+                types = match[1].replace("u32[]", "") if started else match[1]  # those keep its state
+                received = _received(match[2], _bytes(types), len(group), started=started)
                 yield _Line(Exchange(match[2], received, 1, group), channel[1] if channel else "")
             continue
         called = dict(_CALLED.findall(line))
@@ -115,7 +117,7 @@ def _bits(kind: str) -> int:
 
 
 def _received(kind: str, size: int, members: int, *, started: bool) -> float:
-    """Bytes that one device receives, by what the operation gives; where it is started, its operands stand there too."""
+    """Bytes that one device receives, by what the operation gives and, where it is `started`, takes."""
     others = members - 1
     if kind == "all-gather":
         return (size * members / (members + 1) if started else size) * others / members
@@ -148,6 +150,8 @@ def _group(line: str, devices: int) -> tuple[int, ...]:
 
 def total_memory(report: str) -> int:
     """Bytes of a device's main memory that a program takes, arguments included, by the report on its memory."""
-    total = re.search(r"Memory Space: default .*\nTotal bytes: (\d+)", report) or re.search(r"Total bytes used: (\d+)", report)
+    total = re.search(r"Memory Space: default .*\nTotal bytes: (\d+)", report) or re.search(
+        r"Total bytes used: (\d+)", report
+    )
     assert total is not None, report[:200]
     return int(total[1])

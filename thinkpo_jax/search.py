@@ -1,0 +1,172 @@
+"""Which mesh, remat policy and micro-batch are the fastest that fit, and may rows be longer?
+
+Arithmetic orders all candidates and leaves out those that are far too large; the first ones of each row length are
+compiled, until two of them fit.
+"""
+
+import itertools
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, get_args
+
+from thinkpo_jax.architecture import Architecture, read_architecture
+from thinkpo_jax.compiled import UPDATE, compiled
+from thinkpo_jax.config import RunError, UserError
+from thinkpo_jax.devices import Topology
+from thinkpo_jax.folder import find_model
+from thinkpo_jax.footprint import (
+    Memory,
+    Seconds,
+    abstract_mesh,
+    abstract_state,
+    asked_rows,
+    batch_shape,
+    estimated_exchanges,
+    estimated_memory,
+    estimated_seconds,
+    state_memory,
+)
+from thinkpo_jax.log import say
+from thinkpo_jax.model import ComputeConfig
+from thinkpo_jax.run import RunConfig, Stage
+from thinkpo_jax.sharding import MESH_AXES, MeshConfig, data_shards
+
+LONGER = (1, 2, 4)  # rows that are tried, in row lengths of the configuration
+HOPEFUL = 1.1  # an estimate above so much of a device's memory is not compiled
+TRIES, WANTED = 4, 2  # of each row length: programs that are compiled at most, and that fit
+NOT_HIDDEN = 0.1  # the share of the faster bounds that adds to the slowest, so that less of them is better
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A way to lay out a stage, and what it comes to."""
+
+    mesh: MeshConfig
+    remat: str
+    rows_per_device: int
+    row_length: int
+    memory: Memory
+    tokens: int  # of an update
+    seconds: Seconds
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Of all devices together, by estimate."""
+        slowest = max(self.seconds)
+        return self.tokens / (slowest + NOT_HIDDEN * (sum(self.seconds) - slowest))
+
+    def config(self, config: RunConfig, stage: Stage) -> tuple[RunConfig, Stage]:
+        """The configuration with this layout, and the stage in it; its updates have as many tokens as before."""
+        batch = {"row_length": self.row_length, "rows_per_device": self.rows_per_device}
+        batch |= {"rows": _rows(stage, self.row_length), "size": None}
+        laid = stage.model_copy(update={"batch": stage.batch.model_copy(update=batch)})
+        compute = config.compute.model_copy(update={"remat": self.remat})
+        return config.model_copy(update={"mesh": self.mesh, "compute": compute, "stages": (laid,)}), laid
+
+    def settings(self, stage: Stage) -> str:
+        """What --set takes to use it."""
+        batch = f"stages.{stage.name}.batch"
+        mesh = [f"mesh.{axis}={size}" for axis, size in self.mesh.model_dump().items()]
+        rows = [f"{batch}.rows={_rows(stage, self.row_length)}"] if stage.batch.rows is not None else []
+        length = [f"{batch}.row_length={self.row_length}", f"{batch}.rows_per_device={self.rows_per_device}"]
+        return " ".join([*mesh, f"compute.remat={self.remat}", *length, *rows])
+
+    def describe(self, devices: Topology) -> str:
+        """One line of the table."""
+        mesh = ", ".join(f"{axis}: {size}" for axis, size in self.mesh.model_dump().items() if size > 1)
+        return (
+            f"{self.tokens_per_second / devices.size:>8.0f} tokens/s and device  {self.memory.total / 2**30:>7.2f} GiB "
+            f"({self.memory.total / devices.memory:>4.0%})  remat {self.remat:<11}  rows of {self.row_length}, "
+            f"{self.rows_per_device} at once  mesh {{{mesh}}}"
+        )
+
+
+def search(config: RunConfig, stages: Sequence[Stage], devices: Topology) -> None:
+    """Prints what fits, the fastest first, with the settings to use. Raises `RunError` where nothing does."""
+    arch = read_architecture(find_model(config.model.path, weights=False))
+    problems: list[str] = []
+    for stage in stages:
+        lengths = [factor * stage.batch.row_length for factor in LONGER]
+        found = [one for length in lengths for one in _fitting(config, stage, arch, devices, length)]
+        if not found:
+            problems.append(f"stage {stage.name}: nothing that was tried fits {devices.name}. Take a larger slice.")
+            continue
+        found.sort(key=lambda one: -one.tokens_per_second)
+        print(f"stage {stage.name} on {devices.name}: what fits, compiled, by the estimated speed of full rows")
+        for one in found:
+            print(f"  {one.describe(devices)}")
+        for length in sorted({one.row_length for one in found}):
+            best = next(one for one in found if one.row_length == length)
+            print(f"rows of {length} tokens:\n  --set {best.settings(stage)}")
+        print(flush=True)
+    if problems:
+        raise RunError("\n".join(problems))
+
+
+def _fitting(
+    config: RunConfig, stage: Stage, arch: Architecture, devices: Topology, length: int
+) -> Iterator[Candidate]:
+    """Of one row length, the most promising candidates that fit once they are compiled."""
+    tries, fitted, factor = 0, 0, 1.0  # by how much temporary memory was more than its estimate
+    for one in candidates(config, stage, arch, devices, length=length):
+        estimate = one.memory.total + (factor - 1) * one.memory.temporary
+        if estimate > devices.memory * (HOPEFUL if tries == 0 else 1):
+            continue
+        if tries == TRIES or fitted == WANTED:
+            return
+        say(f"compiling: {one.describe(devices)} (estimates)")
+        laid_config, laid = one.config(config, stage)
+        program, tries = compiled(laid_config, laid, UPDATE, devices), tries + 1
+        options = {"mesh": program.mesh, "exchanges": program.exchanges, "topology": devices}
+        seconds = estimated_seconds(arch, laid_config.compute, program.shape, **options)
+        factor = max(factor, program.memory.temporary / one.memory.temporary)
+        if program.memory.total <= devices.memory:
+            fitted += 1
+            yield replace(one, memory=program.memory, seconds=seconds)
+
+
+def candidates(
+    config: RunConfig, stage: Stage, arch: Architecture, devices: Topology, *, length: int
+) -> list[Candidate]:
+    """The ways to lay out a stage with rows of so many tokens, the fastest first, by arithmetic alone."""
+    found: list[Candidate] = []
+    for sizes in _meshes(devices.size):
+        mesh = abstract_mesh(sizes)
+        shards, rows = data_shards(mesh), _rows(stage, length)
+        if shards > rows:
+            continue  # devices without a row of their own
+        try:
+            state = state_memory(abstract_state(arch, config.compute, stage, mesh))
+        except UserError:
+            continue  # a size that does not divide
+        for remat, at_once in itertools.product(REMAT, _powers(math.ceil(rows / shards))):
+            one = Candidate(sizes, remat, at_once, length, state, rows * length, Seconds(0, 0, 0))
+            laid_config, laid = one.config(config, stage)
+            compute, shape = laid_config.compute, batch_shape(laid.batch, shards)
+            memory = estimated_memory(arch, compute, shape, mesh, state)
+            options = {"mesh": mesh.shape, "exchanges": estimated_exchanges(arch, compute, shape, mesh)}
+            seconds = estimated_seconds(arch, compute, shape, **options, topology=devices)
+            found.append(replace(one, memory=memory, seconds=seconds))
+    return sorted(found, key=lambda one: -one.tokens_per_second)
+
+
+REMAT: tuple[Any, ...] = get_args(ComputeConfig.model_fields["remat"].annotation)
+
+
+def _rows(stage: Stage, row_length: int) -> int:
+    """Rows of so many tokens that hold what an update of the configuration holds."""
+    return math.ceil(asked_rows(stage.batch) * stage.batch.row_length / row_length)
+
+
+def _meshes(devices: int) -> Iterator[MeshConfig]:
+    """All meshes of so many devices."""
+    sizes = [size for size in range(1, devices + 1) if devices % size == 0]
+    for chosen in itertools.product(sizes, repeat=len(MESH_AXES)):
+        if math.prod(chosen) == devices:
+            yield MeshConfig.model_validate(dict(zip(MESH_AXES, chosen, strict=True)))
+
+
+def _powers(most: int) -> list[int]:
+    """1, 2, 4, ... up to `most`, and `most` itself."""
+    return sorted({most, *(2**power for power in range(most.bit_length()) if 2**power <= most)})
