@@ -282,6 +282,9 @@ def test_candidates_fit_the_devices_and_keep_the_work_of_an_update() -> None:
     assert all(np.prod([*one.mesh.model_dump().values()]) == 8 for one in found)
     assert all(one.mesh.tensor in (1, 2) for one in found)  # of two key/value heads each device needs a whole one
     assert all(one.tokens == 16 * 128 for one in found)
+    # An axis of a mesh of TPUs takes whole axes of their torus.
+    square = candidates(config, stage, small.ARCH, topology("v5e:4x4"), length=128)
+    assert {one.mesh.fsdp for one in square} | {one.mesh.data for one in square} == {1, 4, 16}
     speeds = [one.tokens_per_second for one in found]
     assert speeds == sorted(speeds, reverse=True)
     # What remat keeps less of takes less memory, and is computed more often.

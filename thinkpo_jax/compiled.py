@@ -180,7 +180,10 @@ def main(arguments: Sequence[str]) -> None:
     given = parser.parse_args(arguments)
     config = parse(RunConfig, read_json(given.folder / "config.json"), source="config")
     stage = next(stage for stage in config.stages if stage.name == given.stage)
-    mesh = make_mesh(config.mesh, topology(given.topology).devices())
+    try:
+        mesh = make_mesh(config.mesh, topology(given.topology).devices())
+    except NotImplementedError as error:  # an axis of the mesh that is no product of axes of the torus
+        raise UserError(f"mesh: {given.topology} cannot be laid out so: {error}") from None
     lowered, known = lower(config, stage, given.program, mesh)
     (given.folder / "known.json").write_text(json.dumps(known), encoding="utf-8")
     lowered.compile(compiler_options={"xla_dump_to": str(given.folder / "xla"), "xla_dump_hlo_as_text": True})

@@ -131,7 +131,7 @@ def candidates(
 ) -> list[Candidate]:
     """The ways to lay out a stage with rows of so many tokens, the fastest first, by arithmetic alone."""
     found: list[Candidate] = []
-    for sizes in _meshes(devices.size):
+    for sizes in _meshes(devices):
         mesh = abstract_mesh(sizes)
         shards, rows = data_shards(mesh), _rows(stage, length)
         if shards > rows:
@@ -159,12 +159,23 @@ def _rows(stage: Stage, row_length: int) -> int:
     return math.ceil(asked_rows(stage.batch) * stage.batch.row_length / row_length)
 
 
-def _meshes(devices: int) -> Iterator[MeshConfig]:
-    """All meshes of so many devices."""
-    sizes = [size for size in range(1, devices + 1) if devices % size == 0]
+def _meshes(devices: Topology) -> Iterator[MeshConfig]:
+    """All meshes of the devices; each axis of a mesh of TPUs takes whole axes of their torus."""
+    sizes = [size for size in range(1, devices.size + 1) if devices.size % size == 0]
+    torus = devices.shape if devices.size == math.prod(devices.shape) else (*devices.shape, 2)
     for chosen in itertools.product(sizes, repeat=len(MESH_AXES)):
-        if math.prod(chosen) == devices:
+        if math.prod(chosen) == devices.size and (devices.device.gpu is not None or _laid(chosen, torus)):
             yield MeshConfig.model_validate(dict(zip(MESH_AXES, chosen, strict=True)))
+
+
+def _laid(mesh: Sequence[int], torus: Sequence[int]) -> bool:
+    """Whether the axes of a torus can be dealt out to those of a mesh so that the sizes come out."""
+    for owners in itertools.product(range(len(mesh)), repeat=len(torus)):
+        products = [math.prod(size for size, owner in zip(torus, owners, strict=True) if owner == axis)
+                    for axis in range(len(mesh))]  # fmt: skip
+        if products == [*mesh]:
+            return True
+    return False
 
 
 def _powers(most: int) -> list[int]:
