@@ -179,10 +179,12 @@ ENTRY %main (p: f32[8]) -> f32[8] {
 
 
 def test_exchanges_of_a_program_are_counted_with_its_loops() -> None:
-    found = {(one.kind, one.times): one for one in exchanges(LOOP, 4)}
+    listed = exchanges(LOOP, 4)
+    found = {(one.kind, one.times): one for one in listed}
+    assert len(listed) == len(found)  # two steps of one channel are one exchange
     received = {key: one.received for key, one in found.items()}
     assert received == {
-        ("all-gather", 28): 64 * 8 * 2 * 3 / 4,  # two steps of one channel
+        ("all-gather", 28): 64 * 8 * 2 * 3 / 4,
         ("collective-permute", 28): 40,  # in a loop of unknown length
         ("all-reduce", 3): 2 * 4096 * 3 / 4,
         ("all-gather", 1): 24 * 4 / 2,

@@ -1,7 +1,7 @@
 """Which mesh, remat policy and micro-batch are the fastest that fit, and may rows be longer?
 
 Arithmetic orders all candidates and leaves out those that are far too large; the first ones of each row length are
-compiled, until two of them fit.
+compiled, until two of them fit. Only updates are: what else a stage computes takes less memory.
 """
 
 import itertools
