@@ -47,7 +47,7 @@ MAX_FILE, MAX_FUNCTION, MAX_PARAMETERS = 400, 60, 8
 # the losses that users of TRL expect and metrics by region and length. 8150: the reference kept by content, held-out
 # examples, attention by blocks, a head that is split over devices, operations counted, and a race against TRL. 8200:
 # remat policies by name, gradients of products and norms written out.
-MAX_PACKAGE = 9300
+MAX_PACKAGE = 8200
 
 
 def _imports(path: Path) -> set[str]:
