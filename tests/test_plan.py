@@ -264,7 +264,7 @@ def test_shapes_of_batches_are_the_most_that_data_can_ask_for() -> None:
     assert shape(16, rows=8) == (1, 16, 32)
     assert shape(3, rows=8, rows_per_device=2) == (2, 6, 32)
     # What packing makes of examples that each fill a row.
-    batches = small.batches(small.singles(40), shards=4, steps=None, size=10, pack=False, rows_per_device=1)
+    batches = small.batches(small.singles(40), shards=4, steps=4, size=10, pack=False, rows_per_device=1)
     assert shape(4, size=10, rows_per_device=1)[:2] == (batches.micro_batches, batches.rows)
 
 
