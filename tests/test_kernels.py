@@ -21,7 +21,7 @@ from jax.sharding import AxisType, Mesh, PartitionSpec
 
 from thinkpo_jax import cudnn as cudnn_module
 from thinkpo_jax import splash as splash_module
-from thinkpo_jax.attention import ATTENDED, Places, _whole
+from thinkpo_jax.attention import ATTENDED, Places, attend_whole
 from thinkpo_jax.config import UserError
 from thinkpo_jax.cudnn import cudnn, segment_starts
 from thinkpo_jax.splash import PADDING, _by_keys, _by_queries, block_sizes, seen_blocks, splash
@@ -110,7 +110,7 @@ def test_splash_is_the_whole_form(
     keys = _places(ROWS)
     queries = Places(keys.segments[:, places], keys.positions[:, places])
     inputs, segments = _inputs(len(ROWS), len(places), *heads), (queries.segments, keys.segments)
-    expected = _values_and_gradients(lambda q, k, v: _whole(q, k, v, queries, keys), inputs, segments)
+    expected = _values_and_gradients(lambda q, k, v: attend_whole(q, k, v, queries, keys), inputs, segments)
     found = _values_and_gradients(lambda q, k, v: splash(q, k, v, *segments, places, interpret=True), inputs, segments)
     for a, b in zip(expected, found, strict=True):
         np.testing.assert_allclose(b, a, atol=2e-5, rtol=2e-5)
@@ -132,7 +132,7 @@ def test_splash_on_two_devices_that_share_rows() -> None:
         return splash(q, k, v, query_segments, keys.segments, stretches.reshape(-1), interpret=True)
 
     shared = jax.shard_map(part, mesh=mesh, in_specs=(split, whole, whole, split), out_specs=split, check_vma=False)
-    expected = _values_and_gradients(lambda q, k, v: _whole(q, k, v, queries, keys), inputs, segments)
+    expected = _values_and_gradients(lambda q, k, v: attend_whole(q, k, v, queries, keys), inputs, segments)
     found = _values_and_gradients(lambda q, k, v: shared(q, k, v, queries.segments), inputs, segments)
     for a, b in zip(expected, found, strict=True):
         np.testing.assert_allclose(b, a, atol=2e-5, rtol=2e-5)
@@ -295,7 +295,7 @@ def test_what_cudnn_is_given_are_the_rows(monkeypatch: pytest.MonkeyPatch) -> No
     lengths = jnp.array([row + [0] * (8 - len(row)) for row in ROWS])
     real = np.asarray(places.segments > 0)[..., None, None]
     out, residuals = cudnn_module._forward(None, *inputs, lengths)
-    expected = _whole(*inputs, places, places)
+    expected = attend_whole(*inputs, places, places)
     np.testing.assert_allclose(out, np.where(real, expected, 0), atol=2e-5)
     for gradient in cudnn_module._backward(None, residuals, jnp.ones_like(out))[:3]:
         np.testing.assert_array_equal(np.isnan(gradient), np.broadcast_to(real, gradient.shape))

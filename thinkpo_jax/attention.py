@@ -1,8 +1,10 @@
-"""Which kernel attends on this device? One signature, two forms in plain XLA: whole, and block by block.
+"""Which kernel attends on this device? One signature; plain XLA, whole or block by block, and the kernels of devices.
 
-The blockwise form is for long rows of packed segments: softmax by running maximum and sum, and a backward pass that
-computes the scores again (arXiv 2205.14135, 2307.08691). Its memory grows with the row, not with the row's square, and
-blocks of keys that no query of a block may see are left out while the program runs, by the rows' segments.
+`splash` is the TPU's (splash.py), `cudnn` that of NVIDIA GPUs from Hopper on (cudnn.py), `blockwise` is for all others,
+`reference` computes all scores at once. The blockwise form is for long rows of packed segments: softmax by running
+maximum and sum, and a backward pass that computes the scores again (arXiv 2205.14135, 2307.08691). Its memory grows
+with the row, not with the row's square, and blocks of keys that no query of a block may see are left out while the
+program runs, by the rows' segments.
 
 Where rows are split over devices (the mesh axis `context`), each device gathers all keys and values of its rows; with
 few key/value heads they are small beside the queries.
@@ -11,14 +13,21 @@ Letters: B batch, T queries, S keys, N query heads, K key/value heads, G = N / K
 blocks of queries, Y blocks of keys.
 """
 
-from typing import NamedTuple
+import functools
+from collections.abc import Sequence
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
+from thinkpo_jax.config import UserError
+from thinkpo_jax.cudnn import cudnn
+from thinkpo_jax.log import say
 from thinkpo_jax.sharding import balanced, chunk_starts, per_device, whole_rows
 
+SPLASH_MULTIPLE = 128  # of tokens: what its blocks divide
+HOPPER = 9.0  # the compute capability that cuDNN's packed rows need
 BLOCK = 256  # tokens; rows of up to so many are computed whole
 ATTENDED = "attended"  # by which remat policies name what attention gives
 LOWEST = -1e30  # a score that is none: finite, so that a row of them is no NaN
@@ -28,26 +37,78 @@ KEYS = ("batch", None, "activation_heads", None)
 HEADS = ("batch", "length", "activation_heads", None)
 
 
+Form = Literal["auto", "reference", "blockwise", "splash", "cudnn"]
+
+
 class Places(NamedTuple):
-    """Where tokens stand: the segment (0 = padding) that each belongs to and its position within the segment."""
+    """Where tokens stand: the segment (0 = padding) that each belongs to and its position within the segment.
+
+    `lengths`: the tokens of segments 1 to M of each row, where that is known (0: there is none); the form `cudnn` asks.
+    """
 
     segments: jax.Array  # [B, T] int32
     positions: jax.Array  # [B, T] int32
+    lengths: jax.Array | None = None  # [B, M] int32
 
 
-def attend(q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, rows: Places) -> jax.Array:
+def choose(asked: Form, device: Any, *, dtype: str, head_dim: int, context: int, lengths: Sequence[int]) -> Form:
+    """The form for a device, for heads of this width and rows of these lengths; `auto` takes the device's own kernel.
+
+    Raises `UserError` where the one that is asked for cannot be had.
+    """
+    kernels: dict[str, Form] = {"tpu": "splash", "gpu": "cudnn", "cuda": "cudnn"}
+    wanted: Form = kernels.get(device.platform, "blockwise") if asked == "auto" else asked
+    refused = None
+    if wanted == "splash":
+        refused = _not_splash(device, context, lengths)
+    elif wanted == "cudnn":
+        refused = _not_cudnn(device, dtype, head_dim, context)
+    if refused is None:
+        return wanted
+    if asked == "auto":
+        say(f"attention: not {wanted}: {refused}")
+        return "blockwise"
+    raise UserError(f"compute.attention: {asked}: {refused} `auto` takes what there is.")
+
+
+def _not_splash(device: Any, context: int, lengths: Sequence[int]) -> str | None:
+    if device.platform != "tpu":
+        return f"it runs on TPUs, and this is {device.device_kind}."
+    whole = SPLASH_MULTIPLE * (2 * context if context > 1 else 1)
+    wrong = [length for length in lengths if length % whole]
+    return f"it needs a row_length that {whole} divides, not {wrong[0]}." if wrong else None
+
+
+def _not_cudnn(device: Any, dtype: str, head_dim: int, context: int) -> str | None:
+    if device.platform not in ("gpu", "cuda"):
+        return f"it runs on NVIDIA GPUs, and this is {device.device_kind}."
+    if float(getattr(device, "compute_capability", 0)) < HOPPER:
+        return f"it needs a GPU of compute capability {HOPPER} (Hopper) or more, and this is {device.device_kind}."
+    if dtype != "bfloat16":
+        return "it computes in bfloat16 alone."
+    if context > 1:
+        return f"it takes whole rows, and mesh.context is {context}."
+    return None if head_dim % 8 == 0 and head_dim <= 256 else f"it has no heads of width {head_dim}."
+
+
+def attend(q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, rows: Places, form: Form = "auto") -> jax.Array:
     """Causal attention within the segments of packed rows, scaled by H**-0.5; [B, T, N, H] in the dtype of the queries.
 
     A query sees the keys of its own segment at positions up to its own. Segments must be contiguous, padding behind
     them; what padding attends to is not defined, but finite. `rows` are in their order, queries, keys and values in
-    that of `sharding.balanced`, which differs where a mesh splits rows.
+    that of `sharding.balanced`, which differs where a mesh splits rows. The form is one that `choose` gives; `auto` is
+    blockwise, and so is that in plain XLA for rows of up to `BLOCK` tokens at once.
     """
-    if rows.segments.shape[1] > BLOCK:
-        part = per_device(_blockwise_part, (HEADS, HEADS, HEADS, ROWS, ROWS), HEADS)
-        return part(q_BTNH, k_BTKH, v_BTKH, *rows)
-    gather = per_device(whole_rows, (HEADS,), KEYS)
-    queries = Places(*(balanced(array_BT) for array_BT in rows))
-    return attend_whole(q_BTNH, gather(k_BTKH), gather(v_BTKH), queries, rows)
+    if form == "cudnn":
+        assert rows.lengths is not None
+        part = per_device(functools.partial(cudnn, name=ATTENDED), (HEADS, HEADS, HEADS, ROWS), HEADS)
+        return part(q_BTNH, k_BTKH, v_BTKH, rows.lengths)
+    if form == "reference" or (form != "splash" and rows.segments.shape[1] <= BLOCK):
+        gather = per_device(whole_rows, (HEADS,), KEYS)
+        queries = Places(balanced(rows.segments), balanced(rows.positions))
+        return attend_whole(q_BTNH, gather(k_BTKH), gather(v_BTKH), queries, rows)
+    part = per_device(_splash_part if form == "splash" else _blockwise_part, (HEADS, HEADS, HEADS, ROWS, ROWS), HEADS)
+    return part(q_BTNH, k_BTKH, v_BTKH, rows.segments, rows.positions)
 
 
 def attend_whole(q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, queries: Places, keys: Places) -> jax.Array:
@@ -60,6 +121,18 @@ def attend_whole(q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, querie
     mask_B1TS = (same_segment & not_later)[:, None]
     out_BTNH = jax.nn.dot_product_attention(q_BTNH, k_BSKH, v_BSKH, mask=mask_B1TS, implementation="xla")
     return checkpoint_name(out_BTNH, ATTENDED)
+
+
+def _splash_part(
+    q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, segments_BS: jax.Array, _positions_BS: jax.Array
+) -> jax.Array:
+    """What one TPU computes: all keys of its rows for the queries that it holds."""
+    from thinkpo_jax.splash import splash  # which takes half a second that only a TPU needs
+
+    T, starts = q_BTNH.shape[1], chunk_starts(segments_BS.shape[1])
+    order_T = (starts[:, None] + jnp.arange(T // len(starts))).reshape(-1)
+    segments_BT = segments_BS[:, order_T]
+    return splash(q_BTNH, whole_rows(k_BTKH), whole_rows(v_BTKH), segments_BT, segments_BS, order_T, name=ATTENDED)
 
 
 def _blockwise_part(

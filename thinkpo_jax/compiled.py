@@ -30,12 +30,13 @@ from thinkpo_jax.devices import Topology, topology
 from thinkpo_jax.folder import find_model
 from thinkpo_jax.footprint import UPDATES, Memory, Shape, abstract_state, batch_shape, bytes_per_device
 from thinkpo_jax.hlo import Exchange, exchanges, total_memory
+from thinkpo_jax.model import with_kernel
 from thinkpo_jax.objectives import Objective, sft, thinkpo
 from thinkpo_jax.optimizer import make_optimizer
 from thinkpo_jax.packing import REGIONS, Batch
 from thinkpo_jax.reference import make_scoring
 from thinkpo_jax.run import RunConfig, SftStage, Stage
-from thinkpo_jax.sharding import data_shards, make_mesh, spec
+from thinkpo_jax.sharding import check_row_length, data_shards, make_mesh, spec
 from thinkpo_jax.step import make_step
 
 UPDATE, REFERENCE = "update", "reference pass"
@@ -52,6 +53,7 @@ class Program:
 
     name: str
     mesh: dict[str, int]
+    attention: str
     shape: Shape
     memory: Memory
     exchanges: list[Exchange]
@@ -66,9 +68,12 @@ def programs(stage: Stage) -> tuple[str, ...]:
 def lower(config: RunConfig, stage: Stage, name: str, mesh: Mesh) -> tuple[Any, dict[str, Any]]:
     """A program of a stage lowered for the devices of a mesh, and what is known of it before it is compiled."""
     arch = read_architecture(find_model(config.model.path, weights=False))
-    state, batch = abstract_state(arch, config.compute, stage, mesh), _abstract_batch(stage, mesh)
+    check_row_length(mesh, stage.batch.row_length, f"stages.{stage.name}.batch.row_length")
+    compute = with_kernel(config.compute, arch, mesh, [stage.batch.row_length])
+    state, batch = abstract_state(arch, compute, stage, mesh), _abstract_batch(stage, mesh)
     objective: Objective = sft if isinstance(stage, SftStage) else thinkpo(stage, end_id=0, thought_ends=((0,),))
-    known = {"mesh": dict(mesh.shape), "shape": [*batch.tokens.shape], "parameters": bytes_per_device(state.model)}
+    known: dict[str, Any] = {"mesh": dict(mesh.shape), "attention": compute.attention, "shape": [*batch.tokens.shape]}
+    known["parameters"] = bytes_per_device(state.model)
     known["optimizer"] = bytes_per_device(state) - known["parameters"] if name == UPDATE else 0
     with jax.set_mesh(mesh):
         if name == REFERENCE:
@@ -116,7 +121,9 @@ def compiled(config: RunConfig, stage: Stage, name: str, devices: Topology) -> P
         total = total_memory(report.read_text(encoding="utf-8"))
     state = known["parameters"] + known["optimizer"]
     memory = Memory(known["parameters"], known["optimizer"], total - state)
-    return Program(name, known["mesh"], Shape(*known["shape"]), memory, found, time.monotonic() - began)
+    return Program(
+        name, known["mesh"], known["attention"], Shape(*known["shape"]), memory, found, time.monotonic() - began
+    )
 
 
 def _written(folder: Path) -> tuple[Path, ...]:
@@ -180,10 +187,7 @@ def main(arguments: Sequence[str]) -> None:
     given = parser.parse_args(arguments)
     config = parse(RunConfig, read_json(given.folder / "config.json"), source="config")
     stage = next(stage for stage in config.stages if stage.name == given.stage)
-    try:
-        mesh = make_mesh(config.mesh, topology(given.topology).devices())
-    except NotImplementedError as error:  # an axis of the mesh that is no product of axes of the torus
-        raise UserError(f"mesh: {given.topology} cannot be laid out so: {error}") from None
+    mesh = make_mesh(config.mesh, topology(given.topology).devices())
     lowered, known = lower(config, stage, given.program, mesh)
     (given.folder / "known.json").write_text(json.dumps(known), encoding="utf-8")
     lowered.compile(compiler_options={"xla_dump_to": str(given.folder / "xla"), "xla_dump_hlo_as_text": True})

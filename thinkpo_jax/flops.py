@@ -14,9 +14,6 @@ from thinkpo_jax.model import ComputeConfig
 from thinkpo_jax.packing import Work
 
 
-
-
-
 class Operations(NamedTuple):
     """Of an update: what the model needs (forward, and backward twice that), and what is computed for it."""
 

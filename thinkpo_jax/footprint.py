@@ -124,7 +124,7 @@ def estimated_memory(
     tokens, parts = tokens_per_device(shape, mesh), mesh.shape["tensor"]
     width, D, F = jnp.dtype(compute.dtype).itemsize, arch.embed, arch.mlp // parts
     heads, projected = (count * arch.head_dim // parts for count in (arch.heads, arch.heads + 2 * arch.kv_heads))
-    kept = {"full": D, "attention": D + heads, "projections": 2 * D + heads + projected + 2 * F}
+    kept = {"full": D, "offload": 0, "attention": D + heads, "projections": 2 * D + heads + projected + 2 * F}
     kept["none"] = kept["projections"] + 4 * D + heads + projected + 3 * F
     layers = arch.layers * tokens * width * kept[compute.remat]
     weights = (2 * D * (arch.heads + arch.kv_heads) * arch.head_dim + 3 * D * arch.mlp) // parts
@@ -147,18 +147,20 @@ def estimated_exchanges(
     """About what devices exchange in an update, as `hlo.exchanges` tells it of a compiled program."""
     width, micro_batches = jnp.dtype(compute.dtype).itemsize, shape.micro_batches
     weights = width * parameter_count(arch) / mesh.shape["tensor"]
-    activations = width * tokens_per_device(shape, mesh) * arch.embed
+    tokens, shared = tokens_per_device(shape, mesh), mesh.shape["fsdp"] * mesh.shape["context"]
+    keys = 2 * width * tokens * mesh.shape["context"] * arch.kv_heads * arch.head_dim / mesh.shape["tensor"]
     found: list[Exchange] = []
 
-    def add(kind: str, received: float, times: int, axis: str) -> None:
-        members = mesh.shape[axis]
+    def add(kind: str, received: float, times: int, members: int) -> None:
         if members > 1:
             found.append(Exchange(kind, received * (members - 1) / members, times, tuple(range(members))))
 
-    add("all-gather", weights, 2 * micro_batches, "fsdp")
-    add("reduce-scatter", weights, micro_batches, "fsdp")
-    add("all-reduce", 2 * weights / mesh.shape["fsdp"], micro_batches, "data")
-    add("all-reduce", 2 * activations, 4 * arch.layers * micro_batches, "tensor")
+    add("all-gather", weights, 2 * micro_batches, shared)
+    add("reduce-scatter", weights, micro_batches, shared)
+    add("all-reduce", 2 * weights / shared, micro_batches, mesh.shape["data"])
+    add("all-reduce", 2 * width * tokens * arch.embed, 4 * arch.layers * micro_batches, mesh.shape["tensor"])
+    add("all-gather", keys, 2 * arch.layers * micro_batches, mesh.shape["context"])
+    add("reduce-scatter", keys, arch.layers * micro_batches, mesh.shape["context"])
     return found
 
 

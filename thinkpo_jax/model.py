@@ -6,16 +6,17 @@ layers are stacked along a leading axis L and scanned.
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
+from jax.sharding import Mesh
 
 from thinkpo_jax.architecture import Architecture
-from thinkpo_jax.attention import ATTENDED, Places, attend, attend_whole
+from thinkpo_jax.attention import ATTENDED, Form, Places, attend, attend_whole, choose
 from thinkpo_jax.config import Section
 from thinkpo_jax.rope import rotate
 from thinkpo_jax.sharding import balanced, constrain
@@ -33,10 +34,19 @@ class ComputeConfig(Section):
     `remat` trades memory for operations: `none` keeps every intermediate of the layers, `projections` what weights and
     attention give (no product with a weight is computed twice), `attention` its output alone, `full` nothing.
     `offload` keeps in the memory of the host what `projections` keeps, gate and up left out, and the layer's input.
+
+    `attention` says which kernel attends (attention.py), by default the one that is made for the devices.
     """
 
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     remat: Literal["none", "projections", "attention", "full", "offload"] = "none"
+    attention: Form = "auto"
+
+
+def with_kernel(compute: ComputeConfig, arch: Architecture, mesh: Mesh, lengths: Sequence[int]) -> ComputeConfig:
+    """The same with the form of attention that the devices of the mesh take for rows of these lengths."""
+    options = {"dtype": compute.dtype, "head_dim": arch.head_dim, "context": mesh.shape["context"], "lengths": lengths}
+    return compute.model_copy(update={"attention": choose(compute.attention, mesh.devices.flat[0], **options)})
 
 
 class Cache(NamedTuple):
@@ -51,7 +61,7 @@ class Cache(NamedTuple):
 class Blocks(nnx.Module):
     """All L layers, each parameter with a leading axis L. Called on the slice of one layer, inside a scan."""
 
-    def __init__(self, arch: Architecture, key: jax.Array) -> None:
+    def __init__(self, arch: Architecture, attention: Form, key: jax.Array) -> None:
         L, D, N, K, H, F = arch.layers, arch.embed, arch.heads, arch.kv_heads, arch.head_dim, arch.mlp
         keys = iter(jax.random.split(key, 7))
 
@@ -67,6 +77,7 @@ class Blocks(nnx.Module):
             return nnx.Param(jnp.ones((L, H)), axes=("layers", "head_dim")) if arch.qk_norm else None
 
         self.arch = arch
+        self.attention: Form = attention
         self.attention_norm = nnx.Param(jnp.ones((L, D)), axes=("layers", "norm"))
         self.q = weight((D, "embed"), (N, "heads"), (H, "head_dim"))
         self.k = weight((D, "embed"), (K, "kv_heads"), (H, "head_dim"))
@@ -116,7 +127,7 @@ class Blocks(nnx.Module):
         k_BTKH = placed(heads_of(self.k, self.k_bias), self.k_norm)
         v_BTKH = heads_of(self.v, self.v_bias)
         if cached is None:
-            out_BTNH = attend(q_BTNH, k_BTKH, v_BTKH, keys)
+            out_BTNH = attend(q_BTNH, k_BTKH, v_BTKH, keys, self.attention)
         else:
             k_BSKH, v_BSKH, cursor = cached
             k_BSKH = jax.lax.dynamic_update_slice(k_BSKH, k_BTKH, (0, cursor, 0, 0))
@@ -136,7 +147,7 @@ class Transformer(nnx.Module):
         self.arch = arch
         self.compute = compute
         self.embedding = nnx.Param(jax.random.normal(key_embedding, (V, D)) * arch.init_std, axes=("vocab", "embed"))
-        self.blocks = Blocks(arch, key_blocks)
+        self.blocks = Blocks(arch, compute.attention, key_blocks)
         self.final_norm = nnx.Param(jnp.ones((D,)), axes=("norm",))
         head = None if arch.tied_head else jax.random.normal(key_head, (D, V)) * arch.init_std
         self.untied_head = nnx.data(None if head is None else nnx.Param(head, axes=("embed", "vocab")))
@@ -150,10 +161,10 @@ class Transformer(nnx.Module):
         """
         dtype, keys = jnp.dtype(self.compute.dtype), places
         if cache is None:
-            tokens_BT, places = balanced(tokens_BT), Places(*(balanced(array_BT) for array_BT in places))
+            tokens_BT, places = balanced(tokens_BT), Places(balanced(places.segments), balanced(places.positions))
         else:
             keys = Places(*(jax.lax.dynamic_update_slice(old, new, (0, cache.cursor))
-                            for old, new in zip(cache.places, places, strict=True)))  # fmt: skip
+                            for old, new in zip(cache.places[:2], places[:2], strict=True)))  # fmt: skip
             cache = cache._replace(places=keys)
         # Gathered before the look-up: XLA would otherwise rematerialise the whole table for each use.
         table_VD = constrain(self.embedding[...].astype(dtype), (None, None))

@@ -63,7 +63,9 @@ class PreferenceConfig(Section):
 
 def answer_logprobs(model: Transformer, batch: DeviceBatch) -> jax.Array:
     """Log-prob of each trained token, 0 in unused slots; float32 [R, A]. No other token reaches the head."""
-    hidden_RTD, _ = model(batch.tokens, Places(batch.segments, batch.positions))
+    numbers_M = 1 + jnp.arange(math.prod(batch.reference.shape[-3:-1]))  # of the segments that a row may have
+    lengths_RM = (batch.segments[:, None, :] == numbers_M[None, :, None]).sum(axis=-1)
+    hidden_RTD, _ = model(batch.tokens, Places(batch.segments, batch.positions, lengths_RM))
     # Of a row that is split over devices each of them gathers all hidden states, for its share of the slots.
     gather = per_device(lambda hidden, places: _at(whole_rows(hidden), places), (SPLIT, SPLIT[:2]), SPLIT)
     logprobs_RA = token_logprobs(gather(hidden_RTD, batch.trained), model.head(), batch.targets)

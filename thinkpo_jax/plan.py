@@ -60,7 +60,7 @@ def _lines(
     )
     yield (
         f"an update: {shape.micro_batches} micro-batch(es) of {shape.rows} rows x {shape.length} tokens; "
-        f"compute: {config.compute.dtype}, remat {config.compute.remat}"
+        f"compute: {config.compute.dtype}, attention {found[-1].attention}, remat {config.compute.remat}"
     )
     yield f"{'':<26}" + "".join(f"{one.name:>18}" for one in found)
     memory = {

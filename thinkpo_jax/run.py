@@ -36,8 +36,8 @@ from thinkpo_jax.convert import abstract_model, check_weights, load_model, rando
 from thinkpo_jax.folder import ModelConfig, content_digest, find_model, fingerprint, stop_ids
 from thinkpo_jax.forms import PairData, SftData
 from thinkpo_jax.hosts import wait
-from thinkpo_jax.log import read_metrics, warn, write_whole
-from thinkpo_jax.model import ComputeConfig, Transformer
+from thinkpo_jax.log import read_metrics, say, warn, write_whole
+from thinkpo_jax.model import ComputeConfig, Transformer, with_kernel
 from thinkpo_jax.objectives import PreferenceConfig
 from thinkpo_jax.optimizer import OptimizerConfig
 from thinkpo_jax.packing import BatchConfig, ValidationConfig
@@ -157,6 +157,7 @@ class Run:
     start_folder: Path
     chat: Chat
     mesh: Mesh
+    compute: ComputeConfig  # that of the configuration, with the kernel of attention that the devices take
 
     def start_of(self, stage: Stage) -> str:
         """The name of the model that a stage starts from."""
@@ -173,7 +174,7 @@ class Run:
 
     def load(self, name: str) -> Transformer:
         """A model of the run, on its mesh."""
-        compute = self.config.compute
+        compute = self.compute
         if name == BASE and self.config.model.weights == "random":
             return random_model(self.start_folder, compute, self.mesh, seed=self.config.seed)
         return load_model(self.model_folder(name), compute, self.mesh)
@@ -348,7 +349,10 @@ def open_run(config: RunConfig) -> Run:
     for stage in config.stages:
         check_row_length(mesh, stage.batch.row_length, f"stages.{stage.name}.batch.row_length")
     warn_of_lengths(config, arch)
-    return Run(config, Path(config.run_dir).expanduser(), folder, chat, mesh)
+    compute = with_kernel(config.compute, arch, mesh, [stage.batch.row_length for stage in config.stages])
+    kind = mesh.devices.flat[0].device_kind
+    say(f"attention: {compute.attention}; {mesh.size} x {kind}, mesh {dict(mesh.shape)}")
+    return Run(config, Path(config.run_dir).expanduser(), folder, chat, mesh, compute)
 
 
 def warn_of_lengths(config: RunConfig, arch: Architecture) -> None:

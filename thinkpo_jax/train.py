@@ -170,6 +170,7 @@ def looked_up(run: Run, stage: ThinkpoStage, batches: Batches, model: Transforme
     identity = {
         "weights": run.weights(run.start_of(stage)),
         "dtype": run.config.compute.dtype,
+        "attention": run.compute.attention,
         "device": f"{device.platform} {device.device_kind}",
         "jaxlib": importlib.metadata.version("jaxlib"),
     }
