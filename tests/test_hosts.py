@@ -24,6 +24,7 @@ from thinkpo_jax.log import read_metrics
 from thinkpo_jax.packing import Batch
 
 DEVICES, STEPS = 8, 5
+STEP = {"SLURM_STEP_NODELIST": "node[1-2]", "SLURM_STEP_NUM_NODES": "2"}
 OPTIMIZER = {"learning_rate": 3e-3, "warmup_ratio": 0.0, "schedule": "constant"}
 SUMS = [(a, b) for a in range(10) for b in range(6)]
 
@@ -203,15 +204,17 @@ def test_each_process_reads_the_rows_of_its_own_devices() -> None:
         ({"JAX_PLATFORMS": "cpu"}, None),
         ({"JAX_PLATFORMS": "cuda", "SLURM_JOB_ID": "7", "SLURM_NTASKS": "1", "SLURM_PROCID": "0"}, None),
         # A process for each GPU: JAX gives each its own.
-        ({"SLURM_NTASKS": "16", "SLURM_PROCID": "3", "SLURM_NNODES": "2", "SLURM_GPUS_ON_NODE": "8"}, {}),
+        ({"SLURM_NTASKS": "16", "SLURM_PROCID": "3", **STEP, "SLURM_GPUS_ON_NODE": "8"}, {}),
         # A process for each node has all GPUs of it.
         (
-            {"SLURM_NTASKS": "2", "SLURM_PROCID": "1", "SLURM_NNODES": "2", "SLURM_GPUS_ON_NODE": "8"},
+            {"SLURM_NTASKS": "2", "SLURM_PROCID": "1", **STEP, "SLURM_GPUS_ON_NODE": "8"},
             {"local_device_ids": [0, 1, 2, 3, 4, 5, 6, 7]},
         ),
+        ({"SLURM_NTASKS": "8", "SLURM_PROCID": "0", "JAX_PLATFORMS": "cuda"}, None),  # a script of sbatch, no srun
         ({"OMPI_COMM_WORLD_SIZE": "4"}, {}),
         ({"TPU_WORKER_HOSTNAMES": "10.0.0.2,10.0.0.3"}, {}),
         ({"TPU_WORKER_HOSTNAMES": "10.0.0.2,10.0.0.3", "JAX_PLATFORMS": "cpu"}, None),
+        ({"TPU_WORKER_HOSTNAMES": "10.0.0.2,10.0.0.3", "JAX_PLATFORMS": "tpu,cpu"}, {}),
         ({"TPU_WORKER_HOSTNAMES": "localhost"}, None),
     ],
 )

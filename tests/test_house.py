@@ -32,11 +32,11 @@ FLOORS = (
     ("step", "reference"),
     ("checkpoint", "bench_step"),
     ("run", "report"),
-    ("evaluate", "export", "bench", "short_answers"),
+    ("evaluate", "export", "short_answers"),
     ("check", "pairs", "footprint"),
     ("compiled",),
-    ("search",),
-    ("train", "plan"),
+    ("search", "bench_growth"),
+    ("train", "plan", "bench"),
 )
 FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
 FILES = sorted(path for path in PACKAGE.glob("*.py") if path.stem != "__init__")

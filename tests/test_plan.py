@@ -280,7 +280,7 @@ def test_candidates_fit_the_devices_and_keep_the_work_of_an_update() -> None:
     stage = _stage(rows=16, row_length=128)
     config = parse(RunConfig, {"run_dir": "x", "model": {"path": "x"}}, source="test")
     found = candidates(config, stage, small.ARCH, topology("v5e:2x4"), length=256)
-    assert {one.remat for one in found} == {"none", "projections", "attention", "full"}
+    assert {one.remat for one in found} == {"none", "projections", "attention", "full", "offload"}
     assert all(np.prod([*one.mesh.model_dump().values()]) == 8 for one in found)
     assert all(one.mesh.tensor in (1, 2) for one in found)  # of two key/value heads each device needs a whole one
     assert all(one.tokens == 16 * 128 for one in found)
@@ -334,7 +334,7 @@ def test_a_small_model_fits(name: str, tmp_path: Path) -> None:
     assert found.returncode == 0, found.stderr
     size = topology(name).size
     assert "stage first fits" in found.stdout
-    assert f"{size} devices, mesh {{data: 1, fsdp: {size}, tensor: 1" in found.stdout
+    assert f"{size} devices, mesh {{data: 1, fsdp: {size}, context: 1, tensor: 1" in found.stdout
     assert ("all-gather, received" in found.stdout) == (size > 1)
     assert "Traceback" not in found.stderr
 

@@ -14,6 +14,7 @@ blocks of queries, Y blocks of keys.
 """
 
 import functools
+import re
 from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple
 
@@ -22,7 +23,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from thinkpo_jax.config import UserError
-from thinkpo_jax.cudnn import cudnn
+from thinkpo_jax.cudnn import FORWARD, MISSING, cudnn
 from thinkpo_jax.log import say
 from thinkpo_jax.sharding import balanced, chunk_starts, per_device, whole_rows
 
@@ -82,12 +83,15 @@ def _not_splash(device: Any, context: int, lengths: Sequence[int]) -> str | None
 def _not_cudnn(device: Any, dtype: str, head_dim: int, context: int) -> str | None:
     if device.platform not in ("gpu", "cuda"):
         return f"it runs on NVIDIA GPUs, and this is {device.device_kind}."
-    if float(getattr(device, "compute_capability", 0)) < HOPPER:
+    capability = str(getattr(device, "compute_capability", ""))
+    if not re.fullmatch(r"\d+\.\d+", capability) or float(capability) < HOPPER:
         return f"it needs a GPU of compute capability {HOPPER} (Hopper) or more, and this is {device.device_kind}."
     if dtype != "bfloat16":
         return "it computes in bfloat16 alone."
     if context > 1:
         return f"it takes whole rows, and mesh.context is {context}."
+    if FORWARD is None:
+        return MISSING
     return None if head_dim % 8 == 0 and head_dim <= 256 else f"it has no heads of width {head_dim}."
 
 

@@ -2,6 +2,7 @@
 
 Examples: python -m thinkpo_jax.bench load --gib 1
           python -m thinkpo_jax.bench step --against trl
+          python -m thinkpo_jax.bench growth --config FILE --kind v6e --out growth.png
 """
 
 import argparse
@@ -20,13 +21,15 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from thinkpo_jax.architecture import read_architecture
+from thinkpo_jax.bench_growth import bench_growth
 from thinkpo_jax.bench_pairs import SHAPE as LLAMA
 from thinkpo_jax.bench_step import bench_step
-from thinkpo_jax.commands import program
+from thinkpo_jax.commands import config_arguments, program
 from thinkpo_jax.convert import expected_shapes, load_model
+from thinkpo_jax.devices import DEVICES
 from thinkpo_jax.folder import WEIGHTS
 from thinkpo_jax.model import ComputeConfig
-from thinkpo_jax.run import versions
+from thinkpo_jax.run import load_config, versions
 from thinkpo_jax.sharding import MeshConfig, make_mesh
 
 LAYER_BYTES = 31_461_376  # of the model below, in bfloat16
@@ -111,7 +114,20 @@ def main(arguments: Sequence[str]) -> None:
     step.add_argument("--max-length", type=int, default=2048, help="most tokens of prompt and answer (default: 2048)")
     step.add_argument("--row-length", type=int, help="tokens of our packed rows (default: 2.125 times --max-length)")
     step.add_argument("--repeats", type=int, default=3, help="rounds, in which the sides take turns (default: 3)")
+    growth = what.add_parser("growth", help="memory and exchanges of an update by devices and row length, compiled")
+    config_arguments(growth)
+    growth.add_argument("--kind", default="v6e", help="of device, as in plan's --topology (default: v6e)")
+    growth.add_argument("--most", type=int, default=256, help="devices, at most (default: 256)")
+    growth.add_argument("--out", type=Path, required=True, metavar="FILE", help="where the plot goes")
     parsed = parser.parse_args(arguments)
+    if parsed.what == "growth":
+        config = load_config(parsed.config, parsed.assignments)
+        if parsed.kind not in (kinds := [device.name for device in DEVICES]):
+            parser.error(f"--kind is one of {', '.join(kinds)}")
+        if not config.stages or parsed.most < 1:
+            parser.error("--config has a stage, --most is at least 1")
+        bench_growth(config, parsed.kind, most=parsed.most, out=parsed.out)
+        return
     if parsed.repeats < 1:
         parser.error("--repeats is at least 1")
     if parsed.what == "load" and not 0 < parsed.gib < 1000:

@@ -93,6 +93,8 @@ class Checkpoints:
             args = ocp.args.Composite(**{item: ocp.args.StandardRestore(targets)})
             restored = self._manager.restore(chosen, args=args)
         except Exception as error:  # Orbax and TensorStore raise of many kinds over damaged files
+            if several() and isinstance(error, jax.errors.JaxRuntimeError):
+                raise  # another process has gone
             raise UserError(
                 f"{self.folder / str(chosen)}: the checkpoint cannot be read: {_first_line(error)} If its files are "
                 "damaged, move that folder away to go on from an earlier checkpoint, or from the start of the stage."

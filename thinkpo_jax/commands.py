@@ -7,6 +7,7 @@ import os
 import re
 import signal
 import sys
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
@@ -50,7 +51,7 @@ def command(main: Callable[[Sequence[str]], None], arguments: Sequence[str] | No
         print(f"{_who()}error: {error}. {remedy}", file=sys.stderr)
         return 1
     except jax.errors.JaxRuntimeError as error:
-        if not several():
+        if not several() or "RESOURCE_EXHAUSTED" in str(error):
             raise
         print(
             f"{_who()}error: a computation with the other processes failed; one of them has probably ended, see what "
@@ -66,7 +67,13 @@ def command(main: Callable[[Sequence[str]], None], arguments: Sequence[str] | No
 
 def program(main: Callable[[Sequence[str]], None]) -> NoReturn:
     """Runs a command as this process and ends it with the command's exit status."""
-    status = command(main)
+    try:
+        status = command(main)
+    except BaseException:
+        if not several():
+            raise
+        traceback.print_exc()
+        status = 1
     if status == 0:
         leave()
     # After Ctrl-C computations may be under way, and would crash in an interpreter that is taken down; one of several

@@ -44,7 +44,7 @@ TPU_LIBRARY = "TPU_LIBRARY_PATH"
 CUDA_PLUGINS = ("jax_cuda13_plugin", "jax_cuda12_plugin")
 # jax itself computes on the CPU; no service that knows about TPUs is asked, and several processes may compile at once.
 ENVIRONMENT = {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
-ENVIRONMENT["TF_CPP_MIN_LOG_LEVEL"] = "3"
+ENVIRONMENT |= {"TF_CPP_MIN_LOG_LEVEL": "3", "XLA_FLAGS": "", "JAX_ENABLE_COMPILATION_CACHE": "false"}
 
 
 @dataclass(frozen=True)

@@ -168,6 +168,12 @@ def topology(name: str) -> Topology:
     return Topology(name.lower(), device, (hosts, count // hosts))
 
 
+def slices(kind: str) -> list[Topology]:
+    """All slices of a kind of device, the smallest first. Raises `UserError` where there is no such kind."""
+    names = SLICES.get(kind, tuple(str(count) for count in (1, 2, 4, 8, *range(16, 65, 8), 128, 256)))
+    return [topology(f"{kind}:{name}") for name in names]
+
+
 def listed() -> str:
     """All names that `topology` knows, in words."""
     lines = [f"{name}:{shape}" for name, shapes in SLICES.items() for shape in shapes]

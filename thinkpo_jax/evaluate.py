@@ -12,13 +12,14 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 
 from thinkpo_jax.benchmarks import TABLE, Question, digest, questions
 from thinkpo_jax.chat import Chat
 from thinkpo_jax.commands import config_arguments, program
 from thinkpo_jax.config import UserError
 from thinkpo_jax.folder import ModelConfig
-from thinkpo_jax.hosts import first, host_arguments, join
+from thinkpo_jax.hosts import first, from_the_first, host_arguments, join
 from thinkpo_jax.log import Progress, say, write_whole
 from thinkpo_jax.model import Transformer
 from thinkpo_jax.report import ReportContents, StageSummary, terminal_summary, write_report
@@ -91,12 +92,14 @@ def _evaluate_model(run: Run, config: EvaluationConfig, asked: Asked, name: str)
             "questions": digest(asked[benchmark.name]),
         }
         record = read_record(path, "settings", "items")
-        if record is None or record["settings"] != settings:
+        current = record is not None and record["settings"] == settings
+        if not from_the_first(np.array(current)):
             if model is None:
                 model = run.load(name)
             items = ask(run, model, asked[benchmark.name], benchmark=benchmark.name, name=name)
             record = {"settings": settings, "items": [dataclasses.asdict(item) for item in items]}
             write_whole(path, json.dumps(record).encode())
+        assert record is not None
         found[benchmark.name] = [_item(item) for item in record["items"]]
     return found
 
@@ -158,8 +161,7 @@ def pool_runs(folders: Sequence[Path]) -> str:
     """The comparisons of several runs (seeds) of one configuration, their questions pooled, as a table in words."""
     _check_pool(folders)
     lines: list[str] = []
-    first = _report(folders[0])
-    for row in first["comparisons"]:
+    for row in _report(folders[0])["comparisons"]:
         pairs = [tuple(_read_items(folder, row[end], row["benchmark"]) for end in ("from", "to")) for folder in folders]
         try:
             found = pool([(before, after) for before, after in pairs])

@@ -199,7 +199,7 @@ def estimated_seconds(
     moved = activations + shape.micro_batches * reads * width * weights / mesh["tensor"]
     if not forward_only:
         # It adds to float32 gradients; the update reads and writes weights, gradients and both moments.
-        own = 4 * weights / (mesh["fsdp"] * mesh["tensor"])
+        own = 4 * weights / (mesh["fsdp"] * mesh["context"] * mesh["tensor"])
         moved += (2 * shape.micro_batches + 7) * own
     network = sum(found.received * found.times / bandwidth(found.group, topology) for found in exchanges)
     return Seconds(needed / (device.peak * OF_PEAK), moved / (device.bandwidth * OF_BANDWIDTH), network / OF_NETWORK)

@@ -26,10 +26,13 @@ def host_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def join(arguments: argparse.Namespace) -> None:
-    """Makes this process one of several, by its arguments or by what a cluster says of itself; alone: does nothing.
+    """Makes this process one of several, by its arguments or by what a cluster says of itself.
 
-    Must be called before JAX is used. Raises `UserError` where the arguments make no sense, or the others do not come.
+    Must be called before JAX is used; a second time it does nothing. Raises `UserError` where the arguments make no
+    sense, or the others do not come.
     """
+    if jax.distributed.is_initialized():
+        return
     given = {
         "coordinator_address": arguments.coordinator,
         "num_processes": arguments.processes,
@@ -71,24 +74,29 @@ def detected(environment: Mapping[str, str]) -> dict[str, Any] | None:
     JAX knows TPU slices, SLURM and Open MPI. Under SLURM it gives each process the one GPU of its number on the node;
     where a node has one process, that gets all of them.
     """
-    if int(environment.get("SLURM_NTASKS", 1)) > 1 and "SLURM_PROCID" in environment:
-        tasks, nodes = int(environment["SLURM_NTASKS"]), int(environment.get("SLURM_NNODES", 1))
+    # In a script of sbatch, outside of srun, there is no step: the process is alone.
+    if int(environment.get("SLURM_NTASKS", 1)) > 1 and {"SLURM_PROCID", "SLURM_STEP_NODELIST"} <= environment.keys():
+        tasks, nodes = int(environment["SLURM_NTASKS"]), int(environment.get("SLURM_STEP_NUM_NODES", 1))
         gpus = environment.get("SLURM_GPUS_ON_NODE", "1")
         return {"local_device_ids": [*range(int(gpus))]} if tasks == nodes and gpus.isdigit() else {}
     if int(environment.get("OMPI_COMM_WORLD_SIZE", 1)) > 1:
         return {}
-    if environment.get("JAX_PLATFORMS", "tpu") == "tpu" and "," in environment.get("TPU_WORKER_HOSTNAMES", ""):
+    if "tpu" not in (environment.get("JAX_PLATFORMS") or "tpu").split(","):
+        return None
+    if "," in environment.get("TPU_WORKER_HOSTNAMES", ""):
         return {}
     return {} if _on_a_tpu_vm(environment) else None
 
 
 def _on_a_tpu_vm(environment: Mapping[str, str]) -> bool:
     """Whether this is a Cloud TPU VM, whose metadata say what slice it belongs to. A notebook's machine is alone."""
-    if environment.get("JAX_PLATFORMS", "tpu") != "tpu" or "COLAB_RELEASE_TAG" in environment:
+    if "COLAB_RELEASE_TAG" in environment or "TPU_SKIP_MDS_QUERY" in environment:
         return False
-    from jax._src import cloud_tpu_init  # where JAX itself keeps what it found when it was imported
-
-    return cloud_tpu_init.running_in_cloud_tpu_vm and "TPU_SKIP_MDS_QUERY" not in environment
+    try:
+        from jax._src import cloud_tpu_init  # where JAX itself keeps what it found when it was imported
+    except ImportError:
+        return False
+    return cloud_tpu_init.running_in_cloud_tpu_vm
 
 
 def several() -> bool:

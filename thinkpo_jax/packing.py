@@ -17,10 +17,10 @@ import pydantic
 
 from thinkpo_jax.config import Section, UserError
 from thinkpo_jax.data import Example
+from thinkpo_jax.sharding import LARGEST_CONTEXT
 
 ArrayT = TypeVar("ArrayT")
 HEAD, REGIONS = 128, 3  # see `Batch.regions`
-SLOTS_MULTIPLE = 128  # of the trained tokens that a row has room for: what a TPU computes at once
 UNBOUNDED = 2**31 - 1
 
 
@@ -173,7 +173,7 @@ class Batches:
         self.epochs = [self._epoch(np.random.default_rng((seed, epoch))) for epoch in range(count)]
         planned = [self.sizes[row].sum(axis=0) for epoch in self.epochs for update in epoch for row in update]
         _, self.examples_per_row, trained = np.maximum(np.max(planned, axis=0), self.sizes.max(axis=0)).tolist()
-        self.trained_per_row = min(-(-trained // SLOTS_MULTIPLE) * SLOTS_MULTIPLE, config.row_length)
+        self.trained_per_row = min(-(-trained // LARGEST_CONTEXT) * LARGEST_CONTEXT, config.row_length)
         rows = max(len(update) for epoch in self.epochs for update in epoch)
         at_once = min(rows, (config.rows_per_device or rows) * shards)
         self.rows = math.ceil(at_once / shards) * shards

@@ -13,7 +13,7 @@ from thinkpo_jax.architecture import Architecture, read_architecture
 from thinkpo_jax.commands import config_arguments, program
 from thinkpo_jax.compiled import UPDATE, Program, compiled, programs
 from thinkpo_jax.config import RunError, UserError, nearest
-from thinkpo_jax.devices import FRACTION, Topology, topology
+from thinkpo_jax.devices import FRACTION, GIB, Topology, slices, topology
 from thinkpo_jax.flops import Operations
 from thinkpo_jax.folder import find_model
 from thinkpo_jax.footprint import (
@@ -28,9 +28,7 @@ from thinkpo_jax.footprint import (
 )
 from thinkpo_jax.hlo import KINDS
 from thinkpo_jax.run import RunConfig, Stage, load_config
-from thinkpo_jax.search import search
-
-GIB = 2**30
+from thinkpo_jax.search import search, smallest
 
 
 def plan(config: RunConfig, stages: Sequence[Stage], devices: Topology) -> None:
@@ -166,20 +164,28 @@ def main(arguments: Sequence[str]) -> None:
     """What the stages of a run take of each device of a slice, whether they fit, and about how fast they are."""
     parser = argparse.ArgumentParser(prog="python -m thinkpo_jax.plan", description=main.__doc__)
     config_arguments(parser)
-    parser.add_argument("--topology", required=True, metavar="NAME", help="v5e:4x4, v5p:2x2x2, h100:8, ...")
+    parser.add_argument(
+        "--topology", required=True, metavar="NAME",
+        help="v5e:4x4, v5p:2x2x2, h100:8, ...; v5e or h100 alone: the smallest slice that is enough",
+    )  # fmt: skip
     parser.add_argument("--stage", metavar="NAME", help="plan this stage only")
     parser.add_argument(
         "--search", action="store_true",
         help="look for the fastest mesh, remat policy and micro-batch that fit, and for longer rows",
     )  # fmt: skip
     given = parser.parse_args(arguments)
-    devices = topology(given.topology)
+    kind_alone = ":" not in given.topology
+    devices = slices(given.topology.lower()) if kind_alone else [topology(given.topology)]
     config = load_config(given.config, given.assignments)
     stages = chosen(config, given.stage)
-    if given.search:
-        search(config, stages, devices)
+    if kind_alone:
+        if given.search:
+            raise UserError(f"--topology {given.topology} --search: name a slice, such as {devices[-1].name}.")
+        smallest(config, stages, devices)
+    elif given.search:
+        search(config, stages, devices[0])
     else:
-        plan(config, stages, devices)
+        plan(config, stages, devices[0])
 
 
 if __name__ == "__main__":

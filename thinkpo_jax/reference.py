@@ -1,10 +1,10 @@
 """What did the frozen model say? Log-probs of every answer, computed once before training and kept by content.
 
-Below `store_folder()` every identity (weights, compute dtype, device, jaxlib, this file's format) has a folder with two
-files: `identity.json`, and `logprobs`, records of one example each (its digest, its log-probs, a checksum) in the order
-in which they were computed. A record is looked up by the digest of its token ids, which stand for the row, the
-tokenizer, the template and the length policy alike; so another share of the same data finds what is there, and adds the
-rest.
+Below `store_folder()` every identity (weights, compute dtype, kernel of attention, device, jaxlib, this file's format)
+has a folder with two files: `identity.json`, and `logprobs`, records of one example each (its digest, its log-probs, a
+checksum) in the order in which they were computed. A record is looked up by the digest of its token ids, which stand
+for the row, the tokenizer, the template and the length policy alike; so another share of the same data finds what is
+there, and adds the rest.
 """
 
 import contextlib

@@ -1,6 +1,7 @@
 """What do the commands share? The composed configuration, the run folder, and how commands start and end."""
 
 import contextlib
+import hashlib
 import importlib.metadata
 import json
 import subprocess
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
 import jax
+import numpy as np
 import pydantic
 import yaml
 from jax.sharding import Mesh
@@ -35,7 +37,7 @@ from thinkpo_jax.config import (
 from thinkpo_jax.convert import abstract_model, check_weights, load_model, random_model
 from thinkpo_jax.folder import ModelConfig, content_digest, find_model, fingerprint, stop_ids
 from thinkpo_jax.forms import PairData, SftData
-from thinkpo_jax.hosts import wait
+from thinkpo_jax.hosts import from_the_first, wait
 from thinkpo_jax.log import read_metrics, say, warn, write_whole
 from thinkpo_jax.model import ComputeConfig, Transformer, with_kernel
 from thinkpo_jax.objectives import PreferenceConfig
@@ -201,7 +203,13 @@ class Run:
         return content_digest(self.model_folder(name))
 
     def finished(self, name: str) -> bool:
-        """Whether a stage is done. Raises `UserError` where the folder holds a stage with other settings."""
+        """Whether a stage is done, as the first process sees it.
+
+        Raises `UserError` where the folder holds a stage with other settings.
+        """
+        return bool(from_the_first(np.array(self._finished(name))))
+
+    def _finished(self, name: str) -> bool:
         record = read_record(self.folder / name / STAGE_RECORD, "settings", "summary")
         if record is None:
             return False
@@ -226,9 +234,22 @@ class Run:
         Several processes begin together: none writes before all have read what is there.
         """
         with writing(self.folder, "run_dir"):
-            wait("the run folder is read")
+            self._check_others()
             self._write_config()
+            wait("the configuration is written")
+            if not (self.folder / "config.yaml").exists():
+                raise UserError(f"run_dir: {self.folder} is not the first process's: name a folder that all share.")
             yield
+
+    def _check_others(self) -> None:
+        """Raises `UserError` where this process runs something else than the first one; all wait for each other."""
+        text = self.config.model_dump_json() + json.dumps({**versions(), "devices": ""})
+        digest = np.frombuffer(hashlib.sha256(text.encode()).digest(), np.uint8)
+        if not np.array_equal(digest, from_the_first(digest)):
+            raise UserError(
+                "this process has another configuration, or other versions, than the first one. Start all of them with "
+                "the same --config and --set, from the same installation."
+            )
 
     def _write_config(self) -> None:
         """Writes the resolved configuration, with versions as comments."""

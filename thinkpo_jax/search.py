@@ -30,10 +30,11 @@ from thinkpo_jax.footprint import (
 from thinkpo_jax.log import say
 from thinkpo_jax.model import ComputeConfig
 from thinkpo_jax.run import RunConfig, Stage
-from thinkpo_jax.sharding import MESH_AXES, MeshConfig, data_shards
+from thinkpo_jax.sharding import MESH_AXES, MeshConfig, check_row_length, data_shards
 
 LONGER = (1, 2, 4)  # rows that are tried, in row lengths of the configuration
 HOPEFUL = 1.1  # an estimate above so much of a device's memory is not compiled
+LEAN = 1.25  # the same, where the smallest slice is looked for
 TRIES, WANTED = 4, 2  # of each row length: programs that are compiled at most, and that fit
 NOT_HIDDEN = 0.1  # the share of the faster bounds that adds to the slowest, so that less of them is better
 
@@ -104,6 +105,42 @@ def search(config: RunConfig, stages: Sequence[Stage], devices: Topology) -> Non
         raise RunError("\n".join(problems))
 
 
+def smallest(config: RunConfig, stages: Sequence[Stage], slices: Sequence[Topology]) -> None:
+    """Prints the smallest slice on which every stage fits with rows and remat as configured, and on which mesh.
+
+    Raises `RunError` where there is none. On it `search` may find a faster layout.
+    """
+    arch = read_architecture(find_model(config.model.path, weights=False))
+    for devices in slices:
+        found = [(stage, _lean(config, stage, arch, devices)) for stage in stages]
+        if all(one is not None for _, one in found):
+            print(f"the smallest slice is {devices.name}: {devices.size} devices")
+            for stage, one in found:
+                assert one is not None
+                print(f"  {stage.name}: {one.describe(devices)}\n    --set {one.settings(stage)}")
+            return
+    raise RunError(f"nothing that was tried fits up to {slices[-1].name}: shorter rows take less.")
+
+
+def _lean(config: RunConfig, stage: Stage, arch: Architecture, devices: Topology) -> Candidate | None:
+    """A layout that fits: the fastest that should, or one of those that take least."""
+    ways = [
+        one
+        for one in candidates(config, stage, arch, devices, length=stage.batch.row_length)
+        if one.remat == config.compute.remat and one.rows_per_device == 1
+        and one.memory.total < devices.memory * LEAN
+    ]  # fmt: skip
+    hopeful = [one for one in ways if one.memory.total < devices.memory]
+    least = sorted(ways, key=lambda one: one.memory.total)[:2]
+    for one in dict.fromkeys(hopeful[:1] + least):
+        say(f"{devices.name}: compiling: {one.describe(devices)} (estimates)")
+        laid_config, laid = one.config(config, stage)
+        program = compiled(laid_config, laid, UPDATE, devices)
+        if program.memory.total <= devices.memory:
+            return replace(one, memory=program.memory)
+    return None
+
+
 def _fitting(
     config: RunConfig, stage: Stage, arch: Architecture, devices: Topology, length: int
 ) -> Iterator[Candidate]:
@@ -137,9 +174,12 @@ def candidates(
         if shards > rows:
             continue  # devices without a row of their own
         try:
+            check_row_length(mesh, length, "row_length")
             state = state_memory(abstract_state(arch, config.compute, stage, mesh))
         except UserError:
             continue  # a size that does not divide
+        if config.compute.attention == "cudnn" and sizes.context > 1:
+            continue  # it takes whole rows
         for remat, at_once in itertools.product(REMAT, _powers(math.ceil(rows / shards))):
             one = Candidate(sizes, remat, at_once, length, state, rows * length, Seconds(0, 0, 0))
             laid_config, laid = one.config(config, stage)
@@ -148,7 +188,8 @@ def candidates(
             options = {"mesh": mesh.shape, "exchanges": estimated_exchanges(arch, compute, shape, mesh)}
             seconds = estimated_seconds(arch, compute, shape, **options, topology=devices)
             found.append(replace(one, memory=memory, seconds=seconds))
-    return sorted(found, key=lambda one: -one.tokens_per_second)
+    # Of equals those first that neither go to the host nor give up the kernel of GPUs.
+    return sorted(found, key=lambda one: (-one.tokens_per_second, one.remat == "offload", one.mesh.context))
 
 
 REMAT: tuple[Any, ...] = get_args(ComputeConfig.model_fields["remat"].annotation)

@@ -38,7 +38,8 @@ RULES: dict[str, str | tuple[str, ...] | None] = {
     "pair": None,
 }
 
-LARGEST_CONTEXT = 128  # rows have a multiple of so many slots for trained tokens, which are split like the rows
+# Rows have a multiple of so many slots for trained tokens, which are split like the rows; a TPU computes as many at once.
+LARGEST_CONTEXT = 128
 
 
 class MeshConfig(Section):
@@ -60,7 +61,7 @@ def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
         devices = jax.devices() if devices is None else devices
     except RuntimeError as error:
         raise UserError(f"{error} Install jax for this machine's devices (README), or unset JAX_PLATFORMS.") from None
-    sizes = [getattr(config, axis) for axis in MESH_AXES]
+    sizes = [config.model_dump()[axis] for axis in MESH_AXES]
     shown = ", ".join(f"{axis}: {size}" for axis, size in zip(MESH_AXES, sizes, strict=True))
     if sizes.count(-1) > 1 or any(size == 0 or size < -1 for size in sizes):
         raise UserError(f"mesh: {{{shown}}}: sizes must be positive, and at most one of them -1.")
@@ -128,12 +129,12 @@ def per_device(
 ) -> Callable[..., Any]:
     """`function` on each device's parts of its arguments, split by the table; `function` itself where there is no mesh.
 
-    An axis that is None is whole on every device. Inside, devices exchange what they must along `mesh_axes`.
+    `out_axes` are the axes of its array, or of each where it gives several; an axis that is None is whole on every
+    device. Inside, devices exchange what they must along `mesh_axes`.
     """
     if jax.sharding.get_abstract_mesh().empty:
         return function
-    several = isinstance(out_axes[0], tuple)
-    out_specs = tuple(map(spec, out_axes)) if several else spec(out_axes)
+    out_specs = tuple(map(spec, out_axes)) if isinstance(out_axes[0], tuple) else spec(out_axes)
     return jax.shard_map(function, in_specs=tuple(map(spec, in_axes)), out_specs=out_specs, check_vma=False)
 
 

@@ -144,8 +144,8 @@ def train_stage(run: Run, stage: Stage, examples: Examples) -> None:
             began = time.monotonic() + validate(state)
             if (index + 1) % stage.checkpoint.every == 0 or index + 1 == len(batches) or stop:
                 checkpoints.save(state)
-            if stop:
-                break
+            if stop:  # asked of this process, or of another one
+                raise KeyboardInterrupt
     finish_stage(run, stage, state, batches, examples)
 
 
