@@ -87,6 +87,12 @@ def _processes(*configs: str) -> Iterator[list[subprocess.Popen[str]]]:
             process.communicate()
 
 
+def _wait_for(path: Path, processes: list[subprocess.Popen[str]]) -> None:
+    while not path.exists():
+        assert processes[0].poll() is None, processes[0].communicate()
+        time.sleep(0.05)
+
+
 def _weights(run: Path, stage: str) -> dict[str, np.ndarray]:
     return safetensors.numpy.load_file(run / stage / "model" / "model.safetensors")
 
@@ -136,9 +142,7 @@ def test_a_process_that_dies_ends_the_other_and_one_process_goes_on(alone: Path,
     config = _config(tmp_path, "broken")
     run = tmp_path / "broken"
     with _processes(config, config) as processes:
-        while not (run / "sft" / "checkpoints" / "2").exists():
-            assert processes[0].poll() is None, processes[0].communicate()
-            time.sleep(0.05)
+        _wait_for(run / "sft" / "checkpoints" / "2", processes)
         processes[victim].kill()
         output = processes[1 - victim].communicate(timeout=120)[0]
     assert processes[1 - victim].returncode not in (0, None)
@@ -148,16 +152,38 @@ def test_a_process_that_dies_ends_the_other_and_one_process_goes_on(alone: Path,
 
 
 @pytest.mark.slow
-def test_processes_that_read_other_data_are_told_so(tmp_path: Path) -> None:
+def test_a_stop_of_one_process_stops_all(tmp_path: Path) -> None:
+    config = _config(tmp_path, "stopped", steps=200)
+    run = tmp_path / "stopped"
+    with _processes(config, config) as processes:
+        _wait_for(run / "sft" / "checkpoints" / "2", processes)
+        processes[1].terminate()
+        outputs = [process.communicate(timeout=120)[0] for process in processes]
+    assert [process.returncode for process in processes] == [130, 130], outputs
+    assert not (run / "sft" / "model").exists()
+    saved = [int(path.name) for path in (run / "sft" / "checkpoints").iterdir()]
+    assert saved == [len(read_metrics(run / "sft" / "metrics.jsonl"))]  # nothing that was done is lost
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("what", ["data", "settings"])
+def test_processes_that_do_not_run_the_same_are_told_so(tmp_path: Path, what: str) -> None:
     configs = [_config(tmp_path, "one"), _config(tmp_path, "other")]
-    rows = (tmp_path / "rows.jsonl").read_text().splitlines(keepends=True)
-    (tmp_path / "fewer.jsonl").write_text("".join(rows[:-1]))
-    text = Path(configs[1]).read_text().replace("rows.jsonl", "fewer.jsonl").replace("other", "one")
+    text = Path(configs[0]).read_text()
+    if what == "data":
+        rows = (tmp_path / "rows.jsonl").read_text().splitlines(keepends=True)
+        (tmp_path / "fewer.jsonl").write_text("".join(rows[:-1]))
+        text, told = (
+            text.replace("rows.jsonl", "fewer.jsonl"),
+            "stage sft: this process reads other data than the first",
+        )
+    else:
+        text, told = text.replace("beta: 0.1", "beta: 0.2"), "this process has another configuration"
     Path(configs[1]).write_text(text)
     with _processes(*configs) as started:
         output = started[1].communicate(timeout=300)[0]
         assert started[1].returncode == 2
-        assert "process 1: error: stage sft: this process reads other data than the first one" in output
+        assert f"process 1: error: {told}" in output
         started[0].communicate(timeout=120)  # misses the other
         assert started[0].returncode != 0
     assert not (tmp_path / "one" / "sft" / "metrics.jsonl").exists()

@@ -76,8 +76,9 @@ def main(arguments: Sequence[str]) -> None:
     if not (parsed.run / "config.yaml").is_file():
         raise UserError(f"--run {parsed.run}: no config.yaml there. Give the folder of a run.")
     config = load_config(parsed.run / "config.yaml")
-    # The mesh of the training need not be the one of this machine, and the folder may have been moved.
-    run = open_run(config.model_copy(update={"mesh": MeshConfig(), "run_dir": str(parsed.run)}))
+    # Mesh and kernels of the training need not be the one of this machine, and the folder may have been moved.
+    compute = config.compute.model_copy(update={"attention": "auto"})
+    run = open_run(config.model_copy(update={"mesh": MeshConfig(), "compute": compute, "run_dir": str(parsed.run)}))
     stages = [name for name in run.models()[1:] if _has_checkpoint(run.folder / name / "checkpoints")]
     if not stages:
         raise UserError(f"{parsed.run}: no stage has a checkpoint yet.")

@@ -38,7 +38,7 @@ RULES: dict[str, str | tuple[str, ...] | None] = {
     "pair": None,
 }
 
-# Rows have a multiple of so many slots for trained tokens, which are split like the rows; a TPU computes as many at once.
+# Rows have a multiple of so many slots for trained tokens, which are split like the rows; TPUs compute as many at once.
 LARGEST_CONTEXT = 128
 
 
