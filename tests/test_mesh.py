@@ -3,7 +3,6 @@
 import dataclasses
 import itertools
 import math
-from typing import Any
 
 import jax
 import numpy as np
@@ -13,6 +12,7 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from thinkpo_jax import attention
+from thinkpo_jax import step as step_module
 from thinkpo_jax.config import UserError
 from thinkpo_jax.convert import named
 from thinkpo_jax.model import Transformer
@@ -36,7 +36,11 @@ Trained = tuple[list[dict[str, float]], TrainState]
 def _train(kind: str, mesh: Mesh) -> Trained:
     """Metrics of each update on packed rows in two micro-batches, and the state after the last."""
     shards = data_shards(mesh)
-    with jax.set_mesh(mesh):
+    with pytest.MonkeyPatch.context() as patch, jax.set_mesh(mesh):
+        if mesh.shape["context"] > 1:
+            patch.setattr(attention, "BLOCK", 16)  # rows that are split are attended to by blocks
+        # Compiled fast, not to be fast: forty programs.
+        patch.setattr(step_module, "compiler_options", lambda _: {"xla_backend_optimization_level": 0})
         batches = small.batches(
             EXAMPLES[kind], shards=shards, steps=STEPS, size=None, rows=16, rows_per_device=DEVICES // shards
         )
@@ -56,13 +60,6 @@ def _train(kind: str, mesh: Mesh) -> Trained:
         return history, state
 
 
-@pytest.fixture(autouse=True, scope="module")
-def small_blocks() -> Any:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(attention, "BLOCK", 16)
-        yield
-
-
 @pytest.fixture(scope="module", params=["sft", "thinkpo"])
 def alone(request: pytest.FixtureRequest) -> tuple[str, Trained]:
     return request.param, _train(request.param, small.mesh())
@@ -78,6 +75,8 @@ def test_every_mesh_gives_the_trajectory_of_one_device(alone: tuple[str, Trained
         assert after["loss"] == pytest.approx(before["loss"], abs=1e-5)
         assert before.keys() == after.keys()
         for name, value in before.items():
+            if before is expected[0] and ("right" in name or "accuracies" in name):
+                continue  # before the first update margins are 0 but for rounding, and their sign says nothing
             assert after[name] == pytest.approx(value, rel=2e-5, abs=2e-5), name
     differences = [
         np.abs(np.asarray(a) - np.asarray(b)).ravel()

@@ -119,6 +119,7 @@ def compiled(config: RunConfig, stage: Stage, name: str, devices: Topology) -> P
         report, text = _written(folder)
         found = exchanges(text.read_text(encoding="utf-8"), devices.size)
         total = total_memory(report.read_text(encoding="utf-8"))
+        assert total is not None
     state = known["parameters"] + known["optimizer"]
     memory = Memory(known["parameters"], known["optimizer"], total - state)
     return Program(
@@ -132,7 +133,7 @@ def _written(folder: Path) -> tuple[Path, ...]:
         return ()
     for report in folder.glob("xla/*jit_*-memory-usage-report.txt"):
         text = report.with_name(report.name.replace("-memory-usage-report", ""))  # for TPUs it is written later
-        if text.exists() and _ends(text, b"}"):
+        if text.exists() and _ends(text, b"}") and total_memory(report.read_text(encoding="utf-8")) is not None:
             return report, text
     return ()
 

@@ -148,10 +148,12 @@ def _group(line: str, devices: int) -> tuple[int, ...]:
     return tuple(range(devices))
 
 
-def total_memory(report: str) -> int:
-    """Bytes of a device's main memory that a program takes, arguments included, by the report on its memory."""
-    total = re.search(r"Memory Space: default .*\nTotal bytes: (\d+)", report) or re.search(
-        r"Total bytes used: (\d+)", report
+def total_memory(report: str) -> int | None:
+    """Bytes of a device's main memory that a program takes, arguments included, by the report on its memory.
+
+    None where the report is not written that far yet.
+    """
+    total = re.search(r"Memory Space: default .*\nTotal bytes: (\d+)\s", report) or re.search(
+        r"Total bytes used: (\d+)\s", report
     )
-    assert total is not None, report[:200]
-    return int(total[1])
+    return None if total is None else int(total[1])
