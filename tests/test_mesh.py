@@ -24,7 +24,7 @@ from thinkpo_jax.step import TrainState, initial_state, make_step
 
 DEVICES, STEPS = 8, 5
 ARCH = dataclasses.replace(small.ARCH, heads=16, kv_heads=8)
-ADAM = OptimizerConfig(learning_rate=3e-3, warmup_ratio=0.25, weight_decay=0.1)
+ADAM = OptimizerConfig(learning_rate=3e-3, warmup_ratio=0.0, weight_decay=0.1)
 EXAMPLES = {"sft": small.singles(200), "thinkpo": small.pairs(200)}
 OBJECTIVES: dict[str, Objective] = {"sft": sft, "thinkpo": thinkpo(PreferenceConfig(beta=0.5), end_id=1)}
 # Every way to write 8 as a product of four sizes, in order.

@@ -226,8 +226,8 @@ def test_the_report_on_memory_gives_that_of_the_device() -> None:
     vmem = "Memory Space: vmem (color=1)\nTotal bytes: 7\n"
     report = f"{vmem}Memory Space: default (color=0)\nTotal bytes: 17201250304 (16.02GiB)\n...\n{vmem}"
     assert total_memory(report) == 17_201_250_304
-    with pytest.raises(AssertionError):
-        total_memory(vmem)
+    assert total_memory(vmem) is None
+    assert total_memory("Total bytes used: 12") is None  # perhaps not all of its digits
 
 
 def _stage(**batch: Any) -> Any:
