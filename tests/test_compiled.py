@@ -159,7 +159,9 @@ def _compile_update(chip: str, kind: str, folder: Path) -> None:
         return TrainState(model, optimizer.init(model), jnp.zeros((), jnp.int32))  # pyright: ignore[reportArgumentType] -- a Module is a pytree
 
     with jax.set_mesh(mesh):
-        state: Any = jax.eval_shape(start, abstract_model(QWEN2_7B, ComputeConfig(dtype="bfloat16", remat="full")))
+        state: Any = jax.eval_shape(
+            start, abstract_model(QWEN2_7B, ComputeConfig(dtype="bfloat16", remat="full", attention="splash"))
+        )
         state = jax.tree.map(_abstract, state, shardings(state, mesh))
         step: Any = make_step(objective, optimizer, mesh, state)
         written = {"xla_dump_to": str(folder), "xla_dump_hlo_as_text": True}

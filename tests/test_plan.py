@@ -347,3 +347,23 @@ def test_a_model_that_does_not_fit_has_exit_status_1(tmp_path: Path) -> None:
     assert "stage second: the update does not fit" in found.stderr
     assert "15.75 GiB of each v5e" in found.stderr
     assert "reference pass" in found.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "fsdp", "attention"),
+    [
+        pytest.param("v5e:4x4", 4, "splash", marks=tpu),
+        pytest.param("v6e:4x4", 4, "splash", marks=tpu),
+        pytest.param("h100:8", 2, "blockwise", marks=cuda),
+        pytest.param("h100:8", 8, "cudnn", marks=cuda),
+    ],
+)
+def test_rows_of_32768_tokens_train_a_7b_model(name: str, fsdp: int, attention: str, tmp_path: Path) -> None:
+    """The reference pass and the update, at full shape, all parameters; rows are split over what fsdp leaves."""
+    settings = [f"mesh.fsdp={fsdp}", f"mesh.context={topology(name).size // fsdp}", "compute.remat=full"]
+    path = _config(tmp_path, QWEN2_7B, row_length=32_768)
+    found = _plan(path, "--topology", name, "--stage", "second", "--set", *settings)
+    assert found.returncode == 0, found.stderr
+    assert "stage second fits" in found.stdout
+    assert f"attention {attention}, remat full" in found.stdout
