@@ -113,6 +113,19 @@ def test_a_mesh_changes_nothing(sizes: dict[str, int], length: int) -> None:
         np.testing.assert_allclose(b, a, atol=2e-6)
 
 
+@pytest.mark.slow
+def test_rows_of_32768_tokens_over_eight_devices(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attention, "BLOCK", 256)
+    length = 32_768
+    places = _places([[20_000, 9_000, 700, 3_000]], length)
+    inputs = _inputs(places, 2, 1)
+    expected = _values_and_gradients(places, inputs, blocks=True)
+    with jax.set_mesh(small.mesh(context=8)):
+        found = _values_and_gradients(places, inputs, blocks=True)
+    for a, b in zip(expected, found, strict=True):
+        np.testing.assert_allclose(b, a, atol=2e-5 * max(1.0, float(np.abs(a).max())))
+
+
 def test_rows_that_are_split_are_short_rows_too(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(attention, "BLOCK", 96)
     test_a_mesh_changes_nothing({"context": 4, "tensor": 2}, 96)
