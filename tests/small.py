@@ -9,9 +9,13 @@ from jax.sharding import Mesh
 from thinkpo_jax.architecture import Architecture
 from thinkpo_jax.data import Example, Segment
 from thinkpo_jax.model import ComputeConfig, Transformer
+from thinkpo_jax.objectives import Objective
+from thinkpo_jax.optimizer import OptimizerConfig, make_optimizer
 from thinkpo_jax.packing import BatchConfig, Batches
+from thinkpo_jax.reference import reference_logprobs
 from thinkpo_jax.rope import make_rope
-from thinkpo_jax.sharding import MeshConfig, make_mesh
+from thinkpo_jax.sharding import MeshConfig, make_mesh, put_batch, shardings
+from thinkpo_jax.step import TrainState, initial_state, make_step
 
 THETA = 10_000.0
 ARCH = Architecture(
@@ -46,6 +50,23 @@ def model(compute: ComputeConfig = FLOAT32, seed: int = 0, arch: Architecture = 
     keys = jax.random.split(jax.random.key(seed + 1), len(leaves))
     noisy = [leaf + 0.1 * jax.random.normal(key, leaf.shape) for leaf, key in zip(leaves, keys, strict=True)]
     return jax.tree.unflatten(structure, noisy)
+
+
+def trained(
+    batches: Batches, model: Transformer, objective: Objective, config: OptimizerConfig, mesh: Mesh
+) -> tuple[list[dict[str, float]], TrainState]:
+    """Metrics of each update of the batches, and the state after the last; pairs against the model that starts."""
+    model = jax.device_put(model, shardings(model, mesh))
+    if batches.answers > 1:
+        batches.reference = reference_logprobs(model, batches, mesh)
+    optimizer = make_optimizer(config, len(batches))
+    state = initial_state(model, optimizer, mesh)
+    step = make_step(objective, optimizer, mesh, state)
+    history: list[dict[str, float]] = []
+    for index in range(len(batches)):
+        state, metrics = step(state, put_batch(batches[index], mesh))
+        history.append({name: float(value) for name, value in metrics.items()})
+    return history, state
 
 
 def segment(rng: np.random.Generator, prompt: int, answer: int) -> Segment:

@@ -25,13 +25,13 @@ from jax.sharding import NamedSharding
 from thinkpo_jax.architecture import Architecture
 from thinkpo_jax.convert import abstract_model
 from thinkpo_jax.logprobs import LOGITS, token_logprobs
-from thinkpo_jax.model import ComputeConfig, Transformer
+from thinkpo_jax.model import ComputeConfig
 from thinkpo_jax.objectives import PreferenceConfig, sft, thinkpo
 from thinkpo_jax.optimizer import OptimizerConfig, make_optimizer
 from thinkpo_jax.packing import BatchConfig, Batches, HostBatch
 from thinkpo_jax.rope import make_rope
-from thinkpo_jax.sharding import MeshConfig, data_shards, make_mesh, shardings, spec
-from thinkpo_jax.step import TrainState, make_step
+from thinkpo_jax.sharding import BATCH, MeshConfig, data_shards, make_mesh, spec
+from thinkpo_jax.step import abstract_state, make_step
 
 V, D = 152_064, 3584
 QWEN2_7B = Architecture(
@@ -149,27 +149,16 @@ def _compile_update(chip: str, kind: str, folder: Path) -> None:
     host = _batch(kind, data_shards(mesh))
 
     def rows(array: np.ndarray) -> jax.ShapeDtypeStruct:
-        axes = ("micro_batch", "batch") + (None,) * (array.ndim - 2)
-        return _abstract(array, NamedSharding(mesh, spec(axes)))
+        return jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=NamedSharding(mesh, spec(BATCH)))
 
     objective = {"sft": sft, "thinkpo": thinkpo(PreferenceConfig(), end_id=1)}[kind]
     optimizer = make_optimizer(OptimizerConfig(learning_rate=1e-5), 100)
-
-    def start(model: Transformer) -> TrainState:
-        return TrainState(model, optimizer.init(model), jnp.zeros((), jnp.int32))  # pyright: ignore[reportArgumentType] -- a Module is a pytree
-
+    compute = ComputeConfig(dtype="bfloat16", remat="full", attention="splash")
     with jax.set_mesh(mesh):
-        state: Any = jax.eval_shape(
-            start, abstract_model(QWEN2_7B, ComputeConfig(dtype="bfloat16", remat="full", attention="splash"))
-        )
-        state = jax.tree.map(_abstract, state, shardings(state, mesh))
+        state = abstract_state(abstract_model(QWEN2_7B, compute), optimizer, mesh)
         step: Any = make_step(objective, optimizer, mesh, state)
         written = {"xla_dump_to": str(folder), "xla_dump_hlo_as_text": True}
         step.lower(state, jax.tree.map(rows, host)).compile(compiler_options=written)
-
-
-def _abstract(array: Any, sharding: Any) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=sharding)
 
 
 def _batch(kind: str, shards: int) -> HostBatch:

@@ -16,7 +16,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.experimental import topologies
 from jax.sharding import AxisType, Mesh, PartitionSpec
 
 from thinkpo_jax import cudnn as cudnn_module
@@ -24,6 +23,7 @@ from thinkpo_jax import splash as splash_module
 from thinkpo_jax.attention import ATTENDED, Places, attend_whole
 from thinkpo_jax.config import UserError
 from thinkpo_jax.cudnn import cudnn, segment_starts
+from thinkpo_jax.devices import slices, topology
 from thinkpo_jax.splash import PADDING, _by_keys, _by_queries, block_sizes, seen_blocks, splash
 
 S, H = 512, 8
@@ -41,13 +41,6 @@ ORDERS = {"whole": np.arange(S), "outer": np.r_[0:128, 384:512], "inner": np.r_[
 CHIPS = [("v5e", 28, 4, 128), ("v5e", 14, 2, 64), ("v5p", 28, 4, 128), ("v6e", 28, 4, 128)]
 LIBTPU = Path(sys.prefix) / "libtpu" / "libtpu" / "libtpu.so"  # where `make` puts it
 CUDA = Path(sys.prefix) / "cuda"  # here, too
-H100 = """gpu_device_info { threads_per_block_limit: 1024 threads_per_warp: 32 shared_memory_per_block: 49152
-shared_memory_per_core: 233472 threads_per_core_limit: 2048 core_count: 132 fpus_per_core: 128
-block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535 memory_bandwidth: 3352320000000
-l2_cache_size: 52428800 clock_rate_ghz: 1.98 device_memory_size: 84978434048 shared_memory_per_block_optin: 232448
-cuda_compute_capability { major: 9 feature_extension: ACCELERATED_FEATURES } registers_per_core_limit: 65536
-registers_per_block_limit: 65536 } platform_name: "CUDA" dnn_version_info { major: 9 minor: 10 }
-runtime_version { major: 13 } device_description_str: "NVIDIA H100 80GB HBM3" """
 
 Inputs = tuple[jax.Array, jax.Array, jax.Array]
 Attend = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
@@ -364,8 +357,7 @@ def _program(device: Any, attend: Callable[..., jax.Array], arrays: dict[str, tu
 
 
 def _compile_splash(chip: str, heads: int, kv_heads: int, width: int) -> None:
-    single = {"v5p": ("v5p:2x2x1", {})}.get(chip, (f"{chip}:1x1", {"chips_per_host_bounds": (1, 1, 1)}))
-    device = topologies.get_topology_desc(platform="tpu", topology_name=single[0], **single[1]).devices[0]
+    device = slices(chip)[0].devices()[0]
     for length in (8192, 32_768):
         arrays = {
             "q": ((1, length, heads, width), jnp.bfloat16),
@@ -380,7 +372,7 @@ def _compile_splash(chip: str, heads: int, kv_heads: int, width: int) -> None:
 
 
 def _compile_cudnn() -> None:
-    device = topologies.get_topology_desc(platform="cuda", target_config=H100, topology="1x1x1").devices[0]
+    device = topology("h100:1").devices()[0]
     for heads, kv_heads, width in ((28, 4, 128), (14, 2, 64)):
         arrays = {
             "q": ((1, 32_768, heads, width), jnp.bfloat16),

@@ -15,12 +15,11 @@ from thinkpo_jax import attention
 from thinkpo_jax import step as step_module
 from thinkpo_jax.config import UserError
 from thinkpo_jax.convert import named
-from thinkpo_jax.model import Transformer
+from thinkpo_jax.model import ComputeConfig, Transformer
 from thinkpo_jax.objectives import Objective, PreferenceConfig, sft, thinkpo
-from thinkpo_jax.optimizer import OptimizerConfig, make_optimizer
-from thinkpo_jax.reference import reference_logprobs
-from thinkpo_jax.sharding import MESH_AXES, check_row_length, data_shards, put_batch, shardings
-from thinkpo_jax.step import TrainState, initial_state, make_step
+from thinkpo_jax.optimizer import OptimizerConfig
+from thinkpo_jax.sharding import MESH_AXES, check_row_length, data_shards, shardings
+from thinkpo_jax.step import TrainState
 
 DEVICES, STEPS = 8, 5
 ARCH = dataclasses.replace(small.ARCH, heads=16, kv_heads=8)
@@ -33,7 +32,7 @@ MESHES = [sizes for sizes in itertools.product((1, 2, 4, 8), repeat=len(MESH_AXE
 Trained = tuple[list[dict[str, float]], TrainState]
 
 
-def _train(kind: str, mesh: Mesh) -> Trained:
+def _train(kind: str, mesh: Mesh, compute: ComputeConfig = small.FLOAT32) -> Trained:
     """Metrics of each update on packed rows in two micro-batches, and the state after the last."""
     shards = data_shards(mesh)
     with pytest.MonkeyPatch.context() as patch, jax.set_mesh(mesh):
@@ -46,18 +45,7 @@ def _train(kind: str, mesh: Mesh) -> Trained:
         )
         assert batches.micro_batches == 2
         assert batches.examples_per_row > 1
-        model = small.model(arch=ARCH)
-        model = jax.device_put(model, shardings(model, mesh))
-        if kind == "thinkpo":
-            batches.reference = reference_logprobs(model, batches, mesh)
-        optimizer = make_optimizer(ADAM, STEPS)
-        state = initial_state(model, optimizer, mesh)
-        step = make_step(OBJECTIVES[kind], optimizer, mesh, state)
-        history = []
-        for index in range(STEPS):
-            state, metrics = step(state, put_batch(batches[index], mesh))
-            history.append({name: float(value) for name, value in metrics.items()})
-        return history, state
+        return small.trained(batches, small.model(compute, arch=ARCH), OBJECTIVES[kind], ADAM, mesh)
 
 
 @pytest.fixture(scope="module", params=["sft", "thinkpo"])
@@ -68,9 +56,23 @@ def alone(request: pytest.FixtureRequest) -> tuple[str, Trained]:
 @pytest.mark.slow
 @pytest.mark.parametrize("sizes", MESHES, ids=lambda sizes: "x".join(map(str, sizes)))
 def test_every_mesh_gives_the_trajectory_of_one_device(alone: tuple[str, Trained], sizes: tuple[int, ...]) -> None:
-    kind, (expected, expected_state) = alone
+    kind, expected = alone
     mesh = small.mesh(**dict(zip(MESH_AXES, sizes, strict=True)))
-    found, state = _train(kind, mesh)
+    found = _train(kind, mesh)
+    _same(found, expected)
+    _every_device_holds_its_share(found[1], mesh)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("remat", ["attention", "offload"])
+def test_remat_of_rows_that_are_split_gives_it_too(alone: tuple[str, Trained], remat: str) -> None:
+    kind, expected = alone
+    compute = ComputeConfig.model_validate({"dtype": "float32", "remat": remat})
+    _same(_train(kind, small.mesh(fsdp=2, context=2, tensor=2), compute), expected)
+
+
+def _same(run: Trained, like: Trained) -> None:
+    (found, state), (expected, expected_state) = run, like
     for before, after in zip(expected, found, strict=True):
         assert after["loss"] == pytest.approx(before["loss"], abs=1e-5)
         assert before.keys() == after.keys()
@@ -83,7 +85,6 @@ def test_every_mesh_gives_the_trajectory_of_one_device(alone: tuple[str, Trained
         for a, b in zip(jax.tree.leaves(expected_state.model), jax.tree.leaves(state.model), strict=True)
     ]
     assert np.concatenate(differences).max() < 1e-4
-    _every_device_holds_its_share(state, mesh)
 
 
 def _every_device_holds_its_share(state: TrainState, mesh: Mesh) -> None:

@@ -19,7 +19,7 @@ from thinkpo_jax.objectives import Objective, PreferenceConfig, comparison, sft,
 from thinkpo_jax.optimizer import OptimizerConfig, learning_rate, make_optimizer
 from thinkpo_jax.packing import Batches
 from thinkpo_jax.reference import check_start, reference_logprobs
-from thinkpo_jax.sharding import data_shards, put_batch, shardings
+from thinkpo_jax.sharding import data_shards, put_batch
 from thinkpo_jax.step import TrainState, initial_state, make_step
 
 STEPS = 4
@@ -30,28 +30,13 @@ COMPARE = comparison(PREFERENCE, end_id=1)
 OBJECTIVES: dict[str, Objective] = {"sft": sft, "thinkpo": thinkpo(PREFERENCE, end_id=1)}
 
 
-def _start(mesh: Mesh, compute: ComputeConfig = small.FLOAT32) -> Transformer:
-    model = small.model(compute)
-    return jax.device_put(model, shardings(model, mesh))
-
-
 def _train(
     kind: str, mesh: Mesh, *, compute: ComputeConfig = small.FLOAT32, **batch: Any
 ) -> tuple[list[dict[str, float]], TrainState]:
     """Metrics of each update, and the state after the last."""
     with jax.set_mesh(mesh):
         batches = small.batches(EXAMPLES[kind], shards=data_shards(mesh), steps=STEPS, size=12, **batch)
-        model = _start(mesh, compute)
-        if kind == "thinkpo":
-            batches.reference = reference_logprobs(model, batches, mesh)
-        optimizer = make_optimizer(ADAM, STEPS)
-        state = initial_state(model, optimizer, mesh)
-        step = make_step(OBJECTIVES[kind], optimizer, mesh, state)
-        history = []
-        for index in range(STEPS):
-            state, metrics = step(state, put_batch(batches[index], mesh))
-            history.append({name: float(value) for name, value in metrics.items()})
-        return history, state
+        return small.trained(batches, small.model(compute), OBJECTIVES[kind], ADAM, mesh)
 
 
 @pytest.fixture(scope="module", params=["sft", "thinkpo"])
@@ -60,7 +45,6 @@ def straight(request: pytest.FixtureRequest) -> tuple[str, list[dict[str, float]
 
 
 MESH_8 = {"data": 2, "fsdp": 2, "tensor": 2}  # test_mesh.py has the others
-SPLIT = {"fsdp": 2, "context": 2, "tensor": 2}
 VARIANTS = {
     "micro-batches": ({}, "none", {"rows_per_device": 1}),
     "remat projections": ({}, "projections", {}),
@@ -68,8 +52,6 @@ VARIANTS = {
     "remat full": ({}, "full", {}),
     "remat offload": ({}, "offload", {}),
     "mesh, remat attention": (MESH_8, "attention", {}),
-    "split rows, remat attention": (SPLIT, "attention", {}),
-    "split rows, remat offload": (SPLIT, "offload", {}),
     "all": (MESH_8, "full", {"rows_per_device": 1}),
 }
 

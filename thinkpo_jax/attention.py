@@ -23,7 +23,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from thinkpo_jax.config import UserError
-from thinkpo_jax.cudnn import FORWARD, MISSING, cudnn
+from thinkpo_jax.cudnn import cudnn, refusal
 from thinkpo_jax.log import say
 from thinkpo_jax.sharding import balanced, chunk_starts, per_device, whole_rows
 
@@ -86,13 +86,9 @@ def _not_cudnn(device: Any, dtype: str, head_dim: int, context: int) -> str | No
     capability = str(getattr(device, "compute_capability", ""))
     if not re.fullmatch(r"\d+\.\d+", capability) or float(capability) < HOPPER:
         return f"it needs a GPU of compute capability {HOPPER} (Hopper) or more, and this is {device.device_kind}."
-    if dtype != "bfloat16":
-        return "it computes in bfloat16 alone."
     if context > 1:
         return f"it takes whole rows, and mesh.context is {context}."
-    if FORWARD is None:
-        return MISSING
-    return None if head_dim % 8 == 0 and head_dim <= 256 else f"it has no heads of width {head_dim}."
+    return refusal(jnp.dtype(dtype), head_dim)
 
 
 def attend(q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, rows: Places, form: Form = "auto") -> jax.Array:

@@ -36,7 +36,7 @@ from thinkpo_jax.optimizer import make_optimizer
 from thinkpo_jax.packing import REGIONS, Batch
 from thinkpo_jax.reference import make_scoring
 from thinkpo_jax.run import RunConfig, SftStage, Stage
-from thinkpo_jax.sharding import check_row_length, data_shards, make_mesh, spec
+from thinkpo_jax.sharding import BATCH, check_row_length, data_shards, make_mesh, spec
 from thinkpo_jax.step import make_step
 
 UPDATE, REFERENCE = "update", "reference pass"
@@ -90,7 +90,7 @@ def _abstract_batch(stage: Stage, mesh: Mesh) -> Batch[jax.ShapeDtypeStruct]:
     answers = 1 if isinstance(stage, SftStage) else 2
 
     def one(*sizes: int, dtype: Any = np.int32) -> jax.ShapeDtypeStruct:
-        layout = NamedSharding(mesh, spec(("micro_batch", "batch") + (None,) * len(sizes)))
+        layout = NamedSharding(mesh, spec(BATCH))
         return jax.ShapeDtypeStruct((micro_batches, rows, *sizes), dtype, sharding=layout)
 
     places = [one(length) for _ in range(6)]

@@ -54,14 +54,21 @@ def cudnn(
     return _attend(name, q_BTNH, k_BTKH, v_BTKH, lengths_BM)
 
 
+def refusal(dtype: Any, head_dim: int) -> str | None:
+    """Why cuDNN cannot attend in this dtype with heads of this width; None where it can."""
+    if FORWARD is None:
+        return MISSING
+    if dtype not in (jnp.bfloat16, jnp.float16):
+        return f"cuDNN attends in bfloat16 or float16, not in {dtype}. Set the dtype to bfloat16."
+    if head_dim % 8 or head_dim > 256:
+        return f"cuDNN attends with heads of up to 256 in steps of 8, not of {head_dim}. Choose another kernel."
+    return None
+
+
 def _check(q_BTNH: jax.Array) -> None:
     B, T, N, H = q_BTNH.shape
-    if FORWARD is None:
-        raise UserError(MISSING)
-    if q_BTNH.dtype not in (jnp.bfloat16, jnp.float16):
-        raise UserError(f"cuDNN attends in bfloat16 or float16, not in {q_BTNH.dtype}. Set the dtype to bfloat16.")
-    if H % 8 or H > 256:
-        raise UserError(f"cuDNN attends with heads of up to 256 in steps of 8, not of {H}. Choose another kernel.")
+    if problem := refusal(q_BTNH.dtype, H):
+        raise UserError(problem)
     if B * T * N * H > 2**31 - 1:
         raise UserError(
             f"{B} rows of {T} tokens x {N} heads x {H} on a device are more than cuDNN's offsets count (2**31). "

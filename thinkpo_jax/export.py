@@ -8,8 +8,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
-import jax
-
 from thinkpo_jax.architecture import read_architecture
 from thinkpo_jax.checkpoint import Checkpoints
 from thinkpo_jax.commands import program
@@ -17,7 +15,7 @@ from thinkpo_jax.config import UserError
 from thinkpo_jax.convert import abstract_model, partial_folder, save_model
 from thinkpo_jax.log import say
 from thinkpo_jax.run import Run, load_config, model_card, open_run, read_record
-from thinkpo_jax.sharding import MeshConfig, shardings
+from thinkpo_jax.sharding import MeshConfig, laid_out
 
 
 def export(run: Run, stage: str, *, step: int | None, out: Path, dtype: Literal["float32", "bfloat16"]) -> None:
@@ -34,13 +32,9 @@ def export(run: Run, stage: str, *, step: int | None, out: Path, dtype: Literal[
     if not folder.is_dir():
         raise UserError(f"{run.folder}: stage {stage!r} has no checkpoints; stages of the run: {run.models()[1:]}.")
     abstract = abstract_model(read_architecture(run.start_folder), run.config.compute)
-    layout = shardings(abstract, run.mesh)
-    like = jax.tree.map(
-        lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), abstract, layout
-    )
     with Checkpoints(folder, read_only=True) as checkpoints:
         chosen = (checkpoints.latest() or 0) if step is None else step
-        model = checkpoints.restore_model(like, chosen)
+        model = checkpoints.restore_model(laid_out(abstract, run.mesh), chosen)
     record = read_record(run.folder / stage / "stage.json", "summary")
     notes = record["summary"]["notes"] if record and record["summary"] else ["the stage is not finished"]
     card = model_card(run, stage, step=chosen, notes=notes)

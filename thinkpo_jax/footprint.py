@@ -13,17 +13,18 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import AbstractMesh, Mesh, NamedSharding
 
+from thinkpo_jax import step
 from thinkpo_jax.architecture import Architecture
 from thinkpo_jax.convert import abstract_model
 from thinkpo_jax.devices import PER_HOST, Topology
 from thinkpo_jax.flops import Operations, Work, update_operations
 from thinkpo_jax.hlo import Exchange
 from thinkpo_jax.logprobs import LOGITS
-from thinkpo_jax.model import ComputeConfig, Transformer
+from thinkpo_jax.model import ComputeConfig
 from thinkpo_jax.optimizer import make_optimizer
-from thinkpo_jax.packing import BatchConfig
+from thinkpo_jax.packing import BatchConfig, micro_batches
 from thinkpo_jax.run import Stage
-from thinkpo_jax.sharding import MESH_AXES, MeshConfig, shardings, spec
+from thinkpo_jax.sharding import MESH_AXES, MeshConfig, spec
 from thinkpo_jax.step import TrainState
 
 # What of the published rates a program is taken to reach.
@@ -53,9 +54,7 @@ def asked_rows(batch: BatchConfig) -> int:
 
 def batch_shape(batch: BatchConfig, shards: int) -> Shape:
     """The shape of a stage's batches where every example fills a row of its own: no data needs more."""
-    rows = asked_rows(batch)
-    at_once = math.ceil(min(rows, (batch.rows_per_device or rows) * shards) / shards) * shards
-    return Shape(math.ceil(rows / at_once), at_once, batch.row_length)
+    return Shape(*micro_batches(asked_rows(batch), batch, shards), batch.row_length)
 
 
 def abstract_mesh(sizes: MeshConfig) -> Any:
@@ -69,17 +68,7 @@ def abstract_state(arch: Architecture, compute: ComputeConfig, stage: Stage, mes
     With a mesh of devices it is what `step.make_step` is lowered with.
     """
     optimizer = make_optimizer(stage.optimizer, stage.steps or UPDATES)
-
-    def start(model: Transformer) -> TrainState:
-        return TrainState(model, optimizer.init(model), jnp.zeros((), jnp.int32))  # pyright: ignore[reportArgumentType] -- a Module is a pytree
-
-    state = jax.eval_shape(start, abstract_model(arch, compute))
-    return jax.tree.map(laid_out, state, shardings(state, mesh))
-
-
-def laid_out(array: Any, sharding: Any) -> jax.ShapeDtypeStruct:
-    """The shape of an array with its layout."""
-    return jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=sharding)
+    return step.abstract_state(abstract_model(arch, compute), optimizer, mesh)
 
 
 def bytes_per_device(tree: Any) -> int:

@@ -18,7 +18,7 @@ from thinkpo_jax.logprobs import HIDDEN, TOKENS, token_logprobs
 from thinkpo_jax.losses import LOSSES
 from thinkpo_jax.model import Transformer
 from thinkpo_jax.packing import HEAD, REGIONS, DeviceBatch
-from thinkpo_jax.sharding import constrain, per_device, whole_rows
+from thinkpo_jax.sharding import constrain, mesh_axes, per_device, whole_rows
 
 SATURATED = 0.05  # a pair whose gradient is below this share of what a wholly wrong one would have
 GAPS = (0, 512, 2048)  # bounds, in tokens of chosen minus rejected, of the buckets that accuracy is told for
@@ -65,8 +65,9 @@ def answer_logprobs(model: Transformer, batch: DeviceBatch) -> jax.Array:
     numbers_M = 1 + jnp.arange(math.prod(batch.reference.shape[-3:-1]))  # of the segments that a row may have
     lengths_RM = (batch.segments[:, None, :] == numbers_M[None, :, None]).sum(axis=-1)
     hidden_RTD, _ = model(batch.tokens, Places(batch.segments, batch.positions, lengths_RM))
-    # Of a row that is split over devices each of them gathers all hidden states, for its share of the slots.
-    gather = per_device(lambda hidden, places: _at(whole_rows(hidden), places), (HIDDEN, TOKENS), HIDDEN)
+    gather = _at
+    if mesh_axes("length"):  # of a row that is split each device gathers all hidden states, for its share of the slots
+        gather = per_device(lambda hidden, places: _at(whole_rows(hidden), places), (HIDDEN, TOKENS), HIDDEN)
     logprobs_RA = token_logprobs(gather(hidden_RTD, batch.trained), model.head(), batch.targets)
     return jnp.where(batch.regions > 0, constrain(logprobs_RA, ("batch", None)), 0.0)
 

@@ -77,6 +77,13 @@ class Batch(NamedTuple, Generic[ArrayT]):
     reference: ArrayT  # [M, R, P, S, 3] float32: the reference's log-prob of each region of each answer of the example
 
 
+def micro_batches(rows: int, config: BatchConfig, shards: int) -> tuple[int, int]:
+    """The number of micro-batches that an update of so many rows takes, and the rows of each, over all shards."""
+    at_once = min(rows, (config.rows_per_device or rows) * shards)
+    at_once = math.ceil(at_once / shards) * shards
+    return math.ceil(rows / at_once), at_once
+
+
 class Work(NamedTuple):
     """What a batch asks for: tokens, pairs of a query and a key that it sees, tokens that reach the head."""
 
@@ -157,13 +164,12 @@ class Batches:
         self.examples = examples
         self.config = config
         self.answers = len(examples[0])
-        self.sizes = np.array([_sizes(example) for example in examples])  # [n, 3]: tokens, examples, trained tokens
+        found = np.array([_sizes(example) for example in examples])  # each is read once
+        self.sizes, self.attended = found[:, :3], found[:, 3]  # [n, 3]: tokens, examples, trained tokens
         if self.sizes[:, 0].max() > config.row_length:
             raise UserError(
                 f"an example has {self.sizes[:, 0].max()} tokens, more than row_length {config.row_length}."
             )
-        lengths = [[len(segment.tokens) for segment in example] for example in examples]
-        self.attended = np.array([sum(n * (n + 1) // 2 for n in of_example) for of_example in lengths])
         self.held_out = np.asarray(held_out, np.int64)
         self.read = np.setdiff1d(np.arange(len(examples)), self.held_out)
         # The number of rows is the same in every epoch: it depends on the sorted lengths alone.
@@ -175,9 +181,7 @@ class Batches:
         _, self.examples_per_row, trained = np.maximum(np.max(planned, axis=0), self.sizes.max(axis=0)).tolist()
         self.trained_per_row = min(-(-trained // LARGEST_CONTEXT) * LARGEST_CONTEXT, config.row_length)
         rows = max(len(update) for epoch in self.epochs for update in epoch)
-        at_once = min(rows, (config.rows_per_device or rows) * shards)
-        self.rows = math.ceil(at_once / shards) * shards
-        self.micro_batches = math.ceil(rows / self.rows)
+        self.micro_batches, self.rows = micro_batches(rows, config, shards)
         part = np.arange(self.micro_batches * self.rows) % self.rows // (self.rows // shards)
         self._own = np.isin(part, range(shards) if own is None else own)  # of the rows of all micro-batches
         self.reference = np.zeros((len(examples), self.answers, REGIONS), np.float32)
@@ -294,10 +298,11 @@ class Filled:
         return map(self._fill, self._updates)
 
 
-def _sizes(example: Example) -> tuple[int, int, int]:
-    """What an example takes of a row: tokens, one example, trained tokens."""
+def _sizes(example: Example) -> tuple[int, int, int, int]:
+    """What an example takes of a row: tokens, one example, trained tokens; then the pairs of a query and a key."""
     answers = [len(segment.tokens) - segment.answer_start for segment in example]
-    return sum(len(segment.tokens) for segment in example), 1, sum(answers)
+    lengths = [len(segment.tokens) for segment in example]
+    return sum(lengths), 1, sum(answers), sum(length * (length + 1) // 2 for length in lengths)
 
 
 def _shortest(example: Example) -> int:

@@ -41,6 +41,8 @@ RULES: dict[str, str | tuple[str, ...] | None] = {
 # Rows have a multiple of so many slots for trained tokens, which are split like the rows; TPUs compute as many at once.
 LARGEST_CONTEXT = 128
 
+BATCH = ("micro_batch", "batch")  # the leading axes of what a batch holds; the others are not split
+
 
 class MeshConfig(Section):
     """Sizes of the mesh axes; one of them may be -1: what the others leave of the devices.
@@ -97,6 +99,15 @@ def shardings(tree: Any, mesh: Mesh) -> Any:
         return jax.tree.map(lambda _: NamedSharding(mesh, spec(axes)), leaf)
 
     return jax.tree_util.tree_map_with_path(one, tree, is_leaf=lambda leaf: isinstance(leaf, nnx.Variable))
+
+
+def laid_out(tree: Any, mesh: Mesh) -> Any:
+    """A tree like `tree` with the shape, dtype and sharding of each array in its place; raises like `shardings`."""
+
+    def one(leaf: Any, sharding: Any) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+
+    return jax.tree.map(one, tree, shardings(tree, mesh))
 
 
 def _check_divides(name: str, axes: tuple[str, ...], shape: tuple[int, ...], mesh: Mesh) -> None:
@@ -223,7 +234,7 @@ def own_shards(mesh: Mesh) -> list[int]:
 
 def put_batch(batch: Any, mesh: Mesh) -> Any:
     """Host arrays [micro_batch, batch, ...] as device arrays, rows split over the data axes."""
-    return jax.tree.map(lambda array: put(array, ("micro_batch", "batch") + (None,) * (array.ndim - 2), mesh), batch)
+    return jax.tree.map(lambda array: put(array, BATCH, mesh), batch)
 
 
 def put(array: np.ndarray, axes: tuple[str | None, ...], mesh: Mesh) -> jax.Array:

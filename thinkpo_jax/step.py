@@ -1,5 +1,6 @@
 """What is one update? One jitted function for every objective."""
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -12,7 +13,7 @@ from thinkpo_jax.devices import compiler_options
 from thinkpo_jax.model import Transformer
 from thinkpo_jax.objectives import Objective, Sums
 from thinkpo_jax.packing import DeviceBatch
-from thinkpo_jax.sharding import shardings
+from thinkpo_jax.sharding import laid_out, shardings
 
 
 class TrainState(NamedTuple):
@@ -32,12 +33,21 @@ def initial_state(model: Transformer, optimizer: optax.GradientTransformation, m
 
     The model becomes part of the state, which is no second copy: it cannot be used on its own afterwards.
     """
-
-    def build(model: Transformer) -> TrainState:
-        return TrainState(model, optimizer.init(model), jnp.zeros((), jnp.int32))  # pyright: ignore[reportArgumentType] -- a Module is a pytree
-
+    build = functools.partial(_state, optimizer)
     layout = shardings(jax.eval_shape(build, model), mesh)
     return jax.jit(build, donate_argnums=0, out_shardings=layout)(model)
+
+
+def abstract_state(model: Transformer, optimizer: optax.GradientTransformation, mesh: Mesh) -> TrainState:
+    """What `initial_state` gives, with shapes and layouts in place of arrays; the model may be abstract too.
+
+    `make_step`'s function can be lowered with it. Raises `UserError` where a size does not divide.
+    """
+    return laid_out(jax.eval_shape(functools.partial(_state, optimizer), model), mesh)
+
+
+def _state(optimizer: optax.GradientTransformation, model: Transformer) -> TrainState:
+    return TrainState(model, optimizer.init(model), jnp.zeros((), jnp.int32))  # pyright: ignore[reportArgumentType] -- a Module is a pytree
 
 
 def make_step(objective: Objective, optimizer: optax.GradientTransformation, mesh: Mesh, state: TrainState) -> Step:
