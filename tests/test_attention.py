@@ -134,7 +134,7 @@ def test_rows_that_are_split_are_short_rows_too(monkeypatch: pytest.MonkeyPatch)
 def test_bounds_are_those_of_the_mask() -> None:
     for rows in ROWS.values():
         places = _places([[min(count, 96) for count in row] for row in rows], 96)
-        for segments, positions in zip(*map(np.asarray, places), strict=True):
+        for segments, positions in zip(np.asarray(places.segments), np.asarray(places.positions), strict=True):
             seen = (segments[:, None] == segments[None]) & (np.arange(96)[:, None] >= np.arange(96))
             seen &= segments[:, None] > 0
             row = Places(jnp.array(segments), jnp.array(positions))

@@ -249,6 +249,7 @@ def main(arguments: Sequence[str]) -> None:
             update={"model": model, "stages": (), "evaluation": evaluation, "run_dir": parsed.out}
         )
     run = open_run(config)
+    say(run.placement())
     asked = read_questions(run.config, run.chat)
     for stage in config.stages:
         run.finished(stage.name)  # raises where the folder holds a stage with other settings

@@ -70,8 +70,8 @@ def main(arguments: Sequence[str]) -> None:
     if not (parsed.run / "config.yaml").is_file():
         raise UserError(f"--run {parsed.run}: no config.yaml there. Give the folder of a run.")
     config = load_config(parsed.run / "config.yaml")
-    # Mesh and kernels of the training need not be the one of this machine, and the folder may have been moved.
-    compute = config.compute.model_copy(update={"attention": "auto"})
+    # The training's mesh need not be one of this machine, its kernel is not used, and the folder may have been moved.
+    compute = config.compute.model_copy(update={"attention": "blockwise"})
     run = open_run(config.model_copy(update={"mesh": MeshConfig(), "compute": compute, "run_dir": str(parsed.run)}))
     stages = [name for name in run.models()[1:] if _has_checkpoint(run.folder / name / "checkpoints")]
     if not stages:

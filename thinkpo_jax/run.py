@@ -38,7 +38,7 @@ from thinkpo_jax.convert import abstract_model, check_weights, load_model, rando
 from thinkpo_jax.folder import ModelConfig, content_digest, find_model, fingerprint, stop_ids
 from thinkpo_jax.forms import PairData, SftData
 from thinkpo_jax.hosts import from_the_first, wait
-from thinkpo_jax.log import read_metrics, say, warn, write_whole
+from thinkpo_jax.log import read_metrics, warn, write_whole
 from thinkpo_jax.model import ComputeConfig, Transformer, with_kernel
 from thinkpo_jax.objectives import PreferenceConfig
 from thinkpo_jax.optimizer import OptimizerConfig
@@ -160,6 +160,11 @@ class Run:
     chat: Chat
     mesh: Mesh
     compute: ComputeConfig  # that of the configuration, with the kernel of attention that the devices take
+
+    def placement(self) -> str:
+        """What computes, and with which kernel of attention, for the log."""
+        kind = self.mesh.devices.flat[0].device_kind
+        return f"attention: {self.compute.attention}; {self.mesh.size} x {kind}, mesh {dict(self.mesh.shape)}"
 
     def start_of(self, stage: Stage) -> str:
         """The name of the model that a stage starts from."""
@@ -371,8 +376,6 @@ def open_run(config: RunConfig) -> Run:
         check_row_length(mesh, stage.batch.row_length, f"stages.{stage.name}.batch.row_length")
     warn_of_lengths(config, arch)
     compute = with_kernel(config.compute, arch, mesh, [stage.batch.row_length for stage in config.stages])
-    kind = mesh.devices.flat[0].device_kind
-    say(f"attention: {compute.attention}; {mesh.size} x {kind}, mesh {dict(mesh.shape)}")
     return Run(config, Path(config.run_dir).expanduser(), folder, chat, mesh, compute)
 
 

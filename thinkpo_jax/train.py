@@ -50,6 +50,7 @@ METRICS, VALIDATION = "metrics.jsonl", "validation.jsonl"  # of a stage, one lin
 def run_all(config: RunConfig) -> Run:
     """Trains the stages that are not finished, in order, then evaluates every model and writes the report."""
     run = open_run(config)
+    say(run.placement())
     stages = [stage for stage in config.stages if not run.finished(stage.name)]
     # All that is read, before anything is written: what is wrong with the last stage shows before the first one trains.
     examples = {stage.name: read_examples(run, stage) for stage in stages}
