@@ -169,7 +169,17 @@ LOOP = """HloModule jit_step, is_scheduled=true
   %alone = f32[10] all-reduce(%x), replica_groups={{0},{1},{2},{3}}, to_apply=%add
 }
 
+%all-reduce-scatter.3.clone (in: f32[40]) -> f32[10] {
+  %sum = f32[40] all-reduce(%in), channel_id=7, replica_groups={{0,1,2,3}}, to_apply=%add
+  %part = f32[10] dynamic-slice(%sum, %start), dynamic_slice_sizes={10}
+}
+
+%all-sums (state: (s32[])) -> (s32[]) {
+  %fused = f32[10] fusion(%p), kind=kCustom, calls=%all-reduce-scatter.3.clone
+}
+
 ENTRY %main (p: f32[8]) -> f32[8] {
+  %sums = (s32[]) while(%state), condition=%free, body=%all-sums, backend_config={"known_trip_count":{"n":"5"}}
   %loop = (s32[], f32[8]) while(%t), condition=%condition, body=%body
   %told = (s32[]) while(%t), condition=%free, body=%once, backend_config={"known_trip_count":{"n":"3"}}
   %both = ((f32[8], f32[4]), (f32[16], f32[8])) all-gather-start(%p, %q), replica_groups=[2,2]<=[2,2]T(1,0)
@@ -189,6 +199,7 @@ def test_exchanges_of_a_program_are_counted_with_its_loops() -> None:
         ("all-reduce", 3): 2 * 4096 * 3 / 4,
         ("all-gather", 1): 24 * 4 / 2,
         ("reduce-scatter", 1): 300,
+        ("reduce-scatter", 5): 40 * 4 * 3 / 4,  # fused, on the channel of the all-reduce
     }
     assert found[("all-gather", 1)].group == (0, 2)
     assert found[("all-gather", 28)].group == (0, 1, 2, 3)

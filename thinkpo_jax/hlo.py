@@ -11,6 +11,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+# TPUs write a reduce-scatter as a fused computation of this name: an all-reduce, and the part of it that a device keeps.
+_FUSED_SCATTER = "all-reduce-scatter"
 KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "ragged-all-to-all", "collective-permute")
 _COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.-]+) \(.*\{$")
 _EXCHANGE = re.compile(rf" = (.*?) ({'|'.join(KINDS)})(-start)?\(")
@@ -40,16 +42,17 @@ class _Line(NamedTuple):
 def exchanges(program: str, devices: int) -> list[Exchange]:
     """The collective operations of a program in HLO text, those in loops as often as the loops are gone through.
 
-    A loop whose trips depend on data counts once; of branches each counts. What one channel does in several steps (as
-    the fusions of TPUs do) is one exchange.
+    A loop whose trips depend on data counts once; of branches each counts. The same operation on one channel in several
+    places (the steps of TPUs' fusions) is one exchange; different ones may have one channel.
     """
     computations, entry = _computations(program, devices)
-    found: dict[str, Exchange] = {}
+    found: dict[tuple[str, str, float], Exchange] = {}
 
     def visit(name: str, times: int) -> None:
         for number, line in enumerate(computations.get(name, ())):
             if line.exchange is not None:
-                key = line.channel or f"{name} {number} {times}"
+                place = line.channel or f"{name} {number} {times}"
+                key = place, line.exchange.kind, line.exchange.received
                 before = found.get(key)
                 times_before = 0 if before is None else before.times
                 found[key] = line.exchange._replace(times=max(times, times_before))
@@ -71,28 +74,31 @@ def _computations(program: str, devices: int) -> tuple[dict[str, list[_Line]], s
             bodies[name] = []
         elif name:
             bodies[name].append(line)
-    return {name: [*_lines(body, bodies, devices)] for name, body in bodies.items()}, entry
+    return {name: [*_lines(name, bodies, devices)] for name in bodies}, entry
 
 
-def _lines(body: list[str], bodies: dict[str, list[str]], devices: int) -> Iterator[_Line]:
-    for line in body:
+def _lines(name: str, bodies: dict[str, list[str]], devices: int) -> Iterator[_Line]:
+    for line in bodies[name]:
         if match := _EXCHANGE.search(line):
             group = _group(line, devices)
             if len(group) > 1:
                 channel = re.search(r"channel_id=(\d+)", line)
                 started = match[3] is not None
                 types = match[1].replace("u32[]", "") if started else match[1]  # those keep its state
-                received = _received(match[2], _bytes(types), len(group), started=started)
-                yield _Line(Exchange(match[2], received, 1, group), channel[1] if channel else "")
+                kind, size = match[2], _bytes(types)
+                if kind == "all-reduce" and name.startswith(_FUSED_SCATTER):
+                    kind, size = "reduce-scatter", size / len(group)
+                received = _received(kind, size, len(group), started=started)
+                yield _Line(Exchange(kind, received, 1, group), channel[1] if channel else "")
             continue
         called = dict(_CALLED.findall(line))
         if "body" in called:
             yield _Line(called=called["body"], times=_trips(line, bodies.get(called.get("condition", ""), [])))
             continue
-        names = [*called.values()]
+        others = [*called.values()]
         for branches in _BRANCHES.findall(line):
-            names += [branch.strip().lstrip("%") for branch in branches.split(",")]
-        yield from (_Line(called=name) for name in names)
+            others += [branch.strip().lstrip("%") for branch in branches.split(",")]
+        yield from (_Line(called=other) for other in others)
 
 
 def _trips(line: str, condition: list[str]) -> int:
@@ -116,7 +122,7 @@ def _bits(kind: str) -> int:
     return 8 if digits is None else int(digits[0])
 
 
-def _received(kind: str, size: int, members: int, *, started: bool) -> float:
+def _received(kind: str, size: float, members: int, *, started: bool) -> float:
     """Bytes that one device receives, by what the operation gives and, where it is `started`, takes."""
     others = members - 1
     if kind == "all-gather":
