@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-# TPUs write a reduce-scatter as a fused computation of this name: an all-reduce, and the part of it that a device keeps.
+# TPUs write a reduce-scatter as a fused computation of this name: an all-reduce, and the part a device keeps.
 _FUSED_SCATTER = "all-reduce-scatter"
 KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "ragged-all-to-all", "collective-permute")
 _COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.-]+) \(.*\{$")
