@@ -254,7 +254,9 @@ def test_a_cluster_is_recognised(environment: dict[str, str], expected: dict[str
         (["--coordinator", "10.0.0.2:8476"], "go together"),
         (["--process", "0"], "go together"),
         (["--coordinator", "10.0.0.2:8476", "--processes", "2", "--process", "2"], "one of 0 to 1"),
-        (["--coordinator", "10.0.0.2", "--processes", "2", "--process", "0"], r"expected HOST:PORT"),
+        (["--coordinator", "10.0.0.2:8476", "--processes", "0", "--process", "0"], "--processes 0: expected"),
+        (["--coordinator", "10.0.0.2", "--processes", "2", "--process", "0"], "expected HOST:PORT"),
+        (["--coordinator", "10.0.0.2:84760", "--processes", "2", "--process", "0"], "expected HOST:PORT"),
     ],
 )
 def test_options_that_make_no_sense_are_refused(

@@ -61,10 +61,12 @@ def _check(arguments: argparse.Namespace) -> None:
     coordinator, count, index = arguments.coordinator, arguments.processes, arguments.process
     if None in (coordinator, count, index):
         raise UserError("--coordinator HOST:PORT, --processes N and --process I go together.")
+    if count < 1:
+        raise UserError(f"--processes {count}: expected how many processes there are, at least 1.")
     if not 0 <= index < count:
         raise UserError(f"--process {index}: with --processes {count} it is one of 0 to {count - 1}.")
     host, _, port = coordinator.rpartition(":")
-    if not host or not port.isdigit():
+    if not host or not (port.isascii() and port.isdecimal() and int(port) < 2**16):
         raise UserError(f"--coordinator {coordinator}: expected HOST:PORT, for example 10.0.0.2:8476.")
 
 

@@ -114,7 +114,7 @@ def smallest(config: RunConfig, stages: Sequence[Stage], slices: Sequence[Topolo
     for devices in slices:
         found = [(stage, _lean(config, stage, arch, devices)) for stage in stages]
         if all(one is not None for _, one in found):
-            print(f"the smallest slice is {devices.name}: {devices.size} devices")
+            print(f"the smallest slice is {devices.name}: {devices.size} device(s)")
             for stage, one in found:
                 assert one is not None
                 print(f"  {stage.name}: {one.describe(devices)}\n    --set {one.settings(stage)}")
