@@ -127,6 +127,8 @@ def test_two_processes_make_the_run_of_one(alone: Path, tmp_path: Path) -> None:
     run = tmp_path / "two"
     _same(alone, run)
     # One speaks, and one writes: a log, a checkpoint of the last update, a report.
+    for index, output in enumerate(outputs):
+        assert f"process {index} of 2 (counted from 0) waits for the others" in output
     assert "before the first update the loss is 0.693" in outputs[0]
     assert not [line for line in outputs[1].splitlines() if "update" in line or "report" in line]
     assert [path.name for path in (run / "sft" / "checkpoints").iterdir()] == [str(STEPS)]

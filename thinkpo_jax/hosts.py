@@ -6,6 +6,7 @@ goes on is what the first one sees. A process that ends early is missed by the o
 
 import argparse
 import os
+import sys
 from collections.abc import Mapping
 from typing import Any
 
@@ -40,6 +41,12 @@ def join(arguments: argparse.Namespace) -> None:
     }
     if any(value is not None for value in given.values()):
         _check(arguments)
+        # Said before they come: where one never does, JAX ends the process itself, and no handler of ours is called.
+        print(
+            f"process {arguments.process} of {arguments.processes} (counted from 0) waits for the others at "
+            f"{arguments.coordinator}; all must start within five minutes, with the same --coordinator.",
+            file=sys.stderr, flush=True,
+        )  # fmt: skip
     else:
         found = detected(os.environ)
         if found is None:
