@@ -21,7 +21,7 @@ from thinkpo_jax.config import UserError
 from thinkpo_jax.folder import ModelConfig
 from thinkpo_jax.hosts import first, from_the_first, host_arguments, join
 from thinkpo_jax.log import Progress, say, write_whole
-from thinkpo_jax.model import Transformer
+from thinkpo_jax.model import Transformer, placement
 from thinkpo_jax.report import ReportContents, StageSummary, terminal_summary, write_report
 from thinkpo_jax.run import (
     BASE,
@@ -249,7 +249,7 @@ def main(arguments: Sequence[str]) -> None:
             update={"model": model, "stages": (), "evaluation": evaluation, "run_dir": parsed.out}
         )
     run = open_run(config)
-    say(run.placement())
+    say(placement(run.compute, run.mesh))
     asked = read_questions(run.config, run.chat)
     for stage in config.stages:
         run.finished(stage.name)  # raises where the folder holds a stage with other settings

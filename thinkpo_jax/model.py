@@ -49,6 +49,12 @@ def with_kernel(compute: ComputeConfig, arch: Architecture, mesh: Mesh, lengths:
     return compute.model_copy(update={"attention": choose(compute.attention, mesh.devices.flat[0], **options)})
 
 
+def placement(compute: ComputeConfig, mesh: Mesh) -> str:
+    """Which form of attention computes on what, for the log."""
+    kind = mesh.devices.flat[0].device_kind
+    return f"attention: {compute.attention}; {mesh.size} x {kind}, mesh {dict(mesh.shape)}"
+
+
 class Cache(NamedTuple):
     """Keys and values of the tokens seen so far, in S slots, and where they stand. `cursor` is the next free slot."""
 

@@ -161,11 +161,6 @@ class Run:
     mesh: Mesh
     compute: ComputeConfig  # that of the configuration, with the kernel of attention that the devices take
 
-    def placement(self) -> str:
-        """What computes, and with which kernel of attention, for the log."""
-        kind = self.mesh.devices.flat[0].device_kind
-        return f"attention: {self.compute.attention}; {self.mesh.size} x {kind}, mesh {dict(self.mesh.shape)}"
-
     def start_of(self, stage: Stage) -> str:
         """The name of the model that a stage starts from."""
         names = self.models()

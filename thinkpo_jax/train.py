@@ -25,7 +25,7 @@ from thinkpo_jax.evaluate import evaluate_run, read_questions
 from thinkpo_jax.flops import throughput
 from thinkpo_jax.hosts import from_the_first, host_arguments, in_any, join, wait
 from thinkpo_jax.log import MetricsFile, Progress, read_metrics, say, warn, write_whole
-from thinkpo_jax.model import Transformer
+from thinkpo_jax.model import Transformer, placement
 from thinkpo_jax.objectives import Objective, comparison, readable, sft, thinkpo
 from thinkpo_jax.optimizer import learning_rate, make_optimizer
 from thinkpo_jax.packing import Batches
@@ -50,7 +50,7 @@ METRICS, VALIDATION = "metrics.jsonl", "validation.jsonl"  # of a stage, one lin
 def run_all(config: RunConfig) -> Run:
     """Trains the stages that are not finished, in order, then evaluates every model and writes the report."""
     run = open_run(config)
-    say(run.placement())
+    say(placement(run.compute, run.mesh))
     stages = [stage for stage in config.stages if not run.finished(stage.name)]
     # All that is read, before anything is written: what is wrong with the last stage shows before the first one trains.
     examples = {stage.name: read_examples(run, stage) for stage in stages}
