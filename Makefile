@@ -6,14 +6,14 @@ ARGS ?=
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check -q
-PYTEST := $(BIN)/python -m pytest -n auto --maxprocesses 4
+PYTEST := $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist worksteal
 
 # What is installed, one empty file per set of packages, by the version of Python: run < fast < test.
 VERSION := $(shell $(PYTHON) -c 'import sys; print(sys.version.split()[0])' 2>/dev/null || echo missing)
 STAMPS := $(VENV)/stamps-$(VERSION)
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart test test-fast lint check format clean
+.PHONY: help quickstart test test-all test-fast lint check format clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/make \1\t\2/p' Makefile | expand -t 18
@@ -22,11 +22,14 @@ help: ## list the targets
 quickstart: $(STAMPS)/run ## the paper in miniature, on the CPU: train, evaluate, report (a few minutes)
 	$(BIN)/python -m thinkpo_jax.train --config configs/quickstart.yaml $(ARGS)
 
-test: $(STAMPS)/test ## all tests
+test: $(STAMPS)/test ## every property of the package, some in a short form
+	$(PYTEST) -m "not exhaustive" $(ARGS)
+
+test-all: $(STAMPS)/test ## every property in its exhaustive form
 	$(PYTEST) $(ARGS)
 
-test-fast: $(STAMPS)/fast ## the tests that need neither torch nor real weights
-	$(PYTEST) -m "not slow" $(ARGS)
+test-fast: $(STAMPS)/fast ## the part of make test that needs neither torch nor real weights
+	$(PYTEST) -m "not slow and not exhaustive" $(ARGS)
 
 lint: $(STAMPS)/test ## format, lint and types, without changing a file
 	$(BIN)/ruff format --check

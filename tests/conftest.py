@@ -1,18 +1,48 @@
-"""What several test files share."""
+"""Settings and fixtures that all tests share."""
 
 import os
+import shutil
+import signal
+import tempfile
 from pathlib import Path
 
 import pytest
 from checkpoints import smollm2_folder, smollm2_missing
 from filelock import FileLock
 
-# Before jax is imported: eight devices on the CPU, so that meshes are real.
+MAX_CACHE_BYTES = 2 * 2**30
+
+
+def _compilation_cache() -> Path:
+    """Returns the folder of compiled programs: of this user, or of this test run where a home folder is missing."""
+    try:
+        root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+        folder = root / "thinkpo_jax" / "test-programs"
+        folder.mkdir(parents=True, exist_ok=True)
+    except (OSError, RuntimeError):
+        return Path(tempfile.mkdtemp(prefix="thinkpo_jax-test-programs-"))
+    if sum(path.stat().st_size for path in folder.iterdir()) > MAX_CACHE_BYTES:
+        shutil.rmtree(folder)
+    return folder
+
+
+# All of this is set before jax is imported. Workers of pytest-xdist and the processes that tests start inherit it.
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+# XLA runs independent collectives of a program at once, and each blocks a thread on every device. With as many threads
+# as devices, which is the default on few cores, they can wait for each other for ever. XLA reads this variable.
+os.environ["NPROC"] = "64"
 os.environ["HF_HUB_OFFLINE"] = "1"
-# torch's threads wait by spinning: where cores are shared (pytest-xdist), more than one makes it slower.
+# Tests compile much and compute little. Every process compiles the same way, because some tests compare bits.
+os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "true"
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = str(_compilation_cache())
+# Threads of torch spin while they wait. With several workers more than one thread makes it slower.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# A shell ignores Ctrl-C for what it starts in the background, and a child process inherits that.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+os.umask(0o022)
 
 
 @pytest.fixture(scope="session")

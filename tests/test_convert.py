@@ -430,4 +430,4 @@ def test_a_hub_id_that_is_out_of_reach_says_what_to_do(path: str) -> None:
     start = time.monotonic()
     with pytest.raises(UserError, match=f"hf download {path}"):
         find_model(path)
-    assert time.monotonic() - start < 30
+    assert time.monotonic() - start < 120

@@ -10,9 +10,9 @@ import pytest
 import small
 from flax import nnx
 from jax.sharding import Mesh
+from selection import cases
 
 from thinkpo_jax import attention
-from thinkpo_jax import step as step_module
 from thinkpo_jax.config import UserError
 from thinkpo_jax.convert import named
 from thinkpo_jax.model import ComputeConfig, Transformer
@@ -28,6 +28,7 @@ EXAMPLES = {"sft": small.singles(200), "thinkpo": small.pairs(200)}
 OBJECTIVES: dict[str, Objective] = {"sft": sft, "thinkpo": thinkpo(PreferenceConfig(beta=0.5), end_id=1)}
 # Every way to write 8 as a product of four sizes, in order.
 MESHES = [sizes for sizes in itertools.product((1, 2, 4, 8), repeat=len(MESH_AXES)) if math.prod(sizes) == DEVICES]
+SHORT = {(2, 2, 1, 2), (1, 2, 2, 2), (2, 1, 4, 1), (1, 4, 1, 2)}  # every pair of axes occurs
 
 Trained = tuple[list[dict[str, float]], TrainState]
 
@@ -38,8 +39,6 @@ def _train(kind: str, mesh: Mesh, compute: ComputeConfig = small.FLOAT32) -> Tra
     with pytest.MonkeyPatch.context() as patch, jax.set_mesh(mesh):
         if mesh.shape["context"] > 1:
             patch.setattr(attention, "BLOCK", 16)  # rows that are split are attended to by blocks
-        # Compiled fast, not to be fast: forty programs.
-        patch.setattr(step_module, "compiler_options", lambda _: {"xla_backend_optimization_level": 0})
         batches = small.batches(
             EXAMPLES[kind], shards=shards, steps=STEPS, size=None, rows=16, rows_per_device=DEVICES // shards
         )
@@ -54,7 +53,7 @@ def alone(request: pytest.FixtureRequest) -> tuple[str, Trained]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("sizes", MESHES, ids=lambda sizes: "x".join(map(str, sizes)))
+@pytest.mark.parametrize("sizes", cases(MESHES, short=SHORT.__contains__), ids=lambda sizes: "x".join(map(str, sizes)))
 def test_every_mesh_gives_the_trajectory_of_one_device(alone: tuple[str, Trained], sizes: tuple[int, ...]) -> None:
     kind, expected = alone
     mesh = small.mesh(**dict(zip(MESH_AXES, sizes, strict=True)))
@@ -64,7 +63,7 @@ def test_every_mesh_gives_the_trajectory_of_one_device(alone: tuple[str, Trained
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("remat", ["attention", "offload"])
+@pytest.mark.parametrize("remat", cases(["attention", "offload"], short="offload".__eq__))
 def test_remat_of_rows_that_are_split_gives_it_too(alone: tuple[str, Trained], remat: str) -> None:
     kind, expected = alone
     compute = ComputeConfig.model_validate({"dtype": "float32", "remat": remat})

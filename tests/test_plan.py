@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +16,15 @@ import pytest
 import small
 from jax.sharding import NamedSharding, PartitionSpec
 
+from thinkpo_jax import bench_growth
+from thinkpo_jax.architecture import read_architecture
 from thinkpo_jax.commands import command
-from thinkpo_jax.compiled import CUDA_PLUGINS, _compiler
+from thinkpo_jax.compiled import CUDA_PLUGINS, Program, _compiler
 from thinkpo_jax.config import UserError, parse
-from thinkpo_jax.devices import DEVICES, SLICES, compiler_options, of_kind, topology
+from thinkpo_jax.devices import DEVICES, SLICES, Topology, compiler_options, of_kind, topology
 from thinkpo_jax.footprint import (
+    Memory,
+    Shape,
     abstract_mesh,
     abstract_state,
     bandwidth,
@@ -35,7 +40,7 @@ from thinkpo_jax.objectives import sft
 from thinkpo_jax.optimizer import make_optimizer
 from thinkpo_jax.packing import BatchConfig
 from thinkpo_jax.plan import main
-from thinkpo_jax.run import RunConfig
+from thinkpo_jax.run import RunConfig, Stage, load_config
 from thinkpo_jax.search import candidates
 from thinkpo_jax.sharding import MeshConfig, data_shards, put_batch
 from thinkpo_jax.step import make_step
@@ -117,6 +122,7 @@ def test_a_compiler_that_is_missing_is_named_with_its_remedy(monkeypatch: pytest
     ("arguments", "told"),
     [
         (["--topology", "v9:1"], "no device 'v9'"),
+        (["--topology", "v9"], "--topology v9: no such device"),
         (["--topology", "v5e:4x4", "--stage", "thrid"], "--stage thrid: there is no such stage (did you mean third?)"),
         (["--topology", "v5e:4x4", "--set", "stages=[]"], "no stages"),
         (["--topology", "v5e:4x4", "--set", "model.path=./gone"], "there is no such folder"),
@@ -129,6 +135,69 @@ def test_errors_of_users_have_exit_status_2(
     path.write_text(path.read_text().replace('"second"', '"third"'))
     assert command(main, ["--config", str(path), *arguments]) == 2
     assert told in capsys.readouterr().err
+
+
+def test_a_search_without_a_mesh_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Odd rows cannot be split, and one row is too few for sixteen devices of a data axis."""
+    path = _config(tmp_path, TINY, rows=1, row_length=127)
+    assert command(main, ["--config", str(path), "--topology", "v5e:4x4", "--stage", "first", "--search"]) == 1
+    assert "no mesh of 16 devices" in capsys.readouterr().err
+
+
+def test_a_search_for_splash_tries_no_rows_that_it_does_not_take(tmp_path: Path) -> None:
+    config = load_config(_config(tmp_path, TINY, row_length=384), ["compute.attention=splash"])
+    arch = read_architecture(tmp_path)
+    found = candidates(config, config.stages[0], arch, topology("v5e:2x2"), length=384)
+    assert found
+    assert {one.mesh.context for one in found} == {1}
+
+
+def test_a_compiler_that_fails_is_no_run_that_does_not_fit(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TPU_LIBRARY_PATH", "/bin/ls")
+    arguments = ["--config", str(_config(tmp_path, TINY)), "--topology", "v5e:1x1", "--stage", "first"]
+    assert command(main, arguments) == 2
+    told = capsys.readouterr().err
+    assert "compiling for v5e:1x1 failed" in told
+    assert "Failed to open /bin/ls" in told.splitlines()[-2]
+    log = Path(told.rstrip(")\n").rpartition(" ")[2])
+    assert "Traceback" in log.read_text()
+    log.unlink()
+
+
+@pytest.mark.skipif(not LIBTPU.exists(), reason="no libtpu")
+def test_sigterm_leaves_no_compiler_behind(tmp_path: Path) -> None:
+    (tmp_path / "tmp").mkdir()
+    arguments = ["--config", str(_config(tmp_path, TINY)), "--topology", "v5e:4x4"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "thinkpo_jax.plan", *arguments], env=os.environ | {"TMPDIR": str(tmp_path / "tmp")}
+    )
+    while not list((tmp_path / "tmp").glob("*/output")):  # the compiler has been started
+        assert process.poll() is None
+        time.sleep(0.05)
+    process.terminate()
+    assert process.wait(timeout=600) == 130
+    assert not list((tmp_path / "tmp").iterdir())
+
+
+@pytest.mark.parametrize(("most", "sizes"), [(3, [1]), (8, [1, 4]), (20, [1, 4, 16])])
+def test_growth_takes_any_number_of_devices(
+    most: int, sizes: list[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[tuple[int, int]] = []
+
+    def compiled(config: RunConfig, stage: Stage, name: str, devices: Topology) -> Program:
+        seen.append((devices.size, stage.batch.row_length))
+        return Program(name, {}, "splash", Shape(1, devices.size, 512), Memory(1, 2, 3), [], 0.0)
+
+    monkeypatch.setattr(bench_growth, "compiled", compiled)
+    config = load_config(_config(tmp_path, TINY))
+    bench_growth.bench_growth(config, "v6e", most=most, out=tmp_path / "plot.png")
+    assert seen == [(size, 512) for size in sizes] + [(sizes[-1], length) for length in bench_growth.LENGTHS]
+    with pytest.raises(UserError, match="--out"):
+        bench_growth.bench_growth(config, "v6e", most=most, out=tmp_path)
+    assert (tmp_path / "plot.png").exists()
 
 
 LOOP = """HloModule jit_step, is_scheduled=true

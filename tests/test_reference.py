@@ -129,7 +129,7 @@ def test_a_pass_that_is_killed_goes_on_where_it_was(tmp_path: Path, capsys: pyte
         """)
     )
     killed = subprocess.run(
-        [sys.executable, str(program)], capture_output=True, text=True, check=False, timeout=300,
+        [sys.executable, str(program)], capture_output=True, text=True, check=False, timeout=600,
         env={**os.environ, "PYTHONPATH": str(Path(__file__).parent)},
     )  # fmt: skip
     assert killed.returncode == -9, killed.stderr
@@ -163,7 +163,7 @@ def test_a_second_process_waits_and_finds_it(tmp_path: Path) -> None:
         )
         for _ in range(2)
     ]
-    outputs = [process.communicate(timeout=300) for process in both]
+    outputs = [process.communicate(timeout=600) for process in both]
     assert [process.returncode for process in both] == [0, 0], outputs
     computed = [out.count("computed") for out, _ in outputs]
     assert min(computed) == 0 < max(computed)

@@ -343,10 +343,10 @@ def test_one_row_of_fifty_megabytes_is_read_and_counted_as_too_long_at_once(tmp_
     tracemalloc.stop()
     assert lengths == [long]
     assert peak < 6 * long
-    start = time.monotonic()
+    start = time.process_time()
     config = SftData(path=str(path), response="response")
     (report,) = prepare([config], chat, row_length=1000, seed=0).reports
-    assert time.monotonic() - start < 5
+    assert time.process_time() - start < 5
     assert (report.rows, report.kept, report.dropped) == (3, 2, {"longer than row_length 1000": 1})
     with pytest.raises(UserError, match=r"line 1: .* do not fit row_length 1000"):
         prepare([config.model_copy(update={"over_length": "raise"})], chat, row_length=1000, seed=0)

@@ -141,7 +141,7 @@ def serving(script: Callable[[int, dict[str, Any]], Reply] | list[Reply] | Reply
 
 
 def config(url: str, **changes: Any) -> ServerConfig:
-    return ServerConfig(**{"url": url, "model": "tiny", "retries": 3, "timeout": 20.0, **changes})
+    return ServerConfig(**{"url": url, "model": "tiny", "retries": 3, "timeout": 120.0, **changes})
 
 
 def question(text: str) -> list[Message]:
@@ -216,7 +216,7 @@ def test_requests_under_way_reach_the_limit_and_never_pass_it() -> None:
     together = threading.Barrier(4)
 
     def script(*_: Any) -> Reply:
-        together.wait(10)  # breaks where four are not under way at once
+        together.wait(120)  # breaks where four are not under way at once
         reply = said("ok")
         reply.seconds = 0.1  # a fifth would be seen
         return reply
@@ -228,14 +228,14 @@ def test_requests_under_way_reach_the_limit_and_never_pass_it() -> None:
 
 def test_stopping_early_cancels_and_starts_nothing_more() -> None:
     def script(number: int, _: dict[str, Any]) -> Reply:
-        return said("ok") if number == 0 else Reply("", seconds=30)
+        return said("ok") if number == 0 else Reply("", seconds=600)
 
     with serving(script) as endpoint:
         answers = ask_server(config(endpoint.url, concurrency=4), [question("x")] * 100, SAMPLING, seed=0)
         next(answers)
         start = time.monotonic()
         answers.close()
-        assert time.monotonic() - start < 5
+        assert time.monotonic() - start < 60
         time.sleep(0.5)  # what was sent before it was closed may still arrive
         started = len(endpoint.bodies)
         time.sleep(0.3)
@@ -245,13 +245,13 @@ def test_stopping_early_cancels_and_starts_nothing_more() -> None:
 def test_ctrl_c_ends_promptly() -> None:
     def script(*_: Any) -> Reply:
         os.kill(os.getpid(), signal.SIGINT)
-        return Reply("", seconds=30)
+        return Reply("", seconds=600)
 
     with serving(script) as endpoint:
         start = time.monotonic()
         with pytest.raises(KeyboardInterrupt):
             ask(endpoint, "x", timeout=600.0)
-        assert time.monotonic() - start < 5
+        assert time.monotonic() - start < 60
 
 
 def test_a_notebook_whose_event_loop_runs_can_ask() -> None:
@@ -308,11 +308,11 @@ def test_an_error_shows_what_came() -> None:
 
 
 def test_a_server_that_is_too_slow() -> None:
-    with serving(Reply("", seconds=10)) as endpoint, pytest.raises(RunError, match=r"no answer within 0\.3 s, in 2 t"):
-        ask(endpoint, "x", timeout=0.3, retries=1)
+    with serving(Reply("", seconds=600)) as endpoint, pytest.raises(RunError, match=r"no answer within 1 s, in 2 t"):
+        ask(endpoint, "x", timeout=1.0, retries=1)
     assert len(endpoint.bodies) == 2
-    with serving([Reply("", seconds=10), said("now")]) as endpoint:
-        assert ask(endpoint, "x", timeout=0.3) == {0: ServerAnswer("now", finished=True)}
+    with serving(lambda number, _: said("now") if number else Reply("", seconds=600)) as endpoint:
+        assert ask(endpoint, "x", timeout=1.0) == {0: ServerAnswer("now", finished=True)}
 
 
 def test_nobody_listens_or_nobody_is_there() -> None:

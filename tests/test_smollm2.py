@@ -19,6 +19,7 @@ import numpy as np
 import pytest
 import small
 from checkpoints import DATA, needs_data, torch_logits, torch_model
+from selection import exhaustive
 
 from thinkpo_jax.attention import Places
 from thinkpo_jax.chat import Chat
@@ -30,7 +31,6 @@ from thinkpo_jax.sample import Generation, SamplingConfig, generate
 
 pytestmark = [pytest.mark.slow, needs_data]
 ROOT = Path(__file__).resolve().parents[1]
-PAIRS = 2
 
 
 def _logits(model: Transformer, tokens: np.ndarray) -> np.ndarray:
@@ -38,22 +38,23 @@ def _logits(model: Transformer, tokens: np.ndarray) -> np.ndarray:
     return np.asarray(jax.jit(lambda model: model(jnp.array(tokens), places)[0] @ model.head())(model))
 
 
-def _real_pairs() -> list[dict[str, str]]:
+def _real_pairs(count: int) -> list[dict[str, str]]:
     lines = (DATA / "pairs" / "math500_pairs.jsonl").read_text(encoding="utf-8").split("\n")
     rows = sorted((json.loads(line) for line in lines if line), key=lambda row: len(row["long"] + row["short"]))
     first = {row["question"]: row for row in reversed(rows)}  # the shortest pair of each question
-    return list(first.values())[-PAIRS:]
+    return list(first.values())[-count:]
 
 
-@pytest.fixture(scope="module")
-def run(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+@pytest.fixture(scope="module", params=[(1, 768), pytest.param((2, 1024), marks=exhaustive)], ids=str)
+def run(request: pytest.FixtureRequest, smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """configs/smollm2_135m.yaml on local files, as a user runs it."""
     pytest.importorskip("torch")
+    pairs, row_length = request.param
     folder = tmp_path_factory.mktemp("smollm2_run")
     data = folder / "pairs.jsonl"
-    data.write_text("".join(json.dumps(row) + "\n" for row in _real_pairs()), encoding="utf-8")
+    data.write_text("".join(json.dumps(row) + "\n" for row in _real_pairs(pairs)), encoding="utf-8")
     batch, adam = (
-        f"{{size: {PAIRS}, row_length: 1024, rows_per_device: 1}}",
+        f"{{size: {pairs}, row_length: {row_length}, rows_per_device: 1}}",
         "{learning_rate: 2.0e-5, schedule: constant, warmup_ratio: 0.0}",
     )
     assignments = [
@@ -65,7 +66,7 @@ def run(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         *(f"stages.{stage}.{key}={value}" for stage in ("sft", "thinkpo") for key, value in (
             ("batch", batch), ("optimizer", adam), ("steps", "2"), ("epochs", "null"))),
         f"evaluation.benchmarks=[{{name: gsm8k, path: '{DATA / 'gsm8k' / 'test.jsonl'}', questions: 2}}]",
-        "evaluation.sampling={temperature: 0.7, max_new_tokens: 32, batch_size: 2}",
+        "evaluation.sampling={temperature: 0.7, max_new_tokens: 8, batch_size: 2}",
     ]  # fmt: skip
     environment = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}
     command = [
@@ -86,7 +87,7 @@ def test_logits_equal_those_of_transformers(smollm2: Path) -> None:
     pytest.importorskip("torch")
     from transformers import AutoTokenizer
 
-    text = _real_pairs()[0]["long"]
+    text = _real_pairs(1)[0]["long"]
     tokens = np.array([AutoTokenizer.from_pretrained(smollm2)(text)["input_ids"][:256]])
     found = _logits(load_model(smollm2, small.FLOAT32, small.mesh()), tokens)
     np.testing.assert_allclose(found, torch_logits(smollm2, tokens), atol=1e-3)
@@ -105,16 +106,19 @@ def _greedy(folder: Path, prompts: list[list[int]], tokens: int) -> list[Generat
         return generate(model, prompts, config, stop_ids=chat.stop_ids, vocabulary=vocabulary, seed=0, mesh=mesh)
 
 
-def test_greedy_answers_to_real_questions_are_those_of_transformers(smollm2: Path) -> None:
+@pytest.mark.parametrize(("questions", "tokens"), [(3, 16), pytest.param(10, 64, marks=exhaustive)])
+def test_greedy_answers_to_real_questions_are_those_of_transformers(
+    smollm2: Path, questions: int, tokens: int
+) -> None:
     torch = pytest.importorskip("torch")
     from transformers import GenerationConfig
 
     chat = Chat.load(smollm2)
-    prompts = [chat.prompt([{"role": "user", "content": question}]).ids for question in _questions(10)]
-    found = _greedy(smollm2, prompts, 64)
+    prompts = [chat.prompt([{"role": "user", "content": question}]).ids for question in _questions(questions)]
+    found = _greedy(smollm2, prompts, tokens)
     reference: Any = torch_model(smollm2)
     reference.generation_config = GenerationConfig(
-        max_new_tokens=64, do_sample=False, eos_token_id=list(chat.stop_ids), pad_token_id=0
+        max_new_tokens=tokens, do_sample=False, eos_token_id=list(chat.stop_ids), pad_token_id=0
     )
     for prompt, generation in zip(prompts, found, strict=True):
         rows = torch.tensor([prompt])
@@ -132,7 +136,7 @@ def _server(folder: Path) -> Iterator[str]:
     arguments = [program, "serve", str(folder), "--host", "127.0.0.1", "--port", port, "--device", "cpu"]
     server = subprocess.Popen(arguments, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
-        for _ in range(240):
+        for _ in range(1200):
             assert server.poll() is None, "the server ended"
             with contextlib.suppress(urllib.error.URLError):
                 urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5)
@@ -141,7 +145,7 @@ def _server(folder: Path) -> Iterator[str]:
         yield f"http://127.0.0.1:{port}"
     finally:
         server.terminate()
-        server.wait(timeout=60)
+        server.wait(timeout=600)
 
 
 def test_a_server_answers_with_what_we_export_as_our_own_sampler_does(smollm2: Path, tmp_path: Path) -> None:
@@ -150,10 +154,10 @@ def test_a_server_answers_with_what_we_export_as_our_own_sampler_does(smollm2: P
     out = tmp_path / "exported"
     save_model(load_model(smollm2, small.FLOAT32, small.mesh()), out, like=smollm2, dtype="float32", stops=[2], card="")
     chat, messages = Chat.load(smollm2), [{"role": "user", "content": _questions(1)[0]}]
-    expected = _greedy(smollm2, [chat.prompt([{"role": "user", "content": _questions(1)[0]}]).ids], 32)[0]
+    expected = _greedy(smollm2, [chat.prompt([{"role": "user", "content": _questions(1)[0]}]).ids], 16)[0]
     with _server(out) as address:
-        client = openai.OpenAI(base_url=f"{address}/v1", api_key="none", timeout=240)
-        told = client.chat.completions.create(model=str(out), messages=messages, temperature=0, max_tokens=32)
+        client = openai.OpenAI(base_url=f"{address}/v1", api_key="none", timeout=600)
+        told = client.chat.completions.create(model=str(out), messages=messages, temperature=0, max_tokens=16)
     assert told.choices[0].message.content.strip() == chat.text(expected.ids).strip()
 
 

@@ -1,5 +1,6 @@
 """One update is the same update on one device, on a mesh, in micro-batches, with remat, packed or not."""
 
+import functools
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 import small
 from jax.sharding import Mesh
+from selection import cases
 
 from thinkpo_jax.config import RunError
 from thinkpo_jax.convert import named
@@ -54,9 +56,10 @@ VARIANTS = {
     "mesh, remat attention": (MESH_8, "attention", {}),
     "all": (MESH_8, "full", {"rows_per_device": 1}),
 }
+SHORT = {"micro-batches", "remat offload", "mesh, remat attention", "all"}  # test_model.py has all remat policies
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", cases(VARIANTS, short=SHORT.__contains__))
 def test_the_trajectory_does_not_depend_on_layout(straight: tuple, variant: str) -> None:
     kind, expected, expected_state = straight
     sizes, remat, batch = VARIANTS[variant]
@@ -80,7 +83,8 @@ def test_training_learns(straight: tuple) -> None:
     batches = small.batches(EXAMPLES[kind], steps=1, size=24)
     batches.reference = reference_logprobs(small.model(), batches, small.mesh())
     rows = jax.tree.map(lambda array: jnp.array(array[0]), batches[0])
-    before, after = (OBJECTIVES[kind](model, rows) for model in (small.model(), state.model))
+    objective = jax.jit(OBJECTIVES[kind])
+    before, after = (objective(model, rows) for model in (small.model(), state.model))
     assert after.loss < before.loss
 
 
@@ -123,18 +127,20 @@ def _loss_and_gradient(kind: str, batches: Batches) -> tuple[float, dict[str, fl
     """Loss, metrics and gradient of one update over all examples."""
     model, objective = small.model(), OBJECTIVES[kind]
 
+    @jax.jit
+    @functools.partial(jax.value_and_grad, has_aux=True)
     def loss(model: Transformer) -> tuple[jax.Array, tuple]:
         rows = jax.tree.map(lambda array: jnp.array(array[0]), batches[0])
         sums = objective(model, rows)
         return sums.loss / sums.weight, (sums.metrics, sums.weight)
 
-    (value, (metrics, weight)), gradient = jax.value_and_grad(loss, has_aux=True)(model)
+    (value, (metrics, weight)), gradient = loss(model)
     means = {name: float(total / weight) for name, total in metrics.items()}
     return float(value), means | {"weight": float(weight)}, [np.asarray(leaf) for leaf in jax.tree.leaves(gradient)]
 
 
 @pytest.mark.parametrize("kind", ["sft", "thinkpo"])
-@pytest.mark.parametrize("row_length", [48, 80])
+@pytest.mark.parametrize("row_length", cases([48, 80], short=48 .__eq__))
 def test_packed_rows_equal_one_example_per_row(kind: str, row_length: int) -> None:
     def whole(examples: Sequence[Example], **batch: Any) -> Batches:
         found = small.batches(examples, steps=1, size=len(examples), row_length=row_length, **batch)

@@ -1,6 +1,7 @@
 """Thirty updates are those of TRL: losses, rewards, log-probs, gradient norms and the final weights."""
 
 import importlib
+import itertools
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,6 +13,7 @@ import pytest
 import small
 from byte_tokenizer import byte_tokenizer
 from checkpoints import tiny_checkpoint
+from selection import cases
 
 from thinkpo_jax.chat import Chat
 from thinkpo_jax.convert import load_model, save_model
@@ -131,8 +133,10 @@ def theirs(kind: str, folder: Path, out: Path, ordered: Sequence[dict[str, str]]
     return [line | {"loss": loss} for line, loss in zip(history, losses, strict=True)], trainer.model
 
 
-@pytest.mark.parametrize("family", ["qwen2", "llama"])
-@pytest.mark.parametrize("kind", ["dpo", "sft"])
+@pytest.mark.parametrize(
+    ("kind", "family"),
+    cases(itertools.product(("dpo", "sft"), ("qwen2", "llama")), short={("dpo", "qwen2"), ("sft", "llama")}.__contains__),
+)
 def test_thirty_updates_are_trls(kind: str, family: str, tmp_path: Path) -> None:
     tokenizer = byte_tokenizer(tmp_path / "tokenizer")
     folder = tiny_checkpoint(tmp_path / "model", family=family, tokenizer=tokenizer)
