@@ -19,6 +19,7 @@ import yaml
 
 from thinkpo_jax import train
 from thinkpo_jax.commands import command
+from thinkpo_jax.config import UserError
 from thinkpo_jax.hosts import detected
 from thinkpo_jax.log import read_metrics
 from thinkpo_jax.packing import Batch
@@ -146,7 +147,7 @@ def test_a_process_that_dies_ends_the_other_and_one_process_goes_on(alone: Path,
     with _processes(config, config) as processes:
         _wait_for(run / "sft" / "checkpoints" / "2", processes)
         processes[victim].kill()
-        output = processes[1 - victim].communicate(timeout=120)[0]
+        output = processes[1 - victim].communicate(timeout=600)[0]
     assert processes[1 - victim].returncode not in (0, None)
     assert "one of them has probably ended" in output or "another task died" in output, output
     assert command(train.main, ["--config", config]) == 0  # eight devices of one process
@@ -160,7 +161,7 @@ def test_a_stop_of_one_process_stops_all(tmp_path: Path) -> None:
     with _processes(config, config) as processes:
         _wait_for(run / "sft" / "checkpoints" / "2", processes)
         processes[1].terminate()
-        outputs = [process.communicate(timeout=120)[0] for process in processes]
+        outputs = [process.communicate(timeout=600)[0] for process in processes]
     assert [process.returncode for process in processes] == [130, 130], outputs
     assert not (run / "sft" / "model").exists()
     saved = [int(path.name) for path in (run / "sft" / "checkpoints").iterdir()]
@@ -183,10 +184,10 @@ def test_processes_that_do_not_run_the_same_are_told_so(tmp_path: Path, what: st
         text, told = text.replace("beta: 0.1", "beta: 0.2"), "this process has another configuration"
     Path(configs[1]).write_text(text)
     with _processes(*configs) as started:
-        output = started[1].communicate(timeout=300)[0]
+        output = started[1].communicate(timeout=600)[0]
         assert started[1].returncode == 2
         assert f"process 1: error: {told}" in output
-        started[0].communicate(timeout=120)  # misses the other
+        started[0].communicate(timeout=600)  # misses the other
         assert started[0].returncode != 0
     assert not (tmp_path / "one" / "sft" / "metrics.jsonl").exists()
 
@@ -250,6 +251,24 @@ def test_a_cluster_is_recognised(environment: dict[str, str], expected: dict[str
     assert detected(environment) == expected
 
 
+@pytest.mark.parametrize("name", ["SLURM_NTASKS", "SLURM_STEP_NUM_NODES", "OMPI_COMM_WORLD_SIZE"])
+def test_a_number_of_a_cluster_that_is_none_is_named(name: str) -> None:
+    with pytest.raises(UserError, match=f"{name}=many"):
+        detected({name: "many"})
+
+
+def test_a_port_that_is_taken_is_told_before_jax_crashes_on_it(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with socket.socket() as taken:
+        taken.bind(("", 0))
+        taken.listen()
+        address = f"localhost:{taken.getsockname()[1]}"
+        arguments = ["--coordinator", address, "--processes", "2", "--process", "0"]
+        assert command(train.main, ["--config", _config(tmp_path, "never"), *arguments]) == 2
+    assert f"--coordinator {address}: " in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -258,6 +277,8 @@ def test_a_cluster_is_recognised(environment: dict[str, str], expected: dict[str
         (["--coordinator", "10.0.0.2:8476", "--processes", "2", "--process", "2"], "one of 0 to 1"),
         (["--coordinator", "10.0.0.2:8476", "--processes", "0", "--process", "0"], "--processes 0: expected"),
         (["--coordinator", "10.0.0.2", "--processes", "2", "--process", "0"], "expected HOST:PORT"),
+        (["--coordinator", "localhost:0", "--processes", "2", "--process", "0"], "expected HOST:PORT"),
+        (["--coordinator", "no such host:8476", "--processes", "2", "--process", "1"], "no such host:8476: "),
         (["--coordinator", "10.0.0.2:84760", "--processes", "2", "--process", "0"], "expected HOST:PORT"),
     ],
 )
