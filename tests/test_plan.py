@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -129,6 +130,21 @@ def test_errors_of_users_have_exit_status_2(
     path.write_text(path.read_text().replace('"second"', '"third"'))
     assert command(main, ["--config", str(path), *arguments]) == 2
     assert told in capsys.readouterr().err
+
+
+@pytest.mark.skipif(not LIBTPU.exists(), reason="no libtpu")
+def test_sigterm_leaves_no_compiler_behind(tmp_path: Path) -> None:
+    (tmp_path / "tmp").mkdir()
+    arguments = ["--config", str(_config(tmp_path, TINY)), "--topology", "v5e:4x4"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "thinkpo_jax.plan", *arguments], env=os.environ | {"TMPDIR": str(tmp_path / "tmp")}
+    )
+    while not list((tmp_path / "tmp").glob("*/output")):  # the compiler has been started
+        assert process.poll() is None
+        time.sleep(0.05)
+    process.terminate()
+    assert process.wait(timeout=600) == 130
+    assert not list((tmp_path / "tmp").iterdir())
 
 
 LOOP = """HloModule jit_step, is_scheduled=true

@@ -10,6 +10,7 @@ import importlib.util
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 import tempfile
@@ -24,8 +25,8 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
 from thinkpo_jax.architecture import read_architecture
-from thinkpo_jax.commands import program
-from thinkpo_jax.config import RunError, UserError, parse, read_json
+from thinkpo_jax.commands import handling, program
+from thinkpo_jax.config import UserError, parse, read_json
 from thinkpo_jax.devices import Topology, topology
 from thinkpo_jax.folder import find_model
 from thinkpo_jax.footprint import UPDATES, Memory, Shape, abstract_state, batch_shape, bytes_per_device
@@ -100,7 +101,8 @@ def _abstract_batch(stage: Stage, mesh: Mesh) -> Batch[jax.ShapeDtypeStruct]:
 def compiled(config: RunConfig, stage: Stage, name: str, devices: Topology) -> Program:
     """Compiles a program of a stage, in a process of its own. Raises `UserError` and `RunError`."""
     began, environment = time.monotonic(), os.environ | ENVIRONMENT | _compiler(devices)
-    with tempfile.TemporaryDirectory() as text:
+    # On SIGTERM Python would exit without ending the compiler and removing the folder.
+    with handling(signal.default_int_handler, signal.SIGTERM), tempfile.TemporaryDirectory() as text:
         folder = Path(text)
         (folder / "config.json").write_text(config.model_dump_json(), encoding="utf-8")
         given = [str(folder), "--stage", stage.name, "--program", name, "--topology", devices.name]
