@@ -132,6 +132,20 @@ def test_errors_of_users_have_exit_status_2(
     assert told in capsys.readouterr().err
 
 
+def test_a_compiler_that_fails_is_no_run_that_does_not_fit(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TPU_LIBRARY_PATH", "/bin/ls")
+    arguments = ["--config", str(_config(tmp_path, TINY)), "--topology", "v5e:1x1", "--stage", "first"]
+    assert command(main, arguments) == 2
+    told = capsys.readouterr().err
+    assert "compiling for v5e:1x1 failed" in told
+    assert "Failed to open /bin/ls" in told.splitlines()[-2]
+    log = Path(told.rstrip(")\n").rpartition(" ")[2])
+    assert "Traceback" in log.read_text()
+    log.unlink()
+
+
 @pytest.mark.skipif(not LIBTPU.exists(), reason="no libtpu")
 def test_sigterm_leaves_no_compiler_behind(tmp_path: Path) -> None:
     (tmp_path / "tmp").mkdir()
