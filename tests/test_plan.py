@@ -16,6 +16,7 @@ import pytest
 import small
 from jax.sharding import NamedSharding, PartitionSpec
 
+from thinkpo_jax.architecture import read_architecture
 from thinkpo_jax.commands import command
 from thinkpo_jax.compiled import CUDA_PLUGINS, _compiler
 from thinkpo_jax.config import UserError, parse
@@ -36,7 +37,7 @@ from thinkpo_jax.objectives import sft
 from thinkpo_jax.optimizer import make_optimizer
 from thinkpo_jax.packing import BatchConfig
 from thinkpo_jax.plan import main
-from thinkpo_jax.run import RunConfig
+from thinkpo_jax.run import RunConfig, load_config
 from thinkpo_jax.search import candidates
 from thinkpo_jax.sharding import MeshConfig, data_shards, put_batch
 from thinkpo_jax.step import make_step
@@ -118,6 +119,7 @@ def test_a_compiler_that_is_missing_is_named_with_its_remedy(monkeypatch: pytest
     ("arguments", "told"),
     [
         (["--topology", "v9:1"], "no device 'v9'"),
+        (["--topology", "v9"], "--topology v9: no such device"),
         (["--topology", "v5e:4x4", "--stage", "thrid"], "--stage thrid: there is no such stage (did you mean third?)"),
         (["--topology", "v5e:4x4", "--set", "stages=[]"], "no stages"),
         (["--topology", "v5e:4x4", "--set", "model.path=./gone"], "there is no such folder"),
@@ -130,6 +132,21 @@ def test_errors_of_users_have_exit_status_2(
     path.write_text(path.read_text().replace('"second"', '"third"'))
     assert command(main, ["--config", str(path), *arguments]) == 2
     assert told in capsys.readouterr().err
+
+
+def test_a_search_without_a_mesh_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Odd rows cannot be split, and one row is too few for sixteen devices of a data axis."""
+    path = _config(tmp_path, TINY, rows=1, row_length=127)
+    assert command(main, ["--config", str(path), "--topology", "v5e:4x4", "--stage", "first", "--search"]) == 1
+    assert "no mesh of 16 devices" in capsys.readouterr().err
+
+
+def test_a_search_for_splash_tries_no_rows_that_it_does_not_take(tmp_path: Path) -> None:
+    config = load_config(_config(tmp_path, TINY, row_length=384), ["compute.attention=splash"])
+    arch = read_architecture(tmp_path)
+    found = candidates(config, config.stages[0], arch, topology("v5e:2x2"), length=384)
+    assert found
+    assert {one.mesh.context for one in found} == {1}
 
 
 def test_a_compiler_that_fails_is_no_run_that_does_not_fit(
