@@ -16,12 +16,15 @@ import pytest
 import small
 from jax.sharding import NamedSharding, PartitionSpec
 
+from thinkpo_jax import bench_growth
 from thinkpo_jax.architecture import read_architecture
 from thinkpo_jax.commands import command
-from thinkpo_jax.compiled import CUDA_PLUGINS, _compiler
+from thinkpo_jax.compiled import CUDA_PLUGINS, Program, _compiler
 from thinkpo_jax.config import UserError, parse
-from thinkpo_jax.devices import DEVICES, SLICES, compiler_options, of_kind, topology
+from thinkpo_jax.devices import DEVICES, SLICES, Topology, compiler_options, of_kind, topology
 from thinkpo_jax.footprint import (
+    Memory,
+    Shape,
     abstract_mesh,
     abstract_state,
     bandwidth,
@@ -37,7 +40,7 @@ from thinkpo_jax.objectives import sft
 from thinkpo_jax.optimizer import make_optimizer
 from thinkpo_jax.packing import BatchConfig
 from thinkpo_jax.plan import main
-from thinkpo_jax.run import RunConfig, load_config
+from thinkpo_jax.run import RunConfig, Stage, load_config
 from thinkpo_jax.search import candidates
 from thinkpo_jax.sharding import MeshConfig, data_shards, put_batch
 from thinkpo_jax.step import make_step
@@ -176,6 +179,25 @@ def test_sigterm_leaves_no_compiler_behind(tmp_path: Path) -> None:
     process.terminate()
     assert process.wait(timeout=600) == 130
     assert not list((tmp_path / "tmp").iterdir())
+
+
+@pytest.mark.parametrize(("most", "sizes"), [(3, [1]), (8, [1, 4]), (20, [1, 4, 16])])
+def test_growth_takes_any_number_of_devices(
+    most: int, sizes: list[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[tuple[int, int]] = []
+
+    def compiled(config: RunConfig, stage: Stage, name: str, devices: Topology) -> Program:
+        seen.append((devices.size, stage.batch.row_length))
+        return Program(name, {}, "splash", Shape(1, devices.size, 512), Memory(1, 2, 3), [], 0.0)
+
+    monkeypatch.setattr(bench_growth, "compiled", compiled)
+    config = load_config(_config(tmp_path, TINY))
+    bench_growth.bench_growth(config, "v6e", most=most, out=tmp_path / "plot.png")
+    assert seen == [(size, 512) for size in sizes] + [(sizes[-1], length) for length in bench_growth.LENGTHS]
+    with pytest.raises(UserError, match="--out"):
+        bench_growth.bench_growth(config, "v6e", most=most, out=tmp_path)
+    assert (tmp_path / "plot.png").exists()
 
 
 LOOP = """HloModule jit_step, is_scheduled=true
