@@ -72,10 +72,15 @@ def choose(asked: Form, device: Any, *, dtype: str, head_dim: int, context: int,
     raise UserError(f"compute.attention: {asked}: {refused} `auto` takes what there is.")
 
 
+def splash_multiple(context: int) -> int:
+    """The number of tokens that must divide row lengths for splash attention; a device holds two chunks of a row."""
+    return SPLASH_MULTIPLE * (2 * context if context > 1 else 1)
+
+
 def _not_splash(device: Any, context: int, lengths: Sequence[int]) -> str | None:
     if device.platform != "tpu":
         return f"it runs on TPUs, and this is {device.device_kind}."
-    whole = SPLASH_MULTIPLE * (2 * context if context > 1 else 1)
+    whole = splash_multiple(context)
     wrong = [length for length in lengths if length % whole]
     return f"it needs a row_length that {whole} divides, not {wrong[0]}." if wrong else None
 

@@ -3,6 +3,7 @@
 Each point is the update of a stage compiled for a slice (compiled.py): fully sharded, one row a device.
 """
 
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -10,13 +11,14 @@ from typing import NamedTuple
 from matplotlib.figure import Figure
 
 from thinkpo_jax.compiled import UPDATE, Program, compiled
+from thinkpo_jax.config import UserError
 from thinkpo_jax.devices import GIB, Topology, slices
 from thinkpo_jax.log import say, write_whole
 from thinkpo_jax.report import png
 from thinkpo_jax.run import RunConfig, Stage
 from thinkpo_jax.sharding import MeshConfig
 
-AT = 16  # devices on which row lengths are compared
+AT = 16  # devices, at most, on which row lengths are compared
 LENGTHS = tuple(1024 * 2**power for power in range(1, 7))  # 2k to 64k
 
 
@@ -39,11 +41,20 @@ class Point(NamedTuple):
 
 
 def bench_growth(config: RunConfig, kind: str, *, most: int, out: Path) -> None:
-    """Compiles, prints two tables and draws the plot. Raises `UserError` and `RunError` as compiling does."""
-    stage = config.stages[0]
-    found = [one for one in slices(kind) if one.size <= most and one.size.bit_length() % 2]  # 1, 4, 16, ...
+    """Compiles, prints two tables and draws the plot. Raises `UserError`, for `most` and `out` before it compiles."""
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=out.parent).close()
+        if out.is_dir():
+            raise IsADirectoryError("it is a folder")
+    except OSError as error:
+        raise UserError(f"--out {out}: cannot be written: {error}. Give the path of a file.") from None
+    stage, sizes = config.stages[0], [one for one in slices(kind) if one.size.bit_length() % 2]  # 1, 4, 16, ...
+    found = [one for one in sizes if one.size <= most]
+    if not found:
+        raise UserError(f"--most {most}: too few devices for {kind}. Set --most to {sizes[0].size} or more.")
     by_devices = [_point(config, stage, one, stage.batch.row_length) for one in found]
-    at = next(one for one in found if one.size == min(AT, most))
+    at = [one for one in found if one.size <= AT][-1]
     by_length = [_point(config, stage, at, length) for length in LENGTHS]
     print(f"\n{kind}, rows of {stage.batch.row_length} tokens, one on each device\n{_table(by_devices)}")
     print(f"\n{at.name}, one row on each device\n{_table(by_length)}")

@@ -19,7 +19,7 @@ from thinkpo_jax.config import RunError, UserError
 from thinkpo_jax.hosts import first, leave, several
 from thinkpo_jax.log import say, warn
 
-STOPPED = 130  # the exit status after Ctrl-C
+STOPPED = 130  # the exit status after Ctrl-C or SIGTERM
 
 
 def config_arguments(parser: argparse.ArgumentParser, *, required: bool = True) -> None:
@@ -32,7 +32,7 @@ def config_arguments(parser: argparse.ArgumentParser, *, required: bool = True) 
 
 
 def command(main: Callable[[Sequence[str]], None], arguments: Sequence[str] | None = None) -> int:
-    """Runs a command and gives its exit status: 0 done, 1 a failed run, 2 a user's error, 130 Ctrl-C."""
+    """Runs a command and gives its exit status: 0 done, 1 a failed run, 2 a user's error, 130 stopped."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # a terminal that lacks a character stops nothing
@@ -123,6 +123,17 @@ def writing(folder: Path, key: str, *, waiting: str = "") -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def handling(handler: Callable[[int, Any], Any], *numbers: signal.Signals) -> Iterator[None]:
+    """Calls `handler` for these signals until it is left."""
+    before = {number: signal.signal(number, handler) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, earlier in before.items():
+            signal.signal(number, earlier)
+
+
+@contextlib.contextmanager
 def stop_requests() -> Iterator[Callable[[], bool]]:
     """Within it the first Ctrl-C (or SIGTERM) only asks: the function it gives says whether one came.
 
@@ -136,12 +147,7 @@ def stop_requests() -> Iterator[Callable[[], bool]]:
         asked.append(number)
         print("\nStopping after this update; Ctrl-C again stops at once.", file=sys.stderr)
 
-    numbers = (signal.SIGINT, signal.SIGTERM)
-    before = {number: signal.signal(number, handle) for number in numbers}
-    try:
+    with handling(handle, signal.SIGINT, signal.SIGTERM):
         yield lambda: bool(asked)
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
     if asked:
         raise KeyboardInterrupt

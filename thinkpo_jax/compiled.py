@@ -10,6 +10,7 @@ import importlib.util
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 import tempfile
@@ -24,8 +25,8 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
 from thinkpo_jax.architecture import read_architecture
-from thinkpo_jax.commands import program
-from thinkpo_jax.config import RunError, UserError, parse, read_json
+from thinkpo_jax.commands import handling, program
+from thinkpo_jax.config import UserError, parse, read_json
 from thinkpo_jax.devices import Topology, topology
 from thinkpo_jax.folder import find_model
 from thinkpo_jax.footprint import UPDATES, Memory, Shape, abstract_state, batch_shape, bytes_per_device
@@ -98,9 +99,10 @@ def _abstract_batch(stage: Stage, mesh: Mesh) -> Batch[jax.ShapeDtypeStruct]:
 
 
 def compiled(config: RunConfig, stage: Stage, name: str, devices: Topology) -> Program:
-    """Compiles a program of a stage, in a process of its own. Raises `UserError` and `RunError`."""
+    """Compiles a program of a stage, in a process of its own. Raises `UserError` where it cannot be compiled."""
     began, environment = time.monotonic(), os.environ | ENVIRONMENT | _compiler(devices)
-    with tempfile.TemporaryDirectory() as text:
+    # On SIGTERM Python would exit without ending the compiler and removing the folder.
+    with handling(signal.default_int_handler, signal.SIGTERM), tempfile.TemporaryDirectory() as text:
         folder = Path(text)
         (folder / "config.json").write_text(config.model_dump_json(), encoding="utf-8")
         given = [str(folder), "--stage", stage.name, "--program", name, "--topology", devices.name]
@@ -114,7 +116,7 @@ def compiled(config: RunConfig, stage: Stage, name: str, devices: Topology) -> P
                 process.kill()
                 process.wait()
         if not _written(folder):
-            raise _failure((folder / "output").read_text(encoding="utf-8", errors="replace"), devices)
+            raise _failure(folder / "output", process.returncode, devices)
         known = read_json(folder / "known.json")
         report, text = _written(folder)
         found = exchanges(text.read_text(encoding="utf-8"), devices.size)
@@ -144,11 +146,18 @@ def _ends(path: Path, end: bytes) -> bool:
         return file.read().rstrip().endswith(end)
 
 
-def _failure(output: str, devices: Topology) -> Exception:
-    """What a process that compiled nothing ended with."""
+def _failure(path: Path, status: int, devices: Topology) -> UserError:
+    """The error of a process that compiled nothing. A failed compiler's whole output is kept in a log file."""
+    output = path.read_text(encoding="utf-8", errors="replace")
     if told := re.findall(r"(?m)^error: (.*)$", output):
         return UserError("\n".join(told))
-    return RunError(f"compiling for {devices.name} failed:\n{output[-2000:]}")
+    with tempfile.NamedTemporaryFile(prefix="thinkpo_compile_", suffix=".log", delete=False) as log:
+        log.write(path.read_bytes())
+    cause = re.split(r"(?m)^(?=[\w.]+Error\b)", output)[-1].strip()[:2000]  # the last exception, or what a crash wrote
+    return UserError(
+        f"compiling for {devices.name} failed (exit status {status}), so its memory use is not known:\n{cause}\n"
+        f"Fix the cause and run the same command again. (complete log of the compiler: {log.name})"
+    )
 
 
 def _compiler(devices: Topology) -> dict[str, str]:

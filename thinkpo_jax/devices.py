@@ -170,6 +170,8 @@ def topology(name: str) -> Topology:
 
 def slices(kind: str) -> list[Topology]:
     """All slices of a kind of device, the smallest first. Raises `UserError` where there is no such kind."""
+    if kind not in (kinds := [row.name for row in DEVICES]):
+        raise UserError(f"--topology {kind}: no such device{nearest(kind, kinds)}. Choose one of {', '.join(kinds)}.")
     names = SLICES.get(kind, tuple(str(count) for count in (1, 2, 4, 8, *range(16, 65, 8), 128, 256)))
     return [topology(f"{kind}:{name}") for name in names]
 

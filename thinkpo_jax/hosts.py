@@ -6,6 +6,7 @@ goes on is what the first one sees. A process that ends early is missed by the o
 
 import argparse
 import os
+import socket
 import sys
 from collections.abc import Mapping
 from typing import Any
@@ -73,28 +74,56 @@ def _check(arguments: argparse.Namespace) -> None:
     if not 0 <= index < count:
         raise UserError(f"--process {index}: with --processes {count} it is one of 0 to {count - 1}.")
     host, _, port = coordinator.rpartition(":")
-    if not host or not (port.isascii() and port.isdecimal() and int(port) < 2**16):
+    if not host or not (port.isascii() and port.isdecimal() and 0 < int(port) < 2**16):
         raise UserError(f"--coordinator {coordinator}: expected HOST:PORT, for example 10.0.0.2:8476.")
+    try:
+        socket.getaddrinfo(host.strip("[]"), int(port))
+        if index == 0:
+            _bind(int(port))
+    except (OSError, UnicodeError) as error:
+        raise UserError(
+            f"--coordinator {coordinator}: {error}. Give the name or IP address of the host that runs process 0, and "
+            "a port above 1023 that is free there. All processes need the same."
+        ) from None
+
+
+def _bind(port: int) -> None:
+    """Binds the port as JAX's coordinator does, which crashes if it cannot. Never listens, so no process connects."""
+    dual = socket.has_dualstack_ipv6()
+    with socket.socket(socket.AF_INET6 if dual else socket.AF_INET) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # connections of an ended run may linger
+        if dual:
+            probe.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
+        probe.bind(("", port))
 
 
 def detected(environment: Mapping[str, str]) -> dict[str, Any] | None:
     """What `jax.distributed.initialize` needs beyond what it finds by itself; None where this process is alone.
 
     JAX knows TPU slices, SLURM and Open MPI. Under SLURM it gives each process the one GPU of its number on the node;
-    where a node has one process, that gets all of them.
+    where a node has one process, that gets all of them. Raises `UserError` where a count is not a number.
     """
+    names = ("SLURM_NTASKS", "SLURM_STEP_NUM_NODES", "OMPI_COMM_WORLD_SIZE")
+    tasks, nodes, ranks = (_number(environment, name) for name in names)
     # In a script of sbatch, outside of srun, there is no step: the process is alone.
-    if int(environment.get("SLURM_NTASKS", 1)) > 1 and {"SLURM_PROCID", "SLURM_STEP_NODELIST"} <= environment.keys():
-        tasks, nodes = int(environment["SLURM_NTASKS"]), int(environment.get("SLURM_STEP_NUM_NODES", 1))
+    if tasks > 1 and {"SLURM_PROCID", "SLURM_STEP_NODELIST"} <= environment.keys():
         gpus = environment.get("SLURM_GPUS_ON_NODE", "1")
         return {"local_device_ids": [*range(int(gpus))]} if tasks == nodes and gpus.isdigit() else {}
-    if int(environment.get("OMPI_COMM_WORLD_SIZE", 1)) > 1:
+    if ranks > 1:
         return {}
     if "tpu" not in (environment.get("JAX_PLATFORMS") or "tpu").split(","):
         return None
     if "," in environment.get("TPU_WORKER_HOSTNAMES", ""):
         return {}
     return {} if _on_a_tpu_vm(environment) else None
+
+
+def _number(environment: Mapping[str, str], name: str) -> int:
+    """An environment variable that holds a count; 1 where it is not set."""
+    try:
+        return int(environment.get(name, 1))
+    except ValueError:
+        raise UserError(f"{name}={environment[name]}: expected a whole number in this environment variable.") from None
 
 
 def _on_a_tpu_vm(environment: Mapping[str, str]) -> bool:

@@ -3,7 +3,7 @@
 Example: python -m thinkpo_jax.plan --config configs/thinkpo_bespoke_stratos_7b.yaml --topology v5e:4x4
 
 The programs of training (the update; for ThinkPO the reference pass too) are compiled for devices that need not be
-there, from the shape of the model alone: no weights, no tokenizer, no data. Exit status: 0 fits, 1 does not.
+there, from the shape of the model alone: no weights, no tokenizer, no data. Exit status: 0 fits, 1 does not, 2 error.
 """
 
 import argparse

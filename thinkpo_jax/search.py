@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from typing import Any, get_args
 
 from thinkpo_jax.architecture import Architecture, read_architecture
+from thinkpo_jax.attention import splash_multiple
 from thinkpo_jax.compiled import UPDATE, compiled
 from thinkpo_jax.config import RunError, UserError
 from thinkpo_jax.devices import Topology
@@ -89,7 +90,16 @@ def search(config: RunConfig, stages: Sequence[Stage], devices: Topology) -> Non
     problems: list[str] = []
     for stage in stages:
         lengths = [factor * stage.batch.row_length for factor in LONGER]
-        found = [one for length in lengths for one in _fitting(config, stage, arch, devices, length)]
+        ways = [candidates(config, stage, arch, devices, length=length) for length in lengths]
+        if not any(ways):
+            problems.append(
+                f"stage {stage.name}: no mesh of {devices.size} devices can train {asked_rows(stage.batch)} row(s) "
+                f"of {lengths[0]} tokens. data x fsdp is at most the number of rows. tensor divides the model's heads. "
+                "2 x context divides row_length (splash: 128, or 256 x context. cudnn: context is 1). "
+                f"Set a larger batch or another row_length in stages.{stage.name}.batch, or choose a smaller slice."
+            )
+            continue
+        found = [one for each in ways for one in _fitting(config, stage, arch, devices, each)]
         if not found:
             problems.append(f"stage {stage.name}: nothing that was tried fits {devices.name}. Take a larger slice.")
             continue
@@ -142,11 +152,11 @@ def _lean(config: RunConfig, stage: Stage, arch: Architecture, devices: Topology
 
 
 def _fitting(
-    config: RunConfig, stage: Stage, arch: Architecture, devices: Topology, length: int
+    config: RunConfig, stage: Stage, arch: Architecture, devices: Topology, ways: Sequence[Candidate]
 ) -> Iterator[Candidate]:
-    """Of one row length, the most promising candidates that fit once they are compiled."""
+    """Of the candidates of one row length, the most promising that fit once they are compiled."""
     tries, fitted, factor = 0, 0, 1.0  # by how much temporary memory was more than its estimate
-    for one in candidates(config, stage, arch, devices, length=length):
+    for one in ways:
         estimate = one.memory.total + (factor - 1) * one.memory.temporary
         if estimate > devices.memory * (HOPEFUL if tries == 0 else 1):
             continue
@@ -180,6 +190,8 @@ def candidates(
             continue  # a size that does not divide
         if config.compute.attention == "cudnn" and sizes.context > 1:
             continue  # it takes whole rows
+        if config.compute.attention == "splash" and length % splash_multiple(sizes.context):
+            continue
         for remat, at_once in itertools.product(REMAT, _powers(math.ceil(rows / shards))):
             one = Candidate(sizes, remat, at_once, length, state, rows * length, Seconds(0, 0, 0))
             laid_config, laid = one.config(config, stage)
