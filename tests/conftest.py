@@ -28,7 +28,11 @@ def _compilation_cache() -> Path:
 
 # All of this is set before jax is imported. Workers of pytest-xdist and the processes that tests start inherit it.
 os.environ["JAX_PLATFORMS"] = "cpu"
-os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + (
+    " --xla_force_host_platform_device_count=8"
+    # On a busy machine the threads of the devices may meet late. The default is 40.
+    " --xla_cpu_collective_call_terminate_timeout_seconds=600"
+)
 # XLA runs independent collectives of a program at once, and each blocks a thread on every device. With as many threads
 # as devices, which is the default on few cores, they can wait for each other for ever. XLA reads this variable.
 os.environ["NPROC"] = "64"

@@ -1,5 +1,6 @@
 """Choose which cases of a parametrized test `make test` runs. `make test-all` runs all of them."""
 
+import itertools
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -9,5 +10,12 @@ exhaustive = pytest.mark.exhaustive
 
 
 def cases(values: Iterable[Any], *, short: Callable[[Any], bool]) -> list[Any]:
-    """Returns the values as parameters. Those for which `short` is false are marked `exhaustive`."""
+    """Returns the values of one argument as parameters. Those for which `short` is false are marked `exhaustive`."""
     return [value if short(value) else pytest.param(value, marks=exhaustive) for value in values]
+
+
+def combinations(*values: Iterable[Any], short: Callable[..., bool]) -> list[Any]:
+    """Returns all combinations of the values of several arguments. `short` gets one value of each."""
+    return [
+        pytest.param(*case, marks=() if short(*case) else exhaustive) for case in itertools.product(*map(list, values))
+    ]

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import small
 from jax.sharding import Mesh
+from selection import combinations, exhaustive
 
 from thinkpo_jax import attention
 from thinkpo_jax.attention import HEADS, KEYS, Places, attend, attend_whole, block_bounds
@@ -69,9 +70,14 @@ def _values_and_gradients(places: Places, inputs: Inputs, *, blocks: bool) -> li
     return [np.asarray(array, np.float32) for array in (out, *gradients)]
 
 
-@pytest.mark.parametrize("heads", [(4, 4), (4, 2), (4, 1)], ids=str)
-@pytest.mark.parametrize("length", [96, 101])
-@pytest.mark.parametrize("name", ROWS)
+def _is_short(name: str, length: int, heads: tuple[int, int]) -> bool:
+    """Every kind of row, and every length and number of heads with one of them."""
+    return name == "rows of their own" or (length == 101 and heads == (4, 2))
+
+
+@pytest.mark.parametrize(
+    ("name", "length", "heads"), combinations(ROWS, (96, 101), ((4, 4), (4, 2), (4, 1)), short=_is_short), ids=str
+)
 def test_it_is_the_whole_form(name: str, length: int, heads: tuple[int, int]) -> None:
     places = _places([[min(count, length) for count in row] for row in ROWS[name]], length)
     inputs = _inputs(places, *heads)
@@ -100,8 +106,12 @@ MESHES = [
 ]
 
 
-@pytest.mark.parametrize("length", [96, 208])  # chunks of whole blocks, and of parts of blocks
-@pytest.mark.parametrize("sizes", MESHES, ids=str)
+# Chunks of whole blocks, and of parts of blocks.
+@pytest.mark.parametrize(
+    ("sizes", "length"),
+    combinations(MESHES, (96, 208), short=lambda sizes, length: length == 208 or sizes == {"context": 2}),
+    ids=str,
+)
 def test_a_mesh_changes_nothing(sizes: dict[str, int], length: int) -> None:
     places = _places([*ROWS["rows of their own"][:3], [33, length - 40]], length)
     inputs = _inputs(places, 4, 2)
@@ -114,10 +124,10 @@ def test_a_mesh_changes_nothing(sizes: dict[str, int], length: int) -> None:
 
 
 @pytest.mark.slow
-def test_rows_of_32768_tokens_over_eight_devices(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("length", [4096, pytest.param(32_768, marks=exhaustive)])
+def test_long_rows_over_eight_devices(length: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(attention, "BLOCK", 256)
-    length = 32_768
-    places = _places([[20_000, 9_000, 700, 3_000]], length)
+    places = _places([[length * share // 1000 for share in (610, 275, 21, 91)]], length)
     inputs = _inputs(places, 2, 1)
     expected = _values_and_gradients(places, inputs, blocks=True)
     with jax.set_mesh(small.mesh(context=8)):

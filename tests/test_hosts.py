@@ -71,7 +71,7 @@ def _processes(*configs: str) -> Iterator[list[subprocess.Popen[str]]]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{free.getsockname()[1]}"
-    flags = f"--xla_force_host_platform_device_count={DEVICES // len(configs)}"
+    flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count={DEVICES // len(configs)}"
     together = ["--coordinator", address, "--processes", str(len(configs)), "--process"]
     started = [
         subprocess.Popen(

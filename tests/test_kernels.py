@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import AxisType, Mesh, PartitionSpec
+from selection import cases
 
 from thinkpo_jax import cudnn as cudnn_module
 from thinkpo_jax import splash as splash_module
@@ -39,6 +40,7 @@ ROWS = [  # tokens of the segments of each row
 ORDERS = {"whole": np.arange(S), "outer": np.r_[0:128, 384:512], "inner": np.r_[128:384]}
 
 CHIPS = [("v5e", 28, 4, 128), ("v5e", 14, 2, 64), ("v5p", 28, 4, 128), ("v6e", 28, 4, 128)]
+SHORT_CHIPS = [("v5e", 14, 2, 64), ("v6e", 28, 4, 128)]
 LIBTPU = Path(sys.prefix) / "libtpu" / "libtpu" / "libtpu.so"  # where `make` puts it
 CUDA = Path(sys.prefix) / "cuda"  # here, too
 
@@ -318,7 +320,7 @@ def test_cudnn_says_what_it_cannot(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.slow
 @pytest.mark.skipif(not LIBTPU.exists(), reason=f"libtpu, which compiles for TPUs, is missing ({LIBTPU})")
-@pytest.mark.parametrize("chip", CHIPS, ids=lambda chip: "-".join(map(str, chip)))
+@pytest.mark.parametrize("chip", cases(CHIPS, short=SHORT_CHIPS.__contains__), ids=lambda chip: "-".join(map(str, chip)))
 def test_splash_compiles_and_its_memory_is_linear(chip: tuple[str, int, int, int]) -> None:
     # No service that knows about TPUs is asked, and several processes may compile at once.
     environment = {"TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1", "TPU_LIBRARY_PATH": str(LIBTPU)}

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import small
 from jax.sharding import NamedSharding, PartitionSpec
+from selection import exhaustive
 
 from thinkpo_jax import bench_growth
 from thinkpo_jax.architecture import read_architecture
@@ -403,10 +404,10 @@ def _plan(path: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
 @pytest.mark.parametrize(
     "name",
     [
-        pytest.param("v5e:2x2", marks=tpu),
         pytest.param("v6e:1x1", marks=tpu),
         pytest.param("v5p:2x2x1", marks=tpu),
-        pytest.param("h100:8", marks=cuda),
+        pytest.param("v5e:2x2", marks=[tpu, exhaustive]),
+        pytest.param("h100:8", marks=[cuda, exhaustive]),
     ],
 )
 def test_a_small_model_fits(name: str, tmp_path: Path) -> None:
@@ -434,8 +435,8 @@ def test_a_model_that_does_not_fit_has_exit_status_1(tmp_path: Path) -> None:
     ("name", "fsdp", "attention"),
     [
         pytest.param("v5e:4x4", 4, "splash", marks=tpu),
-        pytest.param("v6e:4x4", 4, "splash", marks=tpu),
-        pytest.param("h100:8", 2, "blockwise", marks=cuda),
+        pytest.param("v6e:4x4", 4, "splash", marks=[tpu, exhaustive]),
+        pytest.param("h100:8", 2, "blockwise", marks=[cuda, exhaustive]),
         pytest.param("h100:8", 8, "cudnn", marks=cuda),
     ],
 )
