@@ -4,6 +4,7 @@ import math
 import re
 
 import pytest
+from checkpoints import needs_trl
 
 from thinkpo_jax import bench, bench_step, bench_trl
 from thinkpo_jax.bench_pairs import SHAPE, Measured
@@ -26,6 +27,7 @@ FOUND = Measured(
 
 
 @pytest.mark.slow
+@needs_trl
 def test_both_sides_do_the_same_work(capfd: pytest.CaptureFixture[str]):
     bench_step.bench_step(TINY, pairs=4, max_length=64, row_length=128, repeats=1)
     told = capfd.readouterr().out
