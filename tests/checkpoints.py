@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 DATA = Path(__file__).resolve().parents[2] / "shared" / "data"  # beside the repository
 
 needs_data = pytest.mark.skipif(not DATA.is_dir(), reason=f"the real data is not there ({DATA})")
+_ABSENT = [name for name in ("torch", "trl") if importlib.util.find_spec(name) is None]
+needs_trl = pytest.mark.skipif(bool(_ABSENT), reason=f"{' and '.join(_ABSENT)} not installed")
 
 SMOLLM2_FILES = (
     "config.json",

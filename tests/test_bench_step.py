@@ -4,6 +4,7 @@ import math
 import re
 
 import pytest
+from checkpoints import needs_trl
 from selection import exhaustive
 
 from thinkpo_jax import bench, bench_step, bench_trl
@@ -27,10 +28,9 @@ FOUND = Measured(
 
 
 @pytest.mark.slow
+@needs_trl
 @pytest.mark.parametrize("variants", [1, pytest.param(len(bench_trl.VARIANTS), marks=exhaustive)])
-def test_both_sides_do_the_same_work(
-    variants: int, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-):
+def test_both_sides_do_the_same_work(variants: int, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(bench_trl, "VARIANTS", dict(list(bench_trl.VARIANTS.items())[:variants]))
     bench_step.bench_step(TINY, pairs=4, max_length=64, row_length=128, repeats=1)
     told = capfd.readouterr().out

@@ -21,8 +21,10 @@ import pytest
 import small
 from jax.experimental import topologies
 from jax.sharding import NamedSharding
+from plugins import LIBTPU_LIBRARY, needs_libtpu
 from selection import cases, combinations
 
+from thinkpo_jax import compiled
 from thinkpo_jax.architecture import Architecture
 from thinkpo_jax.convert import abstract_model
 from thinkpo_jax.logprobs import LOGITS, token_logprobs
@@ -56,16 +58,9 @@ HBM = {"v5e": 16 * 2**30, "v6e": 32 * 2**30}
 MESHES = {"v5e": {"fsdp": 2, "tensor": 2}, "v6e": {"fsdp": 4}}
 ANSWERS = {"sft": (4000,), "thinkpo": (3300, 600)}  # tokens of the answers of an example; a row holds one example
 
-LIBTPU = Path(sys.prefix) / "libtpu" / "libtpu" / "libtpu.so"  # where `make` puts it
+pytestmark = [pytest.mark.slow, needs_libtpu]
 
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif(not LIBTPU.exists(), reason=f"libtpu, which compiles for TPUs, is missing ({LIBTPU})"),
-]
-
-# No service that knows about TPUs is asked, and several processes may compile at once.
-ENVIRONMENT = {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
-ENVIRONMENT["TPU_LIBRARY_PATH"] = str(LIBTPU)
+ENVIRONMENT = compiled.ENVIRONMENT | {"TPU_LIBRARY_PATH": str(LIBTPU_LIBRARY)}
 
 
 @pytest.mark.parametrize("chip", cases(CHIPS, short="v5e".__eq__))

@@ -6,10 +6,11 @@ process of its own: this file, run as a program.
 
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import jax
@@ -17,11 +18,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import AxisType, Mesh, PartitionSpec
+from plugins import CUDA, LIBTPU_LIBRARY, needs_cuda, needs_libtpu
 from selection import cases
 
 from thinkpo_jax import cudnn as cudnn_module
 from thinkpo_jax import splash as splash_module
-from thinkpo_jax.attention import ATTENDED, Places, attend_whole
+from thinkpo_jax.attention import ATTENDED, Form, Places, attend_whole, choose
+from thinkpo_jax.compiled import ENVIRONMENT
 from thinkpo_jax.config import UserError
 from thinkpo_jax.cudnn import cudnn, segment_starts
 from thinkpo_jax.devices import slices, topology
@@ -39,10 +42,9 @@ ROWS = [  # tokens of the segments of each row
 # Where a device's queries stand: the whole row, or one of two shares of its four stretches.
 ORDERS = {"whole": np.arange(S), "outer": np.r_[0:128, 384:512], "inner": np.r_[128:384]}
 
+FUSED_CALLS = ["__cudnn$fmhaSoftmax", "__cudnn$fmhaSoftmaxBackward"]
 CHIPS = [("v5e", 28, 4, 128), ("v5e", 14, 2, 64), ("v5p", 28, 4, 128), ("v6e", 28, 4, 128)]
 SHORT_CHIPS = [("v5e", 14, 2, 64), ("v6e", 28, 4, 128)]
-LIBTPU = Path(sys.prefix) / "libtpu" / "libtpu" / "libtpu.so"  # where `make` puts it
-CUDA = Path(sys.prefix) / "cuda"  # here, too
 
 Inputs = tuple[jax.Array, jax.Array, jax.Array]
 Attend = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
@@ -309,38 +311,103 @@ def test_cudnn_says_what_it_cannot(monkeypatch: pytest.MonkeyPatch) -> None:
         attend("bfloat16", 60)
     with pytest.raises(UserError, match="fewer rows"):
         attend("bfloat16", tokens=2**23)
-    with monkeypatch.context() as patched:
-        patched.setitem(cudnn_module.SETTINGS, "of_another_version", 0)
-        with pytest.raises(UserError, match=r"Install jax 0\.10\.2.*of_another_version"):
-            attend("bfloat16", tokens=136)
-    monkeypatch.setattr(cudnn_module, "FORWARD", None)
-    with pytest.raises(UserError, match=r"Install jax 0\.10\.2"):
-        attend("bfloat16", tokens=144)
+    monkeypatch.setattr(jax, "__version__", "0.13.0")
+    with pytest.raises(
+        UserError, match=r"jax 0\.13\.0 is installed.* jax 0\.10\.2, 0\.11\.2 and 0\.12\.0 only\. Install"
+    ):
+        attend("bfloat16", tokens=136)
+
+
+def _missing(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(cudnn_module, "FORWARD", None)
+
+
+def _newer(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(jax, "__version__", "0.13.0")
+
+
+def _other_setting(patch: pytest.MonkeyPatch) -> None:
+    def lowering(*arrays: Any, another_setting: Any, **settings: Any) -> None: ...
+
+    patch.setattr(cudnn_module, "LOWERINGS", [lowering, cudnn_module.LOWERINGS[1]])
+
+
+def _other_backward(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(cudnn_module, "LOWERINGS", [cudnn_module.LOWERINGS[0]] * 2)
+
+
+def _choose(asked: Form, capability: str = "9.0", context: int = 1) -> Form:
+    gpu = SimpleNamespace(platform="gpu", device_kind="NVIDIA GPU", compute_capability=capability)
+    return choose(asked, gpu, dtype="bfloat16", head_dim=128, context=context, lengths=[4096])
+
+
+@pytest.mark.parametrize("change", [_missing, _newer, _other_setting, _other_backward])
+def test_an_unknown_jax_attends_blockwise_with_a_warning(
+    change: Callable[[pytest.MonkeyPatch], None], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert _choose("auto") == _choose("cudnn") == "cudnn"
+    change(monkeypatch)
+    reason = (
+        f"jax {jax.__version__} is installed, but thinkpo_jax supports the cuDNN attention of jax 0.10.2, 0.11.2 and"
+    )
+    assert capsys.readouterr().err == ""
+    assert _choose("auto") == "blockwise"
+    warning = capsys.readouterr().err
+    assert warning.startswith("warning: compute.attention: `auto` uses `blockwise` instead of `cudnn`")
+    assert reason in warning
+    assert "Install one of these versions" in warning
+    with pytest.raises(UserError, match=reason):
+        _choose("cudnn")
+
+
+@pytest.mark.parametrize("limit", [{"capability": "8.0"}, {"context": 2}], ids=str)
+def test_what_the_user_cannot_change_is_no_warning(limit: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
+    assert _choose("auto", **limit) == "blockwise"
+    assert capsys.readouterr().err.startswith("compute.attention: `auto` uses `blockwise` instead of `cudnn`")
+
+
+def test_cudnn_lowers_for_a_gpu() -> None:
+    """Lowering needs no plugin. So a call that the installed jax does not take fails here, on every machine."""
+    arrays = [jax.ShapeDtypeStruct((2, 128, heads, 64), jnp.bfloat16) for heads in (4, 2, 2)]
+
+    def total(*inputs: jax.Array) -> jax.Array:
+        return cudnn(*inputs).astype(jnp.float32).sum()
+
+    traced = jax.jit(jax.grad(total, argnums=(0, 1, 2))).trace(*arrays, jax.ShapeDtypeStruct((2, 3), jnp.int32))
+    text = traced.lower(lowering_platforms=("cuda",)).as_text()
+    calls = re.findall(r'@(__cudnn\S+)\((.*?)\).* backend_config = "(.*?)"', text)
+    assert [name for name, _, _ in calls] == FUSED_CALLS
+    # Queries, keys, values, two arrays of lengths, two of offsets. Backward also: statistics, gradient, output.
+    assert [len(operands.split(", ")) for _, operands, _ in calls] == [7, 10]
+    for _, _, text in calls:
+        settings = json.loads(text.replace(r"\22", '"'))["cudnn_fmha_backend_config"]
+        assert settings["mask_type"] == "PADDING_CAUSAL"
+        assert (settings["max_seg_per_batch"], settings["fmha_scale"]) == (3, 64**-0.5)
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not LIBTPU.exists(), reason=f"libtpu, which compiles for TPUs, is missing ({LIBTPU})")
-@pytest.mark.parametrize("chip", cases(CHIPS, short=SHORT_CHIPS.__contains__), ids=lambda chip: "-".join(map(str, chip)))
+@needs_libtpu
+@pytest.mark.parametrize(
+    "chip", cases(CHIPS, short=SHORT_CHIPS.__contains__), ids=lambda chip: "-".join(map(str, chip))
+)
 def test_splash_compiles_and_its_memory_is_linear(chip: tuple[str, int, int, int]) -> None:
-    # No service that knows about TPUs is asked, and several processes may compile at once.
-    environment = {"TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1", "TPU_LIBRARY_PATH": str(LIBTPU)}
-    short, long = _compiled(["tpu", *map(str, chip)], environment)
+    short, long = _compiled(["tpu", *map(str, chip)], {"TPU_LIBRARY_PATH": str(LIBTPU_LIBRARY)})
     queries = 8192 * chip[1] * 128 * 2  # bytes, in bfloat16; narrower heads take as much, memory is laid out so
     assert short["temporary"] < 12 * queries
     assert long["temporary"] < 4 * short["temporary"]
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not CUDA.exists(), reason=f"the CUDA plugin of jax, which compiles for GPUs, is missing ({CUDA})")
+@needs_cuda
 def test_cudnn_compiles_for_a_gpu() -> None:
     paths = os.pathsep.join(filter(None, [str(CUDA), os.environ.get("PYTHONPATH")]))
     for found in _compiled(["gpu"], {"PYTHONPATH": paths}):
-        assert sorted(found["calls"]) == ["__cudnn$fmhaSoftmax", "__cudnn$fmhaSoftmaxBackward"]
+        assert sorted(found["calls"]) == FUSED_CALLS
         assert found["temporary"] < 0.6 * 2**30
 
 
 def _compiled(arguments: list[str], environment: dict[str, str]) -> list[dict[str, Any]]:
-    environment = os.environ | {"JAX_PLATFORMS": "cpu"} | environment
+    environment = os.environ | ENVIRONMENT | environment
     command = [sys.executable, __file__, *arguments]
     found = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
     assert found.returncode == 0, found.stderr[-4000:]

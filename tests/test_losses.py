@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import small
+from checkpoints import needs_trl
 
 from thinkpo_jax import objectives
 from thinkpo_jax.config import UserError, parse
@@ -107,6 +108,7 @@ class FakeLogprobs:
 
 
 @pytest.mark.slow
+@needs_trl
 @pytest.mark.filterwarnings("ignore")  # of torch and TRL at import
 @pytest.mark.parametrize(
     "config",
@@ -135,6 +137,7 @@ def test_loss_and_metrics_are_trls(config: dict[str, Any], monkeypatch: pytest.M
 
 
 @pytest.mark.slow
+@needs_trl
 @pytest.mark.filterwarnings("ignore")  # of torch and TRL at import
 def test_the_nll_term_is_trls_for_one_pair(monkeypatch: pytest.MonkeyPatch) -> None:
     """TRL averages over the tokens of a batch, we over each answer's (arXiv 2404.19733): the same for one pair."""

@@ -107,9 +107,7 @@ def _greedy(folder: Path, prompts: list[list[int]], tokens: int) -> list[Generat
 
 
 @pytest.mark.parametrize(("questions", "tokens"), [(3, 16), pytest.param(10, 64, marks=exhaustive)])
-def test_greedy_answers_to_real_questions_are_those_of_transformers(
-    smollm2: Path, questions: int, tokens: int
-) -> None:
+def test_greedy_answers_to_real_questions_are_those_of_transformers(smollm2: Path, questions: int, tokens: int) -> None:
     torch = pytest.importorskip("torch")
     from transformers import GenerationConfig
 

@@ -140,7 +140,7 @@ def _loss_and_gradient(kind: str, batches: Batches) -> tuple[float, dict[str, fl
 
 
 @pytest.mark.parametrize("kind", ["sft", "thinkpo"])
-@pytest.mark.parametrize("row_length", cases([48, 80], short=48 .__eq__))
+@pytest.mark.parametrize("row_length", cases([48, 80], short=(48).__eq__))
 def test_packed_rows_equal_one_example_per_row(kind: str, row_length: int) -> None:
     def whole(examples: Sequence[Example], **batch: Any) -> Batches:
         found = small.batches(examples, steps=1, size=len(examples), row_length=row_length, **batch)

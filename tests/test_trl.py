@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import small
 from byte_tokenizer import byte_tokenizer
-from checkpoints import tiny_checkpoint
+from checkpoints import needs_trl, tiny_checkpoint
 from selection import combinations
 
 from thinkpo_jax.chat import Chat
@@ -26,7 +26,7 @@ from thinkpo_jax.reference import reference_logprobs
 from thinkpo_jax.sharding import put_batch
 from thinkpo_jax.step import initial_state, make_step
 
-pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]  # warnings of torch and TRL
+pytestmark = [pytest.mark.slow, needs_trl, pytest.mark.filterwarnings("ignore")]  # warnings of torch and TRL
 STEPS, SIZE = 30, 4
 RATE, BETA = 1e-3, 0.1
 DPO_METRICS = ("rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies", "logps/chosen")

@@ -23,8 +23,8 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from thinkpo_jax.config import UserError
-from thinkpo_jax.cudnn import cudnn, refusal
-from thinkpo_jax.log import say
+from thinkpo_jax.cudnn import cudnn, refusal, unsupported_jax
+from thinkpo_jax.log import say, warn
 from thinkpo_jax.sharding import balanced, chunk_starts, per_device, whole_rows
 
 SPLASH_MULTIPLE = 128  # of tokens: what its blocks divide
@@ -67,7 +67,8 @@ def choose(asked: Form, device: Any, *, dtype: str, head_dim: int, context: int,
     if refused is None:
         return wanted
     if asked == "auto":
-        say(f"attention: not {wanted}: {refused}")
+        tell = warn if refused == unsupported_jax() else say  # the user can change jax, but not the GPU
+        tell(f"compute.attention: `auto` uses `blockwise` instead of `{wanted}`: {refused}")
         return "blockwise"
     raise UserError(f"compute.attention: {asked}: {refused} `auto` takes what there is.")
 

@@ -6,6 +6,7 @@ and changes nothing that is asked here; so the process is ended once that is wri
 """
 
 import argparse
+import importlib.metadata
 import importlib.util
 import json
 import os
@@ -46,6 +47,7 @@ CUDA_PLUGINS = ("jax_cuda13_plugin", "jax_cuda12_plugin")
 # jax itself computes on the CPU; no service that knows about TPUs is asked, and several processes may compile at once.
 ENVIRONMENT = {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
 ENVIRONMENT |= {"TF_CPP_MIN_LOG_LEVEL": "3", "XLA_FLAGS": "", "JAX_ENABLE_COMPILATION_CACHE": "false"}
+ENVIRONMENT |= {"JAX_DISABLE_MOST_OPTIMIZATIONS": "false"}
 
 
 @dataclass(frozen=True)
@@ -171,10 +173,11 @@ def _compiler(devices: Topology) -> dict[str, str]:
             places = [Path(os.environ[TPU_LIBRARY])]
         if found := next((place for place in places if place.exists()), None):
             return {TPU_LIBRARY: str(found)}
+        libtpu = next(each.split(";")[0] for each in importlib.metadata.requires("jax") or () if "libtpu" in each)
         raise UserError(
             f"--topology {devices.name}: the compiler for TPUs, libtpu, is in none of: {', '.join(map(str, places))}. "
             f"Install it apart, so that other commands do not look for a TPU: pip install --no-deps --target "
-            f"{folder / 'libtpu'} libtpu"
+            f"{folder / 'libtpu'} '{libtpu}'"
         )
     apart, before = folder / "cuda", os.environ.get("PYTHONPATH", "")
     if any((apart / name).is_dir() for name in CUDA_PLUGINS):

@@ -1,13 +1,15 @@
 """How does an NVIDIA GPU attend? cuDNN's flash attention over packed rows, on Hopper and newer.
 
-jax has it, but gives it to no one: `jax.nn.dot_product_attention` knows of no segments. This file alone calls what lies
-beneath. Two things are done here because jax 0.10.2 does not: offsets of keys count the heads of keys (jax counts those
-of queries, and reads other tokens' keys without a word), and what the backward pass needs carries a name for remat.
+`jax.nn.dot_product_attention` does not support packed rows. So this file binds the private primitives below it.
+No jax version names the residuals of the backward pass for remat, and this file does. It also computes the offsets of
+keys with the number of key heads. The wrapper in jax multiplies them by the number of query heads before jax 0.11.1,
+and then reads the keys of other tokens.
 
 Letters: B batch, T tokens, N query heads, K key/value heads, H head width, M segments of a row at most.
 """
 
 import functools
+import inspect
 from typing import Any
 
 import jax
@@ -16,11 +18,17 @@ from jax.ad_checkpoint import checkpoint_name
 
 from thinkpo_jax.config import UserError
 
+KNOWN_JAX = ("0.10", "0.11", "0.12")  # minor versions whose primitives this file was compared with
+TESTED_JAX = "0.10.2, 0.11.2 and 0.12.0"
+ARRAYS = ["query", "key", "value", "bias", "q_seqlen", "kv_seqlen", "q_offsets", "kv_offsets"]
+ARRAYS += ["page_table_k", "page_table_v"]
+
 try:
     from jax._src.cudnn import fused_attention_stablehlo as fused
 
     FORWARD: Any = fused._dot_product_attention_fwd_p
     BACKWARD: Any = fused._dot_product_attention_bwd_p
+    LOWERINGS = [fused._dot_product_attention_fwd_cuda_lowering, fused._dot_product_attention_bwd_cuda_lowering]
     SETTINGS: dict[str, Any] = {
         "seed": 42,  # of dropout, of which there is none
         "dropout_rate": 0.0,
@@ -29,14 +37,11 @@ try:
         "layout": fused.AttentionLayout.BTNH.value,
         "sliding_window_length": None,
     }
+    if "score_mod_name" in inspect.signature(LOWERINGS[0]).parameters:  # since jax 0.12
+        SETTINGS |= {"score_mod_name": None, "score_mod_jaxpr": None}  # no function changes the scores
 except (ImportError, AttributeError):
     FORWARD = BACKWARD = None
-    SETTINGS = {}
-
-MISSING = (
-    f"jax {jax.__version__} has no cuDNN attention, or another one, where thinkpo_jax looks for it (jax._src.cudnn). "
-    "Install jax 0.10.2, or choose another kernel of attention."
-)
+    LOWERINGS, SETTINGS = [], {}
 
 
 def cudnn(
@@ -56,13 +61,30 @@ def cudnn(
 
 def refusal(dtype: Any, head_dim: int) -> str | None:
     """Why cuDNN cannot attend in this dtype with heads of this width; None where it can."""
-    if FORWARD is None:
-        return MISSING
+    if problem := unsupported_jax():
+        return problem
     if dtype not in (jnp.bfloat16, jnp.float16):
         return f"cuDNN attends in bfloat16 or float16, not in {dtype}. Set the dtype to bfloat16."
     if head_dim % 8 or head_dim > 256:
         return f"cuDNN attends with heads of up to 256 in steps of 8, not of {head_dim}. Choose another kernel."
     return None
+
+
+def unsupported_jax() -> str | None:
+    """Returns why the installed jax cannot run cuDNN attention, or None if it can.
+
+    The names of all parameters are compared, because unexpected ones raise a `TypeError` in the middle of lowering.
+    """
+    names = [name for lowering in LOWERINGS for name in inspect.signature(lowering).parameters]
+    forward = ["ctx", *ARRAYS, "scale", *SETTINGS, "is_training"]
+    backward = ["ctx", *ARRAYS, "activation", "fwd_output", "grad_output", "scale", *SETTINGS]
+    is_same = [name for name in names if name != "score_mod_args"] == forward + backward  # no arrays for score_mod
+    if FORWARD is not None and is_same and ".".join(jax.__version__.split(".")[:2]) in KNOWN_JAX:
+        return None
+    return (
+        f"jax {jax.__version__} is installed, but thinkpo_jax supports the cuDNN attention of jax {TESTED_JAX} only. "
+        "Install one of these versions."
+    )
 
 
 def _check(q_BTNH: jax.Array) -> None:
@@ -88,7 +110,7 @@ def _forward(
 ) -> tuple[jax.Array, tuple[jax.Array, ...]]:
     places = _places(q_BTNH, k_BTKH, lengths_BM)
     scale = q_BTNH.shape[-1] ** -0.5
-    out_BTNH, stats = _bind(FORWARD, q_BTNH, k_BTKH, v_BTKH, *places, scale=scale, is_training=True)
+    out_BTNH, stats = FORWARD.bind(q_BTNH, k_BTKH, v_BTKH, *places, scale=scale, is_training=True, **SETTINGS)
     out_BTNH = _where_real(out_BTNH, lengths_BM)
     if name is not None:
         out_BTNH, stats = checkpoint_name((out_BTNH, stats), name)
@@ -101,20 +123,13 @@ def _backward(
     q_BTNH, k_BTKH, v_BTKH, lengths_BM, out_BTNH, stats = residuals
     places = _places(q_BTNH, k_BTKH, lengths_BM)
     scale = q_BTNH.shape[-1] ** -0.5
-    found = _bind(BACKWARD, q_BTNH, k_BTKH, v_BTKH, *places, stats, out_BTNH, dout_BTNH, scale=scale)
-    dq_BTNH, dk_BTKH, dv_BTKH = (_where_real(gradient, lengths_BM) for gradient in found)
+    arrays = (q_BTNH, k_BTKH, v_BTKH, *places, stats, out_BTNH, dout_BTNH)
+    gradients = BACKWARD.bind(*arrays, scale=scale, **SETTINGS)
+    dq_BTNH, dk_BTKH, dv_BTKH = (_where_real(gradient, lengths_BM) for gradient in gradients)
     return dq_BTNH, dk_BTKH, dv_BTKH, None
 
 
 _attend.defvjp(_forward, _backward)
-
-
-def _bind(primitive: Any, *arrays: jax.Array, **settings: Any) -> list[jax.Array]:
-    """What a primitive of jax gives; its parameters may be others in another version."""
-    try:
-        return primitive.bind(*arrays, **SETTINGS, **settings)
-    except TypeError as error:
-        raise UserError(f"{MISSING} ({error})") from error
 
 
 def _where_real(x_BTNH: jax.Array, lengths_BM: jax.Array) -> jax.Array:
