@@ -129,12 +129,12 @@ def test_an_interrupted_stage_does_not_go_on_with_other_data(
     data = tmp_path / "data.jsonl"
     data.write_text('{"prompt": "123456?", "response": "#1"}\n')
     folder = tmp_path / "run"
-    assignment = f"stages.sft.data={{path: '{data}'}}"
-    assert _train(folder, assignment, "stages.sft.steps=1", "stages.thinkpo.steps=1", "stages.control.steps=1") == 0
+    steps = [f"stages.{stage}.steps=1" for stage in ("sft", "thinkpo", "control")]
+    arguments = [f"stages.sft.data={{path: '{data}'}}", *steps, "evaluation=null"]
+    assert _train(folder, *arguments) == 0
     record = json.loads((folder / "sft" / "stage.json").read_text())
     (folder / "sft" / "stage.json").write_text(json.dumps(record | {"summary": None}))
     data.write_text('{"prompt": "123456?", "response": "#2"}\n')
-    arguments = (assignment, "stages.sft.steps=1", "stages.thinkpo.steps=1", "stages.control.steps=1")
     assert _train(folder, *arguments) == 2
     assert "begun with other data" in capsys.readouterr().err
 

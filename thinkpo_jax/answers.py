@@ -48,7 +48,7 @@ def boxed_answers(responses: Sequence[str], references: Sequence[str]) -> list[b
     open_ids = [i for i, answer in enumerate(found) if answer is not None and not results[i]]
     if not open_ids:
         return results
-    with pebble.ProcessPool(max_workers=2, initializer=_prepare, context=_spawn()) as pool:
+    with pebble.ProcessPool(max_workers=min(2, len(open_ids)), initializer=_prepare, context=_spawn()) as pool:
         waiting = [pool.schedule(_equal, args=(found[i], references[i]), timeout=CHECK_SECONDS) for i in open_ids]
         progress = Progress("answers compared", len(open_ids), unit="answer")
         try:
