@@ -1,9 +1,9 @@
 # `make` lists what there is to call. The virtual environment in .venv is made, and brought up to date, when needed.
 
 PYTHON ?= python3
+VENV := .venv
 ARGS ?=
 
-VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check -q
 PYTEST := $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist worksteal
@@ -17,7 +17,7 @@ STAMPS := $(VENV)/stamps-$(VERSION)
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/make \1\t\2/p' Makefile | expand -t 18
-	@echo 'PYTHON=python3.12 chooses the Python; ARGS="--set seed=1" is passed on by make quickstart.'
+	@echo 'PYTHON=python3.13 VENV=.venv-3.13 chooses another Python; ARGS="--set seed=1" is passed on by make quickstart.'
 
 quickstart: $(STAMPS)/run ## the paper in miniature, on the CPU: train, evaluate, report (a few minutes)
 	$(BIN)/python -m thinkpo_jax.train --config configs/quickstart.yaml $(ARGS)
