@@ -16,6 +16,7 @@ import pytest
 import safetensors.numpy
 import small
 import yaml
+from selection import exhaustive
 
 from thinkpo_jax import train
 from thinkpo_jax.commands import command
@@ -66,9 +67,23 @@ def _config(folder: Path, run: str, *, evaluated: bool = True, **stage: Any) -> 
     return str(written)
 
 
+TRAIN = """
+import sys
+from thinkpo_jax import hosts, train
+from thinkpo_jax.commands import program
+
+hosts.MISSED_SECONDS = int(sys.argv.pop(1))
+program(train.main)
+"""
+
+
 @contextlib.contextmanager
-def _processes(*configs: str) -> Iterator[list[subprocess.Popen[str]]]:
-    """A run in as many processes as there are configurations; they share the devices."""
+def _processes(*configs: str, missed_seconds: int | None = None) -> Iterator[list[subprocess.Popen[str]]]:
+    """A run in as many processes as there are configurations. They share the devices.
+
+    A dead process is missed after `missed_seconds`. None leaves the time that users have.
+    """
+    train_command = ["-m", "thinkpo_jax.train"] if missed_seconds is None else ["-c", TRAIN, str(missed_seconds)]
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{free.getsockname()[1]}"
@@ -76,7 +91,7 @@ def _processes(*configs: str) -> Iterator[list[subprocess.Popen[str]]]:
     together = ["--coordinator", address, "--processes", str(len(configs)), "--process"]
     started = [
         subprocess.Popen(
-            [sys.executable, "-m", "thinkpo_jax.train", "--config", config, *together, str(index)],
+            [sys.executable, *train_command, "--config", config, *together, str(index)],
             env=os.environ | {"XLA_FLAGS": flags}, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
         )
         for index, config in enumerate(configs)
@@ -141,11 +156,14 @@ def test_two_processes_make_the_run_of_one(alone: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("missed_seconds", [20, pytest.param(None, marks=exhaustive)])
 @pytest.mark.parametrize("victim", [0, 1])
-def test_a_process_that_dies_ends_the_other_and_one_process_goes_on(alone: Path, tmp_path: Path, victim: int) -> None:
+def test_a_process_that_dies_ends_the_other_and_one_process_goes_on(
+    alone: Path, tmp_path: Path, victim: int, missed_seconds: int | None
+) -> None:
     config = _config(tmp_path, "broken", evaluated=False)
     run = tmp_path / "broken"
-    with _processes(config, config) as processes:
+    with _processes(config, config, missed_seconds=missed_seconds) as processes:
         _wait_for(run / "sft" / "checkpoints" / "2", processes)
         processes[victim].kill()
         output = processes[1 - victim].communicate(timeout=600)[0]

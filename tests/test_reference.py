@@ -152,7 +152,7 @@ def test_a_second_process_waits_and_finds_it(tmp_path: Path) -> None:
         batches = small.batches(small.pairs(24), steps=2, size=6)
         def watch(done, total):
             print("computed", done, flush=True)
-            time.sleep(2)
+            time.sleep(1)
         stored_logprobs(small.model(), batches, small.mesh(), identity=identity, watch=watch)
         """)
     )

@@ -371,7 +371,7 @@ def test_trouble_with_the_disk_is_exit_status_1(straight: Path, tmp_path: Path, 
 def test_ctrl_c_while_answers_are_sampled_ends_as_it_should(straight: Path, tmp_path: Path) -> None:
     folder = tmp_path / "run"
     shutil.copytree(straight, folder)
-    many = "evaluation.benchmarks=[{name: miniature, questions: 100000}]"
+    many = "evaluation.benchmarks=[{name: miniature, questions: 3000}]"
     arguments = [sys.executable, "-m", "thinkpo_jax.evaluate", *_arguments(folder, many)]
     with subprocess.Popen(arguments, cwd=ROOT, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True) as process:
         assert process.stderr is not None
