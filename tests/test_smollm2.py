@@ -45,24 +45,24 @@ def _real_pairs(count: int) -> list[dict[str, str]]:
     return list(first.values())[-count:]
 
 
-@pytest.fixture(scope="module", params=[1, pytest.param(2, marks=exhaustive)])
+@pytest.fixture(scope="module", params=[(1, 384), pytest.param((2, 1024), marks=exhaustive)], ids=str)
 def run(request: pytest.FixtureRequest, smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """configs/smollm2_135m.yaml on local files, as a user runs it."""
     pytest.importorskip("torch")
-    pairs = request.param
+    pairs, row_length = request.param
     folder = tmp_path_factory.mktemp("smollm2_run")
     data = folder / "pairs.jsonl"
     data.write_text("".join(json.dumps(row) + "\n" for row in _real_pairs(pairs)), encoding="utf-8")
     batch, adam = (
-        f"{{size: {pairs}, row_length: 1024, rows_per_device: 1}}",
+        f"{{size: {pairs}, row_length: {row_length}, rows_per_device: 1}}",
         "{learning_rate: 2.0e-5, schedule: constant, warmup_ratio: 0.0}",
     )
     assignments = [
         f"model.path={smollm2}",
         f"run_dir={folder / 'run'}",
         "compute={dtype: float32, remat: full}",
-        f"stages.sft.data={{path: '{data}', prompt: question, response: long}}",
-        f"stages.thinkpo.data={{path: '{data}', prompt: question, chosen: long, rejected: short}}",
+        f"stages.sft.data={{path: '{data}', prompt: question, response: long, over_length: cut}}",
+        f"stages.thinkpo.data={{path: '{data}', prompt: question, chosen: long, rejected: short, over_length: cut}}",
         *(f"stages.{stage}.{key}={value}" for stage in ("sft", "thinkpo") for key, value in (
             ("batch", batch), ("optimizer", adam), ("steps", "2"), ("epochs", "null"))),
         f"evaluation.benchmarks=[{{name: gsm8k, path: '{DATA / 'gsm8k' / 'test.jsonl'}', questions: 2}}]",
