@@ -1,30 +1,13 @@
 """Settings and fixtures that all tests share."""
 
 import os
-import shutil
 import signal
-import tempfile
 from pathlib import Path
 
 import pytest
 from checkpoints import smollm2_folder, smollm2_missing
 from filelock import FileLock
-
-MAX_CACHE_BYTES = 2 * 2**30
-
-
-def _compilation_cache() -> Path:
-    """Returns the folder of compiled programs: of this user, or of this test run where a home folder is missing."""
-    try:
-        root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-        folder = root / "thinkpo_jax" / "test-programs"
-        folder.mkdir(parents=True, exist_ok=True)
-    except (OSError, RuntimeError):
-        return Path(tempfile.mkdtemp(prefix="thinkpo_jax-test-programs-"))
-    if sum(path.stat().st_size for path in folder.iterdir()) > MAX_CACHE_BYTES:
-        shutil.rmtree(folder)
-    return folder
-
+from program_cache import program_folder
 
 # All of this is set before jax is imported. Workers of pytest-xdist and the processes that tests start inherit it.
 os.environ["JAX_PLATFORMS"] = "cpu"
@@ -32,21 +15,22 @@ os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + (
     " --xla_force_host_platform_device_count=8"
     # On a busy machine the threads of the devices may meet late. The default is 40.
     " --xla_cpu_collective_call_terminate_timeout_seconds=600"
+    # With several threads per device, devices may start independent collectives of a program in different orders. Then
+    # they wait for each other for ever. It was seen with programs from the compilation cache.
+    " --xla_cpu_multi_thread_eigen=false"
 )
-# XLA runs independent collectives of a program at once, and each blocks a thread on every device. With as many threads
-# as devices, which is the default on few cores, they can wait for each other for ever. XLA reads this variable.
-os.environ["NPROC"] = "64"
 os.environ["HF_HUB_OFFLINE"] = "1"
 # Tests compile much and compute little. Every process compiles the same way, because some tests compare bits.
-os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "true"
+# `make test-all` sets this to false for a part of the tests.
+os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "true")
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
-    os.environ["JAX_COMPILATION_CACHE_DIR"] = str(_compilation_cache())
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = str(program_folder())
 # Threads of torch spin while they wait. With several workers more than one thread makes it slower.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 # A shell ignores Ctrl-C for what it starts in the background, and a child process inherits that.
 signal.signal(signal.SIGINT, signal.default_int_handler)
-os.umask(0o022)
+os.umask(0o022)  # some tests read the permissions of files
 
 
 @pytest.fixture(scope="session")
@@ -63,7 +47,7 @@ def smollm2(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(autouse=True)
 def own_caches(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
-    """No test finds what another one, or an earlier version of the code, has prepared."""
+    """Gives each test empty caches of tokens, reference log-probs and data sets. Compiled programs are shared."""
     cache = tmp_path_factory.mktemp("cache")
     monkeypatch.setenv("XDG_CACHE_HOME", str(cache))
     monkeypatch.setenv("HF_DATASETS_CACHE", str(cache / "datasets"))

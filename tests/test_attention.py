@@ -124,9 +124,9 @@ def test_a_mesh_changes_nothing(sizes: dict[str, int], length: int) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("length", [4096, pytest.param(32_768, marks=exhaustive)])
-def test_long_rows_over_eight_devices(length: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(attention, "BLOCK", 256)
+@pytest.mark.parametrize(("length", "block"), [(4096, 64), pytest.param(32_768, 256, marks=exhaustive)])
+def test_long_rows_over_eight_devices(length: int, block: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attention, "BLOCK", block)
     places = _places([[length * share // 1000 for share in (610, 275, 21, 91)]], length)
     inputs = _inputs(places, 2, 1)
     expected = _values_and_gradients(places, inputs, blocks=True)

@@ -16,6 +16,7 @@ import pytest
 import safetensors.numpy
 import small
 import yaml
+from program_cache import READ_ONLY
 from selection import exhaustive
 
 from thinkpo_jax import train
@@ -78,7 +79,9 @@ program(train.main)
 
 
 @contextlib.contextmanager
-def _processes(*configs: str, missed_seconds: int | None = None) -> Iterator[list[subprocess.Popen[str]]]:
+def _processes(
+    *configs: str, to_be_killed: bool = False, missed_seconds: int | None = None
+) -> Iterator[list[subprocess.Popen[str]]]:
     """A run in as many processes as there are configurations. They share the devices.
 
     A dead process is missed after `missed_seconds`. None leaves the time that users have.
@@ -88,11 +91,12 @@ def _processes(*configs: str, missed_seconds: int | None = None) -> Iterator[lis
         free.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{free.getsockname()[1]}"
     flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count={DEVICES // len(configs)}"
+    environment = os.environ | {"XLA_FLAGS": flags} | (READ_ONLY if to_be_killed else {})
     together = ["--coordinator", address, "--processes", str(len(configs)), "--process"]
     started = [
         subprocess.Popen(
             [sys.executable, *train_command, "--config", config, *together, str(index)],
-            env=os.environ | {"XLA_FLAGS": flags}, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+            env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
         )
         for index, config in enumerate(configs)
     ]  # fmt: skip
@@ -139,7 +143,7 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.slow
 def test_two_processes_make_the_run_of_one(alone: Path, tmp_path: Path) -> None:
     with _processes(*[_config(tmp_path, "two")] * 2) as processes:
-        outputs = [process.communicate(timeout=600)[0] for process in processes]
+        outputs = [process.communicate(timeout=400)[0] for process in processes]
     assert [process.returncode for process in processes] == [0, 0], outputs
     run = tmp_path / "two"
     _same(alone, run)
@@ -161,12 +165,12 @@ def test_two_processes_make_the_run_of_one(alone: Path, tmp_path: Path) -> None:
 def test_a_process_that_dies_ends_the_other_and_one_process_goes_on(
     alone: Path, tmp_path: Path, victim: int, missed_seconds: int | None
 ) -> None:
-    config = _config(tmp_path, "broken", evaluated=False)
+    config = _config(tmp_path, "broken", evaluated=missed_seconds is None)
     run = tmp_path / "broken"
-    with _processes(config, config, missed_seconds=missed_seconds) as processes:
+    with _processes(config, config, to_be_killed=True, missed_seconds=missed_seconds) as processes:
         _wait_for(run / "sft" / "checkpoints" / "2", processes)
         processes[victim].kill()
-        output = processes[1 - victim].communicate(timeout=600)[0]
+        output = processes[1 - victim].communicate(timeout=400)[0]
     assert processes[1 - victim].returncode not in (0, None)
     assert "one of them has probably ended" in output or "another task died" in output, output
     assert command(train.main, ["--config", config]) == 0  # eight devices of one process
@@ -180,7 +184,7 @@ def test_a_stop_of_one_process_stops_all(tmp_path: Path) -> None:
     with _processes(config, config) as processes:
         _wait_for(run / "sft" / "checkpoints" / "2", processes)
         processes[1].terminate()
-        outputs = [process.communicate(timeout=600)[0] for process in processes]
+        outputs = [process.communicate(timeout=400)[0] for process in processes]
     assert [process.returncode for process in processes] == [130, 130], outputs
     assert not (run / "sft" / "model").exists()
     saved = [int(path.name) for path in (run / "sft" / "checkpoints").iterdir()]
@@ -203,10 +207,10 @@ def test_processes_that_do_not_run_the_same_are_told_so(tmp_path: Path, what: st
         text, told = text.replace("beta: 0.1", "beta: 0.2"), "this process has another configuration"
     Path(configs[1]).write_text(text)
     with _processes(*configs) as started:
-        output = started[1].communicate(timeout=600)[0]
+        output = started[1].communicate(timeout=400)[0]
         assert started[1].returncode == 2
         assert f"process 1: error: {told}" in output
-        started[0].communicate(timeout=600)  # misses the other
+        started[0].communicate(timeout=400)  # misses the other
         assert started[0].returncode != 0
     assert not (tmp_path / "one" / "sft" / "metrics.jsonl").exists()
 

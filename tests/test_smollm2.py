@@ -31,6 +31,8 @@ from thinkpo_jax.sample import Generation, SamplingConfig, generate
 
 pytestmark = [pytest.mark.slow, needs_data]
 ROOT = Path(__file__).resolve().parents[1]
+# Pairs, row length, what happens to answers that do not fit, and new tokens for each question.
+SIZES = [(1, 384, "cut", 8), pytest.param((2, 1024, "drop", 32), marks=exhaustive)]
 
 
 def _logits(model: Transformer, tokens: np.ndarray) -> np.ndarray:
@@ -45,14 +47,15 @@ def _real_pairs(count: int) -> list[dict[str, str]]:
     return list(first.values())[-count:]
 
 
-@pytest.fixture(scope="module", params=[(1, 384), pytest.param((2, 1024), marks=exhaustive)], ids=str)
+@pytest.fixture(scope="module", params=SIZES, ids=["short", "whole"])
 def run(request: pytest.FixtureRequest, smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """configs/smollm2_135m.yaml on local files, as a user runs it."""
     pytest.importorskip("torch")
-    pairs, row_length = request.param
+    pairs, row_length, over_length, new_tokens = request.param
     folder = tmp_path_factory.mktemp("smollm2_run")
     data = folder / "pairs.jsonl"
     data.write_text("".join(json.dumps(row) + "\n" for row in _real_pairs(pairs)), encoding="utf-8")
+    source = f"path: '{data}', prompt: question, over_length: {over_length}"
     batch, adam = (
         f"{{size: {pairs}, row_length: {row_length}, rows_per_device: 1}}",
         "{learning_rate: 2.0e-5, schedule: constant, warmup_ratio: 0.0}",
@@ -61,12 +64,12 @@ def run(request: pytest.FixtureRequest, smollm2: Path, tmp_path_factory: pytest.
         f"model.path={smollm2}",
         f"run_dir={folder / 'run'}",
         "compute={dtype: float32, remat: full}",
-        f"stages.sft.data={{path: '{data}', prompt: question, response: long, over_length: cut}}",
-        f"stages.thinkpo.data={{path: '{data}', prompt: question, chosen: long, rejected: short, over_length: cut}}",
+        f"stages.sft.data={{{source}, response: long}}",
+        f"stages.thinkpo.data={{{source}, chosen: long, rejected: short}}",
         *(f"stages.{stage}.{key}={value}" for stage in ("sft", "thinkpo") for key, value in (
             ("batch", batch), ("optimizer", adam), ("steps", "2"), ("epochs", "null"))),
         f"evaluation.benchmarks=[{{name: gsm8k, path: '{DATA / 'gsm8k' / 'test.jsonl'}', questions: 2}}]",
-        "evaluation.sampling={temperature: 0.7, max_new_tokens: 8, batch_size: 2}",
+        f"evaluation.sampling={{temperature: 0.7, max_new_tokens: {new_tokens}, batch_size: 2}}",
     ]  # fmt: skip
     environment = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}
     command = [
@@ -134,12 +137,14 @@ def _server(folder: Path) -> Iterator[str]:
     arguments = [program, "serve", str(folder), "--host", "127.0.0.1", "--port", port, "--device", "cpu"]
     server = subprocess.Popen(arguments, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
-        for _ in range(1200):
+        for _ in range(800):
             assert server.poll() is None, "the server ended"
             with contextlib.suppress(urllib.error.URLError):
                 urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5)
                 break
             time.sleep(0.5)
+        else:
+            pytest.fail("the server does not answer")
         yield f"http://127.0.0.1:{port}"
     finally:
         server.terminate()

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 from filelock import FileLock
+from program_cache import READ_ONLY
 
 from thinkpo_jax import evaluate, export, train
 from thinkpo_jax.commands import command
@@ -152,7 +153,10 @@ def _command(folder: Path, *assignments: str) -> list[str]:
 
 def _interrupt(arguments: Sequence[str], metrics: Path, number: int, *, lines: int) -> int:
     """Starts a command, sends it a signal once the metrics file has that many lines, and gives its exit status."""
-    process = subprocess.Popen(arguments, cwd=ROOT, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+    environment = os.environ | (READ_ONLY if number == signal.SIGKILL else {})
+    process = subprocess.Popen(
+        arguments, cwd=ROOT, env=environment, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL
+    )
     deadline = time.monotonic() + 600
     while len(read_metrics(metrics)) < lines and process.poll() is None:
         assert time.monotonic() < deadline, "the run never came so far"
@@ -216,14 +220,14 @@ def test_export_writes_a_checkpoint_as_a_model(straight: Path, tmp_path: Path) -
 
 
 EXPORT_ALL = """
-import sys
-from thinkpo_jax import export
-from thinkpo_jax.commands import command
+import contextlib, runpy, sys
 
 run, out = sys.argv[1:]
 for step in ("2", "4", "6"):
     arguments = ["--run", run, "--stage", "sft", "--step", step, "--out", f"{out}/step{step}", "--dtype", "float32"]
-    assert command(export.main, arguments) == 0
+    sys.argv = ["export", *arguments]
+    with contextlib.suppress(SystemExit):
+        runpy.run_module("thinkpo_jax.export", run_name="__main__")
 """
 
 
