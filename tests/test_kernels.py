@@ -312,9 +312,7 @@ def test_cudnn_says_what_it_cannot(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(UserError, match="fewer rows"):
         attend("bfloat16", tokens=2**23)
     monkeypatch.setattr(jax, "__version__", "0.13.0")
-    with pytest.raises(
-        UserError, match=r"jax 0\.13\.0 is installed.* jax 0\.10\.2, 0\.11\.2 and 0\.12\.0 only\. Install"
-    ):
+    with pytest.raises(UserError, match=r"installed jax 0\.13\.0 differs or is unknown\. Install one"):
         attend("bfloat16", tokens=136)
 
 
@@ -347,9 +345,7 @@ def test_an_unknown_jax_attends_blockwise_with_a_warning(
 ) -> None:
     assert _choose("auto") == _choose("cudnn") == "cudnn"
     change(monkeypatch)
-    reason = (
-        f"jax {jax.__version__} is installed, but thinkpo_jax supports the cuDNN attention of jax 0.10.2, 0.11.2 and"
-    )
+    reason = f"the cuDNN attention of jax 0.10, 0.11, 0.12, and that of the installed jax {jax.__version__} differs"
     assert capsys.readouterr().err == ""
     assert _choose("auto") == "blockwise"
     warning = capsys.readouterr().err
@@ -361,7 +357,7 @@ def test_an_unknown_jax_attends_blockwise_with_a_warning(
 
 
 @pytest.mark.parametrize("limit", [{"capability": "8.0"}, {"context": 2}], ids=str)
-def test_what_the_user_cannot_change_is_no_warning(limit: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_old_gpu_gets_a_note_and_no_warning(limit: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
     assert _choose("auto", **limit) == "blockwise"
     assert capsys.readouterr().err.startswith("compute.attention: `auto` uses `blockwise` instead of `cudnn`")
 

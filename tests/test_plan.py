@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -152,7 +153,7 @@ def test_a_search_for_splash_tries_no_rows_that_it_does_not_take(tmp_path: Path)
     assert {one.mesh.context for one in found} == {1}
 
 
-def test_a_compiler_that_fails_is_no_run_that_does_not_fit(
+def test_a_failed_compiler_has_exit_status_2(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("TPU_LIBRARY_PATH", "/bin/ls")
@@ -161,7 +162,7 @@ def test_a_compiler_that_fails_is_no_run_that_does_not_fit(
     told = capsys.readouterr().err
     assert "compiling for v5e:1x1 failed" in told
     assert "Failed to open /bin/ls" in told.splitlines()[-2]
-    log = Path(told.rstrip(")\n").rpartition(" ")[2])
+    log = Path(told.rstrip("\n").rpartition(" ")[2])
     assert "Traceback" in log.read_text()
     log.unlink()
 
@@ -171,13 +172,16 @@ def test_sigterm_leaves_no_compiler_behind(tmp_path: Path) -> None:
     (tmp_path / "tmp").mkdir()
     arguments = ["--config", str(_config(tmp_path, TINY)), "--topology", "v5e:4x4"]
     process = subprocess.Popen(
-        [sys.executable, "-m", "thinkpo_jax.plan", *arguments], env=os.environ | {"TMPDIR": str(tmp_path / "tmp")}
-    )
-    while not list((tmp_path / "tmp").glob("*/output")):  # the compiler has been started
+        [sys.executable, "-m", "thinkpo_jax.plan", *arguments],
+        env=os.environ | {"TMPDIR": str(tmp_path / "tmp")}, start_new_session=True,
+    )  # fmt: skip
+    while not list((tmp_path / "tmp").glob("*/known.json")):  # the compiler is at work
         assert process.poll() is None
         time.sleep(0.05)
     process.terminate()
     assert process.wait(timeout=600) == 130
+    with pytest.raises(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
     assert not list((tmp_path / "tmp").iterdir())
 
 

@@ -74,7 +74,7 @@ def choose(asked: Form, device: Any, *, dtype: str, head_dim: int, context: int,
 
 
 def splash_multiple(context: int) -> int:
-    """The number of tokens that must divide row lengths for splash attention; a device holds two chunks of a row."""
+    """Returns the number that must divide row lengths for splash attention. A device has two chunks of a split row."""
     return SPLASH_MULTIPLE * (2 * context if context > 1 else 1)
 
 

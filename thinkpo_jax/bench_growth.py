@@ -41,12 +41,12 @@ class Point(NamedTuple):
 
 
 def bench_growth(config: RunConfig, kind: str, *, most: int, out: Path) -> None:
-    """Compiles, prints two tables and draws the plot. Raises `UserError`, for `most` and `out` before it compiles."""
+    """Compiles, prints two tables and draws the plot. Checks `most` and `out` first. Raises `UserError`."""
+    if out.is_dir():
+        raise UserError(f"--out {out}: it is a folder. Give the path of a file.")
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=out.parent).close()
-        if out.is_dir():
-            raise IsADirectoryError("it is a folder")
     except OSError as error:
         raise UserError(f"--out {out}: cannot be written: {error}. Give the path of a file.") from None
     stage, sizes = config.stages[0], [one for one in slices(kind) if one.size.bit_length() % 2]  # 1, 4, 16, ...

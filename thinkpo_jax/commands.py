@@ -7,6 +7,7 @@ import os
 import re
 import signal
 import sys
+import threading
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -124,7 +125,10 @@ def writing(folder: Path, key: str, *, waiting: str = "") -> Iterator[None]:
 
 @contextlib.contextmanager
 def handling(handler: Callable[[int, Any], Any], *numbers: signal.Signals) -> Iterator[None]:
-    """Calls `handler` for these signals until it is left."""
+    """Handles these signals with `handler` inside the `with` block. Python allows it in the main thread only."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
     before = {number: signal.signal(number, handler) for number in numbers}
     try:
         yield

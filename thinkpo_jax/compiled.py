@@ -47,7 +47,7 @@ CUDA_PLUGINS = ("jax_cuda13_plugin", "jax_cuda12_plugin")
 # jax itself computes on the CPU; no service that knows about TPUs is asked, and several processes may compile at once.
 ENVIRONMENT = {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
 ENVIRONMENT |= {"TF_CPP_MIN_LOG_LEVEL": "3", "XLA_FLAGS": "", "JAX_ENABLE_COMPILATION_CACHE": "false"}
-ENVIRONMENT |= {"JAX_DISABLE_MOST_OPTIMIZATIONS": "false"}
+ENVIRONMENT |= {"JAX_DISABLE_MOST_OPTIMIZATIONS": "false"}  # which would change the memory that is read
 
 
 @dataclass(frozen=True)
@@ -155,10 +155,12 @@ def _failure(path: Path, status: int, devices: Topology) -> UserError:
         return UserError("\n".join(told))
     with tempfile.NamedTemporaryFile(prefix="thinkpo_compile_", suffix=".log", delete=False) as log:
         log.write(path.read_bytes())
-    cause = re.split(r"(?m)^(?=[\w.]+Error\b)", output)[-1].strip()[:2000]  # the last exception, or what a crash wrote
+    *before, last = re.split(r"(?m)^(?=[\w.]+Error\b)", output)
+    cause = last.strip()[:2000] if before else output[-2000:].strip()  # the last exception, or what a crash wrote
+    ended = f"signal {-status}" if status < 0 else f"exit status {status}"
     return UserError(
-        f"compiling for {devices.name} failed (exit status {status}), so its memory use is not known:\n{cause}\n"
-        f"Fix the cause and run the same command again. (complete log of the compiler: {log.name})"
+        f"compiling for {devices.name} failed ({ended}), so its memory use is not known:\n{cause}\n"
+        f"Fix the cause and run the same command again. The compiler's log: {log.name}"
     )
 
 

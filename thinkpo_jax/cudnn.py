@@ -19,7 +19,6 @@ from jax.ad_checkpoint import checkpoint_name
 from thinkpo_jax.config import UserError
 
 KNOWN_JAX = ("0.10", "0.11", "0.12")  # minor versions whose primitives this file was compared with
-TESTED_JAX = "0.10.2, 0.11.2 and 0.12.0"
 ARRAYS = ["query", "key", "value", "bias", "q_seqlen", "kv_seqlen", "q_offsets", "kv_offsets"]
 ARRAYS += ["page_table_k", "page_table_v"]
 
@@ -39,7 +38,7 @@ try:
     }
     if "score_mod_name" in inspect.signature(LOWERINGS[0]).parameters:  # since jax 0.12
         SETTINGS |= {"score_mod_name": None, "score_mod_jaxpr": None}  # no function changes the scores
-except (ImportError, AttributeError):
+except (ImportError, AttributeError, TypeError, ValueError):
     FORWARD = BACKWARD = None
     LOWERINGS, SETTINGS = [], {}
 
@@ -82,8 +81,8 @@ def unsupported_jax() -> str | None:
     if FORWARD is not None and is_same and ".".join(jax.__version__.split(".")[:2]) in KNOWN_JAX:
         return None
     return (
-        f"jax {jax.__version__} is installed, but thinkpo_jax supports the cuDNN attention of jax {TESTED_JAX} only. "
-        "Install one of these versions."
+        f"thinkpo_jax knows the cuDNN attention of jax {', '.join(KNOWN_JAX)}, and that of the installed jax "
+        f"{jax.__version__} differs or is unknown. Install one of these versions."
     )
 
 

@@ -6,6 +6,7 @@ goes on is what the first one sees. A process that ends early is missed by the o
 
 import argparse
 import os
+import re
 import socket
 import sys
 from collections.abc import Mapping
@@ -76,15 +77,17 @@ def _check(arguments: argparse.Namespace) -> None:
     host, _, port = coordinator.rpartition(":")
     if not host or not (port.isascii() and port.isdecimal() and 0 < int(port) < 2**16):
         raise UserError(f"--coordinator {coordinator}: expected HOST:PORT, for example 10.0.0.2:8476.")
-    try:
-        socket.getaddrinfo(host.strip("[]"), int(port))
-        if index == 0:
+    if not re.fullmatch(r"[\w.:-]+", host.strip("[]")):
+        raise UserError(f"--coordinator {coordinator}: {host} is not the name or IP address of a host.")
+    if index == 0 and "JAX_COORDINATOR_BIND_ADDRESS" not in os.environ:
+        try:
+            socket.getaddrinfo(host.strip("[]"), int(port))  # for other processes the name may appear later
             _bind(int(port))
-    except (OSError, UnicodeError) as error:
-        raise UserError(
-            f"--coordinator {coordinator}: {error}. Give the name or IP address of the host that runs process 0, and "
-            "a port above 1023 that is free there. All processes need the same."
-        ) from None
+        except (OSError, UnicodeError) as error:
+            raise UserError(
+                f"--coordinator {coordinator}: {error}. Give the name or IP address of the host that runs process 0, "
+                "and a port above 1023 that is free there. Pass the same --coordinator to every process."
+            ) from None
 
 
 def _bind(port: int) -> None:
@@ -119,11 +122,14 @@ def detected(environment: Mapping[str, str]) -> dict[str, Any] | None:
 
 
 def _number(environment: Mapping[str, str], name: str) -> int:
-    """An environment variable that holds a count; 1 where it is not set."""
+    """Returns the count in an environment variable, or 1 if it is not set."""
     try:
         return int(environment.get(name, 1))
     except ValueError:
-        raise UserError(f"{name}={environment[name]}: expected a whole number in this environment variable.") from None
+        raise UserError(
+            f"{name}={environment[name]}: expected a whole number. Unset this variable, or start the run with srun or "
+            "mpirun, which set it."
+        ) from None
 
 
 def _on_a_tpu_vm(environment: Mapping[str, str]) -> bool:

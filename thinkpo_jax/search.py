@@ -95,7 +95,7 @@ def search(config: RunConfig, stages: Sequence[Stage], devices: Topology) -> Non
             problems.append(
                 f"stage {stage.name}: no mesh of {devices.size} devices can train {asked_rows(stage.batch)} row(s) "
                 f"of {lengths[0]} tokens. data x fsdp is at most the number of rows. tensor divides the model's heads. "
-                "2 x context divides row_length (splash: 128, or 256 x context. cudnn: context is 1). "
+                "row_length is a multiple of 2 x context, for splash of 128 or 256 x context. cudnn needs context 1. "
                 f"Set a larger batch or another row_length in stages.{stage.name}.batch, or choose a smaller slice."
             )
             continue
