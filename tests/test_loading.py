@@ -65,7 +65,7 @@ print(json.dumps({
 
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-@pytest.mark.parametrize(("vocabulary", "gib"), [(32_768, 0.4), pytest.param(151_936, 1.05, marks=exhaustive)])
+@pytest.mark.parametrize(("vocabulary", "gib"), [(65_536, 0.5), pytest.param(151_936, 1.05, marks=exhaustive)])
 def test_loading_needs_less_than_two_tensors_beside_the_parameters(
     vocabulary: int, gib: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
