@@ -7,7 +7,6 @@ from pathlib import Path
 import pytest
 from checkpoints import smollm2_folder, smollm2_missing
 from filelock import FileLock
-from program_cache import program_folder
 
 # All of this is set before jax is imported. Workers of pytest-xdist and the processes that tests start inherit it.
 os.environ["JAX_PLATFORMS"] = "cpu"
@@ -15,22 +14,22 @@ os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + (
     " --xla_force_host_platform_device_count=8"
     # On a busy machine the threads of the devices may meet late. The default is 40.
     " --xla_cpu_collective_call_terminate_timeout_seconds=600"
-    # With several threads per device, devices may start independent collectives of a program in different orders. Then
-    # they wait for each other for ever. It was seen with programs from the compilation cache.
-    " --xla_cpu_multi_thread_eigen=false"
 )
 os.environ["HF_HUB_OFFLINE"] = "1"
 # Tests compile much and compute little. Every process compiles the same way, because some tests compare bits.
 # `make test-all` sets this to false for a part of the tests.
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "true")
-os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
-if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
-    os.environ["JAX_COMPILATION_CACHE_DIR"] = str(program_folder())
+# Processes that tests start read no programs from disk: see program_cache.py.
+os.environ.pop("JAX_COMPILATION_CACHE_DIR", None)
 # Threads of torch spin while they wait. With several workers more than one thread makes it slower.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 # A shell ignores Ctrl-C for what it starts in the background, and a child process inherits that.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 os.umask(0o022)  # some tests read the permissions of files
+
+from program_cache import share_programs  # noqa: E402 -- it imports jax
+
+share_programs()
 
 
 @pytest.fixture(scope="session")

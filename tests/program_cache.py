@@ -1,17 +1,48 @@
-"""The compiled programs that test runs keep on disk: where they are, and how large they may become."""
+"""Compiled programs that tests share: those for one device on disk, those for several devices in memory.
+
+XLA on CPU must run the collectives of a program in the same order on every device. A program that it loads from disk
+can lose that order. Then the devices wait for each other for ever, as several hanging test runs showed.
+"""
 
 import atexit
 import os
 import shutil
 import tempfile
 from pathlib import Path
+from typing import Any
 
-MAX_BYTES = 2 * 2**30
-# For processes that a test kills: a program that is half written would stay half written.
-READ_ONLY = {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "1e9"}
+import jax
+import numpy as np
+from jax._src import compilation_cache, compiler
+
+MAX_BYTES = 2 * 2**30  # of the programs on disk
+MAX_PROGRAMS = 100  # in memory
 
 
-def program_folder() -> Path:
+def share_programs() -> None:
+    """Makes JAX compile each program once for the tests of this process. Programs of one device outlive it."""
+    jax.config.update("jax_compilation_cache_dir", str(_program_folder()))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+    programs: dict[Any, Any] = {}
+    compile_or_read = compiler.compile_or_get_cached
+
+    def compile_once(
+        backend: Any, computation: Any, devices: np.ndarray, options: Any, callbacks: Any, on: Any, *rest: Any
+    ) -> Any:
+        if devices.size == 1 or callbacks:
+            return compile_or_read(backend, computation, devices, options, callbacks, on, *rest)
+        ids = tuple(device.id for device in devices.flat)
+        key = ids, compilation_cache.get_cache_key(computation, devices, options, backend)
+        if key not in programs:
+            if len(programs) == MAX_PROGRAMS:
+                del programs[next(iter(programs))]
+            programs[key] = compiler.backend_compile_and_load(backend, computation, on, options, callbacks)
+        return programs[key]
+
+    compiler.compile_or_get_cached = compile_once
+
+
+def _program_folder() -> Path:
     """Returns the folder of compiled programs: the user's, or a temporary one if that cannot be written."""
     try:
         folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "thinkpo_jax" / "test-programs"

@@ -16,7 +16,6 @@ import pytest
 import safetensors.numpy
 import small
 import yaml
-from program_cache import READ_ONLY
 from selection import exhaustive
 
 from thinkpo_jax import train
@@ -79,9 +78,7 @@ program(train.main)
 
 
 @contextlib.contextmanager
-def _processes(
-    *configs: str, to_be_killed: bool = False, missed_seconds: int | None = None
-) -> Iterator[list[subprocess.Popen[str]]]:
+def _processes(*configs: str, missed_seconds: int | None = None) -> Iterator[list[subprocess.Popen[str]]]:
     """A run in as many processes as there are configurations. They share the devices.
 
     A dead process is missed after `missed_seconds`. None leaves the time that users have.
@@ -91,7 +88,7 @@ def _processes(
         free.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{free.getsockname()[1]}"
     flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count={DEVICES // len(configs)}"
-    environment = os.environ | {"XLA_FLAGS": flags} | (READ_ONLY if to_be_killed else {})
+    environment = os.environ | {"XLA_FLAGS": flags}
     together = ["--coordinator", address, "--processes", str(len(configs)), "--process"]
     started = [
         subprocess.Popen(
@@ -167,7 +164,7 @@ def test_a_process_that_dies_ends_the_other_and_one_process_goes_on(
 ) -> None:
     config = _config(tmp_path, "broken", evaluated=missed_seconds is None)
     run = tmp_path / "broken"
-    with _processes(config, config, to_be_killed=True, missed_seconds=missed_seconds) as processes:
+    with _processes(config, config, missed_seconds=missed_seconds) as processes:
         _wait_for(run / "sft" / "checkpoints" / "2", processes)
         processes[victim].kill()
         output = processes[1 - victim].communicate(timeout=400)[0]

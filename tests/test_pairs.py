@@ -1,7 +1,6 @@
 """Every row and every candidate is a pair or is counted as left out; what was generated once is not generated again."""
 
 import json
-import os
 import random
 import re
 import signal
@@ -19,7 +18,6 @@ import pytest
 import yaml
 from byte_tokenizer import byte_tokenizer
 from checkpoints import DATA, needs_data
-from program_cache import READ_ONLY
 from pyarrow import parquet
 from test_server import Reply, _fast, failed, said, serving  # noqa: F401 -- a fixture for all tests
 
@@ -435,8 +433,7 @@ def test_an_interrupted_run_goes_on_to_the_same_pairs(
     path.write_text(yaml.safe_dump(miniature), encoding="utf-8")
     answers, lines = tmp_path / "out/short_answers.jsonl", random.randrange(2, 30)
     arguments = [sys.executable, "-m", "thinkpo_jax.pairs", "--config", str(path)]
-    environment = os.environ | (READ_ONLY if number == signal.SIGKILL else {})
-    with subprocess.Popen(arguments, env=environment, stderr=subprocess.PIPE, text=True) as process:
+    with subprocess.Popen(arguments, stderr=subprocess.PIPE, text=True) as process:
         deadline = time.monotonic() + 600
         while not answers.exists() or answers.read_bytes().count(b"\n") < lines:
             assert process.poll() is None

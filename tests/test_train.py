@@ -15,7 +15,6 @@ import numpy as np
 import pytest
 import safetensors.numpy
 from filelock import FileLock
-from program_cache import READ_ONLY
 
 from thinkpo_jax import evaluate, export, train
 from thinkpo_jax.commands import command
@@ -153,10 +152,7 @@ def _command(folder: Path, *assignments: str) -> list[str]:
 
 def _interrupt(arguments: Sequence[str], metrics: Path, number: int, *, lines: int) -> int:
     """Starts a command, sends it a signal once the metrics file has that many lines, and gives its exit status."""
-    environment = os.environ | (READ_ONLY if number == signal.SIGKILL else {})
-    process = subprocess.Popen(
-        arguments, cwd=ROOT, env=environment, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL
-    )
+    process = subprocess.Popen(arguments, cwd=ROOT, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
     deadline = time.monotonic() + 600
     while len(read_metrics(metrics)) < lines and process.poll() is None:
         assert time.monotonic() < deadline, "the run never came so far"
