@@ -37,8 +37,9 @@ def _generate(
 ) -> list[Generation]:
     mesh = mesh or small.mesh()
     config = SamplingConfig.model_validate({"temperature": 0, "max_new_tokens": LIMIT, "batch_size": 8} | settings)
+    model = MODEL()  # on one device, whatever the mesh
     with jax.set_mesh(mesh):
-        model = jax.device_put(MODEL(), shardings(MODEL(), mesh))
+        model = jax.device_put(model, shardings(model, mesh))
         return generate(model, prompts, config, stop_ids=stop_ids, vocabulary=vocabulary, seed=seed, mesh=mesh)
 
 
@@ -166,11 +167,11 @@ def test_the_limit_counts_the_stop_id(limit: int, finished: bool) -> None:
 
 
 def test_answers_come_in_the_order_of_the_prompts_and_progress_counts_them() -> None:
-    mesh, counts = small.mesh(), []
+    mesh, model, counts = small.mesh(), MODEL(), []
     config = SamplingConfig(temperature=0, max_new_tokens=LIMIT, batch_size=4)
     with jax.set_mesh(mesh):
         found = generate(
-            MODEL(), PROMPTS[::-1], config,
+            model, PROMPTS[::-1], config,
             stop_ids=(), vocabulary=VOCABULARY, seed=0, mesh=mesh, progress=counts.append,
         )  # fmt: skip
     assert found == _greedy()[::-1]
