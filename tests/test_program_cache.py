@@ -12,7 +12,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 
 def _on_disk(name: str) -> list[Path]:
-    return list(Path(str(jax.config.jax_compilation_cache_dir)).glob(f"jit_{name}-*"))
+    return list(Path(str(jax.config.read("jax_compilation_cache_dir"))).glob(f"jit_{name}-*"))
 
 
 def test_only_programs_of_one_device_are_on_disk() -> None:

@@ -32,7 +32,7 @@ from thinkpo_jax.sample import Generation, SamplingConfig, generate
 pytestmark = [pytest.mark.slow, needs_data]
 ROOT = Path(__file__).resolve().parents[1]
 # Pairs, row length, what happens to answers that do not fit, and new tokens for each question.
-SIZES = [(1, 384, "cut", 8), pytest.param((2, 1024, "drop", 32), marks=exhaustive)]
+SIZES = [(1, 256, "cut", 8), pytest.param((2, 1024, "drop", 32), marks=exhaustive)]
 
 
 def _logits(model: Transformer, tokens: np.ndarray) -> np.ndarray:
