@@ -5,8 +5,8 @@ import signal
 from pathlib import Path
 
 import pytest
-from checkpoints import smollm2_folder, smollm2_missing
 from filelock import FileLock
+from support.checkpoints import smollm2_folder, smollm2_missing
 
 # All of this is set before jax is imported. Workers of pytest-xdist and the processes that tests start inherit it.
 os.environ["JAX_PLATFORMS"] = "cpu"
@@ -16,6 +16,8 @@ os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + (
     " --xla_cpu_collective_call_terminate_timeout_seconds=600"
 )
 os.environ["HF_HUB_OFFLINE"] = "1"
+# Processes that tests start find `support` too.
+os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(Path(__file__).parent), os.environ.get("PYTHONPATH")]))
 # Tests compile much and compute little. Every process compiles the same way, because some tests compare bits.
 # `make test-all` sets this to false for a part of the tests.
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "true")
@@ -27,7 +29,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 signal.signal(signal.SIGINT, signal.default_int_handler)
 os.umask(0o022)  # some tests read the permissions of files
 
-from program_cache import share_programs  # noqa: E402 -- it imports jax
+from support.program_cache import share_programs  # noqa: E402 -- it imports jax
 
 share_programs()
 

@@ -8,17 +8,18 @@ from typing import Any
 
 import jax
 import pytest
-from small import mesh
+from support.paths import ROOT
+from support.small import mesh
 
-from thinkpo_jax.architecture import Architecture, read_architecture
-from thinkpo_jax.config import parse, read_yaml
-from thinkpo_jax.convert import abstract_model, expected_shapes, named
-from thinkpo_jax.pairs import PairsConfig
-from thinkpo_jax.run import RunConfig, SftStage, ThinkpoStage, load_config
-from thinkpo_jax.sharding import shardings
-from thinkpo_jax.short_answers import ServerAnswers
+from thinkpo_jax.models.architecture import Architecture, read_architecture
+from thinkpo_jax.models.weight_mapping import abstract_model, expected_shapes, named
+from thinkpo_jax.pair_building.pairs_config import PairsConfig
+from thinkpo_jax.pair_building.short_answers import ServerAnswers
+from thinkpo_jax.run.run_config import RunConfig, load_config
+from thinkpo_jax.runtime.config import parse, read_yaml
+from thinkpo_jax.runtime.sharding import shardings
+from thinkpo_jax.training.stage_config import SftStage, ThinkpoStage
 
-ROOT = Path(__file__).parents[1]
 CONFIGS, PAIRS = (
     sorted(path for path in (ROOT / "configs").glob("*.yaml") if path.stem.startswith("pairs_") == pairs)
     for pairs in (False, True)

@@ -17,20 +17,22 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import small
-from checkpoints import DATA, needs_data, torch_logits, torch_model
-from selection import exhaustive
+from support import small
+from support.checkpoints import needs_data, torch_logits, torch_model
+from support.paths import DATA, ROOT
+from support.selection import exhaustive
 
-from thinkpo_jax.attention import Places
-from thinkpo_jax.chat import Chat
-from thinkpo_jax.checkpoint import Checkpoints
-from thinkpo_jax.convert import load_model, save_model
-from thinkpo_jax.log import read_metrics
-from thinkpo_jax.model import Transformer
-from thinkpo_jax.sample import Generation, SamplingConfig, generate
+from thinkpo_jax.data.chat_tokenizer import Chat
+from thinkpo_jax.inference.engine import Generation, generate
+from thinkpo_jax.inference.sampling import SamplingConfig
+from thinkpo_jax.models.attention.dense import Places
+from thinkpo_jax.models.transformer import Transformer
+from thinkpo_jax.models.weight_loading import load_model
+from thinkpo_jax.models.weight_saving import save_model
+from thinkpo_jax.runtime.console import read_metrics
+from thinkpo_jax.training.checkpoints import Checkpoints
 
 pytestmark = [pytest.mark.slow, needs_data]
-ROOT = Path(__file__).resolve().parents[1]
 # Pairs, row length, what happens to answers that do not fit, and new tokens for each question.
 SIZES = [(1, 256, "cut", 8), pytest.param((2, 1024, "drop", 32), marks=exhaustive)]
 

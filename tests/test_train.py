@@ -15,12 +15,12 @@ import numpy as np
 import pytest
 import safetensors.numpy
 from filelock import FileLock
+from support.paths import ROOT
 
 from thinkpo_jax import evaluate, export, train
-from thinkpo_jax.commands import command
-from thinkpo_jax.log import read_metrics
+from thinkpo_jax.runtime.cli import command
+from thinkpo_jax.runtime.console import read_metrics
 
-ROOT = Path(__file__).resolve().parents[1]
 QUICKSTART = str(ROOT / "configs" / "quickstart.yaml")
 SMALL = [
     "stages.sft.steps=6",

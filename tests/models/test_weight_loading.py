@@ -1,0 +1,285 @@
+"""Loading needs little more memory than the parameters; a malformed checkpoint is refused, or is what its files say."""
+
+import json
+import os
+import shutil
+import struct
+import subprocess
+import sys
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+
+import jax
+import ml_dtypes
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+from support import small
+from support.selection import exhaustive
+from support.weights import like, random_model
+
+from thinkpo_jax.bench import load as bench
+from thinkpo_jax.models.model_folder import find_model
+from thinkpo_jax.models.safetensors_files import INDEX
+from thinkpo_jax.models.transformer import Transformer
+from thinkpo_jax.models.weight_loading import load_model
+from thinkpo_jax.models.weight_mapping import named
+from thinkpo_jax.models.weight_saving import save_model
+from thinkpo_jax.runtime.config import UserError
+from thinkpo_jax.runtime.mesh import MeshConfig, make_mesh
+
+MEASURE = """
+import json, sys, threading, time
+from pathlib import Path
+import jax
+from thinkpo_jax.bench.load import write_checkpoint
+from thinkpo_jax.models.weight_loading import load_model
+from thinkpo_jax.models.safetensors_files import read_headers
+from thinkpo_jax.models.compute_config import ComputeConfig
+from thinkpo_jax.runtime.mesh import MeshConfig, make_mesh
+
+def private():  # bytes; pages of mapped files, which the system may drop at any time, are not counted
+    line = next(line for line in open("/proc/self/status") if line.startswith("RssAnon"))
+    return int(line.split()[1]) * 1024
+
+peak, loading = 0, True
+def watch():
+    global peak
+    while loading:
+        peak = max(peak, private())
+        time.sleep(0.002)
+
+folder = Path(sys.argv[1])
+mesh = make_mesh(MeshConfig(fsdp=int(sys.argv[2])), jax.devices()[:int(sys.argv[2])])
+jax.jit(lambda: jax.numpy.zeros(8))().block_until_ready()
+before = private()
+thread = threading.Thread(target=watch)
+thread.start()
+model = jax.block_until_ready(load_model(folder, ComputeConfig(), mesh))
+loading = False
+thread.join()
+sizes = [tensor.nbytes for tensor in read_headers(folder).values()]
+print(json.dumps({
+    "file": sum(sizes), "largest": max(sizes), "over": peak - before - sum(x.nbytes for x in jax.tree.leaves(model))
+}))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.parametrize(("vocabulary", "gib"), [(65_536, 0.5), pytest.param(151_936, 1.05, marks=exhaustive)])
+def test_loading_needs_less_than_two_tensors_beside_the_parameters(
+    vocabulary: int, gib: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(bench.SHAPE, "vocab_size", vocabulary)
+    bench.write_checkpoint(tmp_path, gib)
+    for devices in ("1", "4"):
+        environment = {**os.environ, "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"}
+        told = subprocess.run(
+            [sys.executable, "-c", MEASURE, str(tmp_path), devices], env=environment, capture_output=True, text=True
+        )
+        assert told.returncode == 0, told.stderr
+        found = json.loads(told.stdout.splitlines()[-1])
+        assert found["file"] >= max((gib - 0.05) * 2**30, 3 * found["largest"])
+        assert found["over"] < 2 * found["largest"], found
+
+
+@pytest.mark.parametrize("dtype", [np.float16, ml_dtypes.bfloat16], ids=["float16", "bfloat16"])
+def test_narrow_files_become_float32_parameters(dtype: type, tmp_path: Path) -> None:
+    file = saved(tmp_path) / "model.safetensors"
+    narrow = {name: array.astype(dtype) for name, array in load_file(file).items()}
+    save_file(narrow, file)
+    model = load_model(file.parent, small.FLOAT32, small.mesh(fsdp=2, tensor=2))
+    expected = jax.tree.map(lambda leaf: np.asarray(leaf).astype(dtype).astype(np.float32), random_model())
+    for name, array in named(model).items():
+        assert array.dtype == np.float32
+        np.testing.assert_array_equal(array, named(expected)[name])
+
+
+def saved(tmp_path: Path) -> Path:
+    save_model(random_model(), tmp_path / "saved", like=like(tmp_path), dtype="float32", stops=[1, 2, 3], card="")
+    return tmp_path / "saved"
+
+
+def test_weights_that_are_not_finite_are_a_loud_warning(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = saved(tmp_path) / "model.safetensors"
+    tensors = load_file(file)
+    tensors["model.norm.weight"][3] = np.nan
+    tensors["model.layers.1.mlp.up_proj.weight"][2, 5] = -np.inf
+    save_file(tensors, file)
+    load_model(file.parent, small.FLOAT32, small.mesh())
+    names = "model.layers.1.mlp.up_proj.weight, model.norm.weight"
+    assert capsys.readouterr().err == f"warning: {file.parent}: NaN or infinite weights in 2 tensor(s): {names}.\n"
+
+
+def test_a_hub_id_is_found_in_the_cache_without_a_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    snapshot = tmp_path / "models--owner--name" / "snapshots" / "abc"
+    shutil.copytree(find_model("builtin:miniature"), snapshot)
+    (tmp_path / "models--owner--name" / "refs").mkdir()
+    (tmp_path / "models--owner--name" / "refs" / "main").write_text("abc")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    assert find_model("owner/name") == snapshot
+
+
+# Mutations of a checkpoint: each changes the folder, from random numbers.
+
+Mutation = Callable[[Path, np.random.Generator], None]
+
+
+def _weights(folder: Path, rng: np.random.Generator) -> Path:
+    files = sorted(folder.glob("*.safetensors"))
+    return files[rng.integers(len(files))]
+
+
+def cut(folder: Path, rng: np.random.Generator) -> None:
+    files = [*sorted(folder.glob("*.safetensors")), folder / "config.json", folder / INDEX]
+    file = files[rng.integers(len(files))]
+    content = file.read_bytes()
+    file.write_bytes(content[: rng.integers(len(content))])
+
+
+def flip_header(folder: Path, rng: np.random.Generator) -> None:
+    file = _weights(folder, rng)
+    content = bytearray(file.read_bytes())
+    end = 8 + struct.unpack("<Q", content[:8])[0]
+    for _ in range(rng.integers(1, 4)):
+        content[rng.integers(end)] ^= 1 << rng.integers(8)
+    file.write_bytes(content)
+
+
+def swap_names(folder: Path, rng: np.random.Generator) -> None:
+    file = _weights(folder, rng)
+    tensors = load_file(file)
+    one, other = rng.choice(sorted(tensors), 2, replace=False)
+    tensors[one], tensors[other] = tensors[other], tensors[one]
+    save_file(tensors, file)
+
+
+def rename(folder: Path, rng: np.random.Generator) -> None:
+    file = _weights(folder, rng)
+    tensors = load_file(file)
+    name = rng.choice(sorted(tensors))
+    tensors[name.replace("model", "modle") + "x" * int(rng.integers(2))] = tensors.pop(name)
+    save_file(tensors, file)
+
+
+def reshape(folder: Path, rng: np.random.Generator) -> None:
+    file = _weights(folder, rng)
+    tensors = load_file(file)
+    name = rng.choice(sorted(tensors))
+    array = tensors[name]
+    forms = [array[None], array.reshape(-1), array[:-1], np.concatenate([array, array]), array.T, np.float32(0)]
+    tensors[name] = np.ascontiguousarray(forms[rng.integers(len(forms))])
+    save_file(tensors, file)
+
+
+def retype(folder: Path, rng: np.random.Generator) -> None:
+    file = _weights(folder, rng)
+    tensors = load_file(file)
+    name = rng.choice(sorted(tensors))
+    kinds = [np.float64, np.int8, np.uint8, np.int32, bool, ml_dtypes.float8_e4m3fn]
+    tensors[name] = tensors[name].astype(kinds[rng.integers(len(kinds))])
+    save_file(tensors, file)
+
+
+def break_numbers(folder: Path, rng: np.random.Generator) -> None:
+    file = _weights(folder, rng)
+    tensors = load_file(file)
+    array = tensors[rng.choice(sorted(tensors))].reshape(-1)
+    array[rng.integers(array.size)] = rng.choice([np.nan, np.inf, -np.inf])
+    save_file(tensors, file)
+
+
+def change_index(folder: Path, rng: np.random.Generator) -> None:
+    index = json.loads((folder / INDEX).read_text())
+    name = rng.choice(sorted(index["weight_map"]))
+    values = ["nowhere.safetensors", "../x.safetensors", 3, None, "", "config.json"]
+    index["weight_map"][name] = values[rng.integers(len(values))]
+    (folder / INDEX).write_text(json.dumps(index))
+
+
+def change_config(folder: Path, rng: np.random.Generator) -> None:
+    raw = json.loads((folder / "config.json").read_text())
+    keys = (
+        "vocab_size",
+        "hidden_size",
+        "num_hidden_layers",
+        "num_attention_heads",
+        "num_key_value_heads",
+        "head_dim",
+        "rope_theta",
+    )
+    values = [0, -1, 3, 10**30, "8", None, [], 2.5, True]
+    raw[rng.choice(keys)] = values[rng.integers(len(values))]
+    (folder / "config.json").write_text(json.dumps(raw))
+
+
+def remove(folder: Path, rng: np.random.Generator) -> None:
+    files = [*sorted(folder.glob("*.safetensors")), folder / "config.json"]
+    files[rng.integers(len(files))].unlink()
+
+
+MUTATIONS: tuple[Mutation, ...] = (
+    cut, flip_header, swap_names, rename, reshape, retype, break_numbers, change_index, change_config, remove,
+)  # fmt: skip
+EACH = 55
+
+
+def _read_independently(folder: Path) -> dict[str, np.ndarray]:
+    return {name: array for file in sorted(folder.glob("*.safetensors")) for name, array in load_file(file).items()}
+
+
+def _holds(model: Transformer, tensors: dict[str, np.ndarray]) -> bool:
+    """Whether the parameters are the tensors of the files, compared without the code that loads them."""
+    same = {
+        "embedding": tensors["model.embed_tokens.weight"],
+        "untied_head": tensors["lm_head.weight"].T,
+        "final_norm": tensors["model.norm.weight"],
+    }
+    for path, module in {
+        "attention_norm": "input_layernorm", "mlp_norm": "post_attention_layernorm", "q": "self_attn.q_proj",
+        "k": "self_attn.k_proj", "v": "self_attn.v_proj", "o": "self_attn.o_proj", "gate": "mlp.gate_proj",
+        "up": "mlp.up_proj", "down": "mlp.down_proj",
+    }.items():  # fmt: skip
+        for ours, theirs in ((f"blocks.{path}", f"{module}.weight"), (f"blocks.{path}_bias", f"{module}.bias")):
+            layers = [tensors[name] for i in range(2) if (name := f"model.layers.{i}.{theirs}") in tensors]
+            if layers:
+                same[ours] = np.stack([layer.T for layer in layers])
+    parameters = named(model)
+    assert parameters.keys() == same.keys()
+    return all(
+        np.array_equal(parameters[path], array.reshape(parameters[path].shape), equal_nan=True)
+        for path, array in same.items()
+    )
+
+
+@pytest.mark.parametrize("mutate", MUTATIONS, ids=lambda mutate: mutate.__name__)
+def test_a_mutated_checkpoint_is_refused_or_is_what_its_files_say(
+    mutate: Mutation, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("thinkpo_jax.models.weight_saving.MAX_SHARD", "40KB")
+    whole, mesh = saved(tmp_path), make_mesh(MeshConfig(), jax.devices()[:1])
+    assert len(list(whole.glob("*.safetensors"))) > 1
+    refused, named_all = 0, list[bool]()
+    for seed in range(EACH):
+        rng = np.random.default_rng(seed)
+        folder = tmp_path / f"{seed}"
+        shutil.copytree(whole, folder)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of casting NaN to integers, in a mutation
+            mutate(folder, rng)
+        try:
+            model = load_model(folder, small.FLOAT32, mesh)
+        except UserError as error:
+            refused += 1
+            named_all.append(str(folder) in str(error))
+        else:
+            tensors = _read_independently(folder)
+            assert _holds(model, tensors), seed
+            finite = all(np.isfinite(array).all() for array in tensors.values())
+            assert ("warning" in capsys.readouterr().err) == (not finite)
+        shutil.rmtree(folder)
+    assert all(named_all)
+    # Names of one shape may be swapped: then the files say so, and the model is another one.
+    assert refused > EACH // 2 or mutate in (swap_names, break_numbers)

@@ -1,0 +1,107 @@
+"""A model, examples and meshes small enough to compare whole training trajectories."""
+
+from collections.abc import Sequence
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from thinkpo_jax.data.batches import BatchConfig, Batches
+from thinkpo_jax.data.examples import Example, Segment
+from thinkpo_jax.models.architecture import Architecture
+from thinkpo_jax.models.compute_config import ComputeConfig
+from thinkpo_jax.models.rope import make_rope
+from thinkpo_jax.models.transformer import Transformer
+from thinkpo_jax.runtime.mesh import MeshConfig, make_mesh
+from thinkpo_jax.runtime.sharding import put_batch, shardings
+from thinkpo_jax.training.objectives import Objective
+from thinkpo_jax.training.optimizer import OptimizerConfig, make_optimizer
+from thinkpo_jax.training.reference_log_probs import reference_logprobs
+from thinkpo_jax.training.train_step import TrainState, initial_state, make_step
+
+THETA = 10_000.0
+ARCH = Architecture(
+    vocab_size=64,
+    embed=32,
+    layers=2,
+    heads=4,
+    kv_heads=2,
+    head_dim=8,
+    mlp=48,
+    rope=make_rope({"rope_theta": THETA}, 8),
+    norm_eps=1e-6,
+    max_positions=128,
+    qkv_bias=True,
+    qk_norm=False,
+    tied_head=False,
+    init_std=0.2,
+)
+FLOAT32 = ComputeConfig(dtype="float32")
+
+
+def mesh(**sizes: int) -> Mesh:
+    """A mesh of exactly the given sizes over the first devices; one device without any."""
+    sizes = {"data": 1, "fsdp": 1, "tensor": 1, "context": 1} | sizes
+    return make_mesh(MeshConfig(**sizes), jax.devices()[: int(np.prod(list(sizes.values())))])
+
+
+def model(compute: ComputeConfig = FLOAT32, seed: int = 0, arch: Architecture = ARCH) -> Transformer:
+    """Random weights, biases and norms included, so that every parameter matters."""
+    fresh = Transformer(arch, compute, jax.random.key(seed))
+    leaves, structure = jax.tree.flatten(fresh)
+    keys = jax.random.split(jax.random.key(seed + 1), len(leaves))
+    noisy = [leaf + 0.1 * jax.random.normal(key, leaf.shape) for leaf, key in zip(leaves, keys, strict=True)]
+    return jax.tree.unflatten(structure, noisy)
+
+
+def trained(
+    batches: Batches, model: Transformer, objective: Objective, config: OptimizerConfig, mesh: Mesh
+) -> tuple[list[dict[str, float]], TrainState]:
+    """Metrics of each update of the batches, and the state after the last; pairs against the model that starts."""
+    model = jax.device_put(model, shardings(model, mesh))
+    if batches.answers > 1:
+        batches.reference = reference_logprobs(model, batches, mesh)
+    optimizer = make_optimizer(config, len(batches))
+    state = initial_state(model, optimizer, mesh)
+    step = make_step(objective, optimizer, mesh, state)
+    history: list[dict[str, float]] = []
+    for index in range(len(batches)):
+        state, metrics = step(state, put_batch(batches[index], mesh))
+        history.append({name: float(value) for name, value in metrics.items()})
+    return history, state
+
+
+def segment(rng: np.random.Generator, prompt: int, answer: int) -> Segment:
+    """Random tokens: a prompt and its answer."""
+    return Segment(rng.integers(0, ARCH.vocab_size, prompt + answer).astype(np.int32), prompt)
+
+
+def pairs(count: int, seed: int = 0) -> list[Example]:
+    """(long, short) pairs of various lengths."""
+    rng = np.random.default_rng(seed)
+    found: list[Example] = []
+    for _ in range(count):
+        prompt = int(rng.integers(2, 6))
+        long, short = segment(rng, prompt, int(rng.integers(6, 20))), segment(rng, prompt, int(rng.integers(1, 5)))
+        short.tokens[:prompt] = long.tokens[:prompt]
+        found.append((long, short))
+    return found
+
+
+def singles(count: int, seed: int = 0) -> list[Example]:
+    """SFT examples of various lengths."""
+    return [(long,) for long, _ in pairs(count, seed)]
+
+
+def batches(
+    examples: Sequence[Example],
+    *,
+    shards: int = 1,
+    own: Sequence[int] | None = None,
+    steps: int = 4,
+    size: int | None = 6,
+    **batch: object,
+) -> Batches:
+    """`steps` updates of about `size` examples, rows of 48 tokens unless said otherwise."""
+    config = BatchConfig.model_validate({"size": size, "row_length": 48} | batch)
+    return Batches(examples, config, seed=0, shards=shards, own=own, steps=steps, epochs=1.0)

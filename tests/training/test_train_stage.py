@@ -1,0 +1,235 @@
+"""What a stage does beside its updates: held-out examples, updates that are not finite, a reference that is shared."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import safetensors.numpy
+import yaml
+
+from thinkpo_jax.models.model_folder import find_model
+from thinkpo_jax.runtime.cli import command
+from thinkpo_jax.runtime.console import read_metrics
+from thinkpo_jax.train import main
+from thinkpo_jax.training import train_stage as train
+
+STAGE: dict[str, Any] = {
+    "name": "thinkpo",
+    "objective": "thinkpo",
+    "data": {"path": "pairs.jsonl"},
+    "batch": {"size": 6, "row_length": 64},
+    "steps": 6,
+    "beta": 0.1,
+    "optimizer": {"learning_rate": 1e-3, "schedule": "constant", "warmup_ratio": 0.0},
+    "checkpoint": {"every": 1},
+}
+ROWS = [
+    {"prompt": f"{a}{b}{a}{b}?", "chosen": f"{a}+{b}={a + b};#{a + b}", "rejected": f"#{b}"}
+    for a in range(6)
+    for b in range(4)
+]
+
+
+def _config(folder: Path, *, run: str = "run", compute: dict[str, Any] | None = None, **stage: Any) -> str:
+    """The path of a configuration of one ThinkPO stage on the built-in model."""
+    folder.mkdir(exist_ok=True)
+    (folder / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    data = {"path": str(folder / "pairs.jsonl")}
+    config = {
+        "run_dir": str(folder / run),
+        "model": {"path": "builtin:miniature"},
+        "compute": compute or {"dtype": "float32"},
+        "mesh": {"data": 2, "fsdp": 2, "tensor": 2},
+        "stages": [STAGE | {"data": data} | stage],
+    }
+    path = folder / f"{run}.yaml"
+    path.write_text(yaml.safe_dump(config))
+    return str(path)
+
+
+def _run(config: str, *assignments: str) -> int:
+    return command(main, ["--config", config, *(["--set", *assignments] if assignments else [])])
+
+
+def _weights(folder: Path) -> dict[str, np.ndarray]:
+    return safetensors.numpy.load_file(folder / "run" / "thinkpo" / "model" / "model.safetensors")
+
+
+def test_held_out_pairs_are_evaluated_before_during_and_after(tmp_path: Path) -> None:
+    assert _run(_config(tmp_path, steps=7, validation={"share": 0.25, "every": 3})) == 0
+    lines = read_metrics(tmp_path / "run" / "thinkpo" / "validation.jsonl")
+    assert [line["step"] for line in lines] == [0, 3, 6, 7]
+    assert lines[0]["loss"] == pytest.approx(np.log(2), abs=1e-6)
+    assert lines[0]["rewards/margins"] == pytest.approx(0, abs=1e-6)
+    assert {"rewards/accuracies", "rewards/chosen", "logps/chosen", "margins/tail", "logps/end"} <= lines[0].keys()
+    assert lines[-1]["rewards/margins"] > lines[1]["rewards/margins"] > 0
+    assert lines[-1]["loss"] < lines[1]["loss"] < np.log(2)
+    # Of 24 pairs 6 are held out: an epoch has 18 / 6 updates.
+    assert read_metrics(tmp_path / "run" / "thinkpo" / "metrics.jsonl")[2]["epoch"] == 1.0
+
+
+def test_held_out_pairs_that_cannot_be_are_an_error_before_any_stage(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(globals(), "ROWS", [row | {"prompt": "1?"} for row in ROWS])
+    config = _config(tmp_path, validation={"share": 0.25})
+    for arguments in (["--config", config], ["--config", config, "--check"]):
+        assert command(main, arguments) == 2
+        assert "stage thinkpo: validation: all examples have the same prompt" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+def test_looking_at_held_out_pairs_changes_nothing(tmp_path: Path) -> None:
+    for name, every in (("a", 1), ("b", 100)):
+        assert _run(_config(tmp_path / name, validation={"share": 0.25, "every": every})) == 0
+    often, seldom = _weights(tmp_path / "a"), _weights(tmp_path / "b")
+    for name, array in often.items():
+        np.testing.assert_array_equal(array, seldom[name], err_msg=name)
+
+
+def _poisoned(monkeypatch: pytest.MonkeyPatch, *, update: int) -> None:
+    """Makes the loss of one update NaN: the reference of an example that it reads and the first update does not."""
+    genuine = train.stored_logprobs
+
+    def poisoned(model: Any, batches: Any, *args: Any, **kwargs: Any) -> np.ndarray:
+        found = genuine(model, batches, *args, **kwargs)
+        examples = batches[update - 1].examples
+        found[examples[examples >= 0][0]] = np.nan
+        return found
+
+    monkeypatch.setattr(train, "stored_logprobs", poisoned)
+
+
+def test_an_update_that_is_not_finite_stops_the_run_and_the_last_good_checkpoint_stays(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    _poisoned(monkeypatch, update=3)
+    assert _run(_config(tmp_path)) == 1
+    error = capsys.readouterr().err
+    assert "error: stage thinkpo, update 3: loss nan, gradient norm nan; the update was not applied." in error
+    assert f"Its examples, counted among the rows kept of {tmp_path / 'pairs.jsonl'}: " in error
+    named = error.split("pairs.jsonl: ")[1].split(".")[0].split(", ")
+    assert 4 <= len(named) <= 8
+    assert {int(name) for name in named} <= set(range(1, 25))
+    folder = tmp_path / "run" / "thinkpo"
+    assert [path.name for path in (folder / "checkpoints").iterdir() if path.name.isdigit()] == ["2"]
+    assert [line["step"] for line in read_metrics(folder / "metrics.jsonl")] == [1, 2]
+    # What the message advises is possible: the stage goes on from that checkpoint.
+    assert _run(_config(tmp_path, on_nonfinite="skip")) == 0
+    said = capsys.readouterr().err
+    assert "going on from update 2" in said
+    assert "1 of at most 10 are skipped" in said
+
+
+def test_updates_that_are_not_finite_are_skipped_and_counted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    _poisoned(monkeypatch, update=3)
+    assert _run(_config(tmp_path, on_nonfinite="skip")) == 0
+    said = capsys.readouterr().err
+    assert "warning: stage thinkpo, update 3: loss nan" in said
+    assert "1 of at most 10 are skipped" in said
+    lines = read_metrics(tmp_path / "run" / "thinkpo" / "metrics.jsonl")
+    assert [line["step"] for line in lines] == [1, 2, 3, 4, 5, 6]
+    assert [line.get("skipped") for line in lines] == [None, None, 1, None, None, None]
+    assert "loss" not in lines[2]
+    assert all(np.isfinite(list(line.values())).all() for line in lines)
+    assert all(np.isfinite(array).all() for array in _weights(tmp_path).values())
+    assert lines[-1]["rewards/margins"] > lines[3]["rewards/margins"] - 0.5
+
+
+def test_too_many_skips_stop_the_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    huge = {"learning_rate": 1e30, "schedule": "constant", "warmup_ratio": 0.0}
+    assert _run(_config(tmp_path, optimizer=huge, on_nonfinite="skip", max_skipped=2)) == 1
+    error = capsys.readouterr().err
+    assert "2 of at most 2 are skipped" in error
+    assert "These are more than `max_skipped: 2`." in error
+    assert "update 4" in error
+
+
+def test_the_schedule_stays_behind_by_what_is_skipped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    _poisoned(monkeypatch, update=3)
+    linear = {"learning_rate": 1e-3, "schedule": "linear", "warmup_ratio": 0.0}
+    assert _run(_config(tmp_path, optimizer=linear, on_nonfinite="skip")) == 0
+    rates = [line["learning_rate"] for line in read_metrics(tmp_path / "run" / "thinkpo" / "metrics.jsonl")]
+    np.testing.assert_allclose(rates, [1e-3 * share / 6 for share in (6, 5, 4, 4, 3, 2)], rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("keys", "problem"),
+    [
+        ({"max_skipped": 3}, "`max_skipped` has no effect without `on_nonfinite: skip`"),
+        ({"on_nonfinite": "ignore"}, "stages.0.on_nonfinite: Input should be 'stop' or 'skip'"),
+        ({"validation": {"share": 0.9}}, "stages.0.validation.share: Input should be less than or equal to 0.5"),
+        ({"validation": {"every": 5}}, "stages.0.validation.share is required"),
+        ({"validation": {"shares": 0.1}}, "unknown key stages.0.validation.shares (did you mean share?)"),
+    ],
+    ids=str,
+)
+def test_keys_without_sense_are_errors(
+    keys: dict[str, Any], problem: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert _run(_config(tmp_path, **keys)) == 2
+    assert problem in capsys.readouterr().err
+
+
+def test_a_sweep_computes_the_reference_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert _run(_config(tmp_path, steps=1)) == 0
+    assert "computing the log-probs of 24 examples" in capsys.readouterr().err
+    sweep: tuple[dict[str, Any], ...] = ({"beta": 0.5}, {"optimizer": {"learning_rate": 1e-4}}, {"loss": "ipo"})
+    for number, keys in enumerate(sweep):
+        assert _run(_config(tmp_path, run=f"sweep{number}", steps=1, **keys)) == 0
+        said = capsys.readouterr().err
+        assert "the log-probs of all 24 examples are kept" in said
+        assert "before the first update the loss is" in said
+
+
+def test_a_stage_goes_on_with_the_reference_that_it_was_begun_with(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    genuine = train.stored_logprobs
+    # As if they came from other rows: another last bit.
+    other = lambda *args, **kwargs: np.nextafter(genuine(*args, **kwargs), np.float32(0))  # noqa: E731
+    monkeypatch.setattr(train, "stored_logprobs", other)
+    assert _run(_config(tmp_path)) == 0
+    straight = _weights(tmp_path)
+    folder = tmp_path / "run" / "thinkpo"
+    record = json.loads((folder / "stage.json").read_text())
+    monkeypatch.setattr(train, "stored_logprobs", genuine)
+    for damage in (False, True):
+        shutil.rmtree(folder / "checkpoints")
+        (folder / "stage.json").write_text(json.dumps(record | {"summary": None}))
+        if damage:
+            content = bytearray((folder / "reference.npz").read_bytes())
+            content[len(content) // 2] ^= 1
+            (folder / "reference.npz").write_bytes(content)
+        capsys.readouterr()
+        assert _run(_config(tmp_path)) == 0
+        assert ("reference.npz: damaged" in capsys.readouterr().err) == damage
+        same = all((array == straight[name]).all() for name, array in _weights(tmp_path).items())
+        assert same != damage
+
+
+def test_a_reference_of_other_weights_is_refused_before_the_first_update(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    genuine = train.stored_logprobs
+    monkeypatch.setattr(train, "stored_logprobs", lambda *args, **kwargs: genuine(*args, **kwargs) + np.float32(0.3))
+    assert _run(_config(tmp_path)) == 1
+    error = capsys.readouterr().err
+    assert "before the first update the model's log-probs differ from the cached reference by" in error
+    assert not (tmp_path / "run" / "thinkpo" / "metrics.jsonl").exists()
+
+
+def test_a_learning_rate_of_1e_7_moves_bfloat16_computed_weights(tmp_path: Path) -> None:
+    slow = {"learning_rate": 1e-7, "schedule": "constant", "warmup_ratio": 0.0, "moment_dtype": "bfloat16"}
+    assert _run(_config(tmp_path, compute={"dtype": "bfloat16"}, optimizer=slow, steps=2)) == 0
+    builtin = find_model("builtin:miniature") / "model.safetensors"
+    before, after = safetensors.numpy.load_file(builtin), _weights(tmp_path)
+    moved = {name: np.abs(after[name].astype(np.float32) - before[name].astype(np.float32)) for name in before}
+    share = np.mean(np.concatenate([(change > 0).ravel() for change in moved.values()]))
+    assert share > 0.5
+    assert max(change.max() for change in moved.values()) < 3e-7  # two updates of 1e-7 each

@@ -1,0 +1,193 @@
+"""One update is the same update on one device, on a mesh, in micro-batches, with remat, packed or not."""
+
+import functools
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import Mesh
+from support import small
+from support.selection import cases
+
+from thinkpo_jax.data.batches import Batches
+from thinkpo_jax.data.examples import Example
+from thinkpo_jax.models.compute_config import ComputeConfig
+from thinkpo_jax.models.transformer import Transformer
+from thinkpo_jax.models.weight_mapping import named
+from thinkpo_jax.runtime.config import RunError
+from thinkpo_jax.runtime.mesh import data_shards
+from thinkpo_jax.runtime.sharding import put_batch
+from thinkpo_jax.training.objectives import Objective, PreferenceConfig, comparison, sft, thinkpo
+from thinkpo_jax.training.optimizer import OptimizerConfig, learning_rate, make_optimizer
+from thinkpo_jax.training.reference_log_probs import check_start, reference_logprobs
+from thinkpo_jax.training.train_step import TrainState, initial_state, make_step
+
+STEPS = 4
+ADAM = OptimizerConfig(learning_rate=3e-3, warmup_ratio=0.25, weight_decay=0.1)
+EXAMPLES = {"sft": small.singles(24), "thinkpo": small.pairs(24)}
+PREFERENCE = PreferenceConfig(beta=0.5)
+COMPARE = comparison(PREFERENCE, end_id=1)
+OBJECTIVES: dict[str, Objective] = {"sft": sft, "thinkpo": thinkpo(PREFERENCE, end_id=1)}
+
+
+def _train(
+    kind: str, mesh: Mesh, *, compute: ComputeConfig = small.FLOAT32, **batch: Any
+) -> tuple[list[dict[str, float]], TrainState]:
+    """Metrics of each update, and the state after the last."""
+    with jax.set_mesh(mesh):
+        batches = small.batches(EXAMPLES[kind], shards=data_shards(mesh), steps=STEPS, size=12, **batch)
+        return small.trained(batches, small.model(compute), OBJECTIVES[kind], ADAM, mesh)
+
+
+@pytest.fixture(scope="module", params=["sft", "thinkpo"])
+def straight(request: pytest.FixtureRequest) -> tuple[str, list[dict[str, float]], TrainState]:
+    return request.param, *_train(request.param, small.mesh())
+
+
+MESH_8 = {"data": 2, "fsdp": 2, "tensor": 2}  # test_mesh.py has the others
+VARIANTS = {
+    "micro-batches": ({}, "none", {"rows_per_device": 1}),
+    "remat projections": ({}, "projections", {}),
+    "remat attention": ({}, "attention", {}),
+    "remat full": ({}, "full", {}),
+    "remat offload": ({}, "offload", {}),
+    "mesh, remat attention": (MESH_8, "attention", {}),
+    "all": (MESH_8, "full", {"rows_per_device": 1}),
+}
+SHORT = {"micro-batches", "remat offload", "mesh, remat attention", "all"}  # test_model.py has all remat policies
+
+
+@pytest.mark.parametrize("variant", cases(VARIANTS, short=SHORT.__contains__))
+def test_the_trajectory_does_not_depend_on_layout(straight: tuple, variant: str) -> None:
+    kind, expected, expected_state = straight
+    sizes, remat, batch = VARIANTS[variant]
+    compute = ComputeConfig.model_validate({"dtype": "float32", "remat": remat})
+    found, state = _train(kind, small.mesh(**sizes), compute=compute, **batch)
+    for before, after in zip(expected, found, strict=True):
+        assert before.keys() == after.keys()
+        for name, value in before.items():
+            assert after[name] == pytest.approx(value, rel=2e-5, abs=2e-5), name
+    differences = [
+        np.abs(np.asarray(a) - np.asarray(b)).ravel()
+        for a, b in zip(jax.tree.leaves(expected_state.model), jax.tree.leaves(state.model), strict=True)
+    ]
+    every = np.concatenate(differences)
+    assert every.max() < 1e-4
+    assert every.mean() < 1e-6
+
+
+def test_training_learns(straight: tuple) -> None:
+    kind, _, state = straight
+    batches = small.batches(EXAMPLES[kind], steps=1, size=24)
+    batches.reference = reference_logprobs(small.model(), batches, small.mesh())
+    rows = jax.tree.map(lambda array: jnp.array(array[0]), batches[0])
+    objective = jax.jit(OBJECTIVES[kind])
+    before, after = (objective(model, rows) for model in (small.model(), state.model))
+    assert after.loss < before.loss
+
+
+def test_the_first_thinkpo_loss_is_ln_2() -> None:
+    history, _ = _train("thinkpo", small.mesh())
+    assert history[0]["loss"] == pytest.approx(math.log(2), abs=1e-6)
+    assert history[0]["rewards/margins"] == pytest.approx(0, abs=1e-6)
+
+
+def test_a_start_that_is_not_the_reference_is_refused() -> None:
+    mesh = small.mesh()
+    with jax.set_mesh(mesh):
+        batches = small.batches(EXAMPLES["thinkpo"])
+        batches.reference = reference_logprobs(small.model(seed=1), batches, mesh)
+        with pytest.raises(RunError, match=r"not 0\.693147"):
+            check_start(PREFERENCE, COMPARE, small.model(), batches[0], mesh)
+        batches.reference = reference_logprobs(small.model(), batches, mesh)
+        found = check_start(PREFERENCE, COMPARE, small.model(), batches[0], mesh)
+        assert found == pytest.approx(math.log(2), abs=1e-6)
+
+
+def test_errors_of_both_signs_do_not_hide_from_the_start_check() -> None:
+    mesh = small.mesh()
+    with jax.set_mesh(mesh):
+        batches = small.batches(EXAMPLES["thinkpo"])
+        batches.reference = reference_logprobs(small.model(), batches, mesh)
+        batches.reference[::2, 0] += 0.05
+        batches.reference[1::2, 0] -= 0.05
+        with pytest.raises(RunError, match="differ from the cached reference"):
+            check_start(PREFERENCE, COMPARE, small.model(), batches[0], mesh)
+
+
+def test_a_stage_of_one_update_has_a_learning_rate() -> None:
+    for steps in (1, 2, 20):
+        rate = learning_rate(OptimizerConfig(learning_rate=1.0), steps)
+        assert max(float(np.asarray(rate(index))) for index in range(steps)) == 1.0
+
+
+def _loss_and_gradient(kind: str, batches: Batches) -> tuple[float, dict[str, float], list[np.ndarray]]:
+    """Loss, metrics and gradient of one update over all examples."""
+    model, objective = small.model(), OBJECTIVES[kind]
+
+    @jax.jit
+    @functools.partial(jax.value_and_grad, has_aux=True)
+    def loss(model: Transformer) -> tuple[jax.Array, tuple]:
+        rows = jax.tree.map(lambda array: jnp.array(array[0]), batches[0])
+        sums = objective(model, rows)
+        return sums.loss / sums.weight, (sums.metrics, sums.weight)
+
+    (value, (metrics, weight)), gradient = loss(model)
+    means = {name: float(total / weight) for name, total in metrics.items()}
+    return float(value), means | {"weight": float(weight)}, [np.asarray(leaf) for leaf in jax.tree.leaves(gradient)]
+
+
+@pytest.mark.parametrize("kind", ["sft", "thinkpo"])
+@pytest.mark.parametrize("row_length", cases([48, 80], short=(48).__eq__))
+def test_packed_rows_equal_one_example_per_row(kind: str, row_length: int) -> None:
+    def whole(examples: Sequence[Example], **batch: Any) -> Batches:
+        found = small.batches(examples, steps=1, size=len(examples), row_length=row_length, **batch)
+        # A reference of its own for each example, so that a mix-up of pairs shows.
+        found.reference = np.random.default_rng(1).normal(-30, 5, found.reference.shape).astype(np.float32)
+        return found
+
+    packed, unpacked = whole(EXAMPLES[kind]), whole(EXAMPLES[kind], pack=False)
+    assert packed.rows < unpacked.rows
+    expected, found = _loss_and_gradient(kind, unpacked), _loss_and_gradient(kind, packed)
+    assert found[0] == pytest.approx(expected[0], rel=1e-5)
+    assert found[1] == pytest.approx(expected[1], rel=1e-5)
+    for a, b in zip(expected[2], found[2], strict=True):
+        np.testing.assert_allclose(b, a, atol=1e-5 * max(1.0, float(np.abs(a).max())))
+
+
+def test_batches_are_split_over_the_data_axes() -> None:
+    mesh = small.mesh(**MESH_8)
+    batch = put_batch(small.batches(EXAMPLES["sft"], shards=4)[0], mesh)
+    for array in batch:
+        assert array.addressable_shards[0].data.shape[1] == array.shape[1] // 4
+
+
+def test_an_update_that_is_not_finite_is_not_applied() -> None:
+    mesh = small.mesh()
+    batches = small.batches(EXAMPLES["thinkpo"], steps=1)
+    batches.reference = np.full_like(batches.reference, np.nan)
+    optimizer = make_optimizer(ADAM, 1)
+    model = small.model()
+    with jax.set_mesh(mesh):
+        state = initial_state(small.model(), optimizer, mesh)
+        state, metrics = make_step(OBJECTIVES["thinkpo"], optimizer, mesh, state)(state, put_batch(batches[0], mesh))
+    assert not metrics["finite"]
+    assert int(state.step) == 1  # the next update reads the next batch
+    for before, after in zip(jax.tree.leaves(model), jax.tree.leaves(state.model), strict=True):
+        np.testing.assert_array_equal(before, after)
+
+
+def test_weight_decay_spares_norms_and_biases() -> None:
+    config = OptimizerConfig(learning_rate=1.0, schedule="constant", warmup_ratio=0.0, weight_decay=0.5)
+    model = small.model()
+    optimizer = make_optimizer(config, 1)
+    zeros = jax.tree.map(jnp.zeros_like, model)
+    updates, _ = jax.jit(optimizer.update)(zeros, jax.jit(optimizer.init)(model), model)
+    moved = {name: bool(jnp.any(value != 0)) for name, value in named(updates).items()}
+    spared = {name for name, value in moved.items() if not value}
+    assert spared == {name for name in moved if "norm" in name or "bias" in name}
+    assert len(spared) == 6

@@ -1,0 +1,1 @@
+"""Measures loading, training steps, generation and accelerators."""

@@ -1,0 +1,1 @@
+"""Turns rows of data sets into tokenized, packed batches."""

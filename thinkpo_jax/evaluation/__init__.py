@@ -1,0 +1,1 @@
+"""Benchmarks, grading, statistics, report."""

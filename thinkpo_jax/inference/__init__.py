@@ -1,0 +1,1 @@
+"""Generates completions from prompts, with the local model or a server."""

@@ -1,0 +1,1 @@
+"""The decoder, its attention kernels, and Hugging Face weights in and out."""

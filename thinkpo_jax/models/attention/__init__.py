@@ -1,0 +1,1 @@
+"""Causal attention over packed rows, with one kernel per device type."""

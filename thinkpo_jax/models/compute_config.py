@@ -1,0 +1,58 @@
+"""Dtype, remat policy and attention kernel of a run."""
+
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
+
+import jax
+from jax.sharding import Mesh
+
+from thinkpo_jax.models.architecture import Architecture
+from thinkpo_jax.models.attention.dense import ATTENDED
+from thinkpo_jax.models.attention.dispatch import Form, choose
+from thinkpo_jax.runtime.config import Section
+
+# By which remat policies name a layer's input, and what weights give: those of attention, gate and up.
+INPUT, PROJECTED, GATED = "input", "projected", "gated"
+# What each policy keeps of a layer for the backward pass, beside the layer's input; the rest is computed again.
+KEPT: dict[str, tuple[str, ...]] = {"projections": (PROJECTED, GATED, ATTENDED), "attention": (ATTENDED,), "full": ()}
+OFFLOADED = (INPUT, PROJECTED, ATTENDED)  # by the policy `offload`, to the memory of the host
+
+
+class ComputeConfig(Section):
+    """How the network is computed; none of it changes what the network is.
+
+    `remat` trades memory for operations: `none` keeps every intermediate of the layers, `projections` what weights and
+    attention give (no product with a weight is computed twice), `attention` its output alone, `full` nothing.
+    `offload` keeps in the memory of the host what `projections` keeps, gate and up left out, and the layer's input.
+
+    `attention` says which kernel attends (attention.py), by default the one that is made for the devices.
+    """
+
+    dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    remat: Literal["none", "projections", "attention", "full", "offload"] = "none"
+    attention: Form = "auto"
+
+
+def with_kernel(compute: ComputeConfig, arch: Architecture, mesh: Mesh, lengths: Sequence[int]) -> ComputeConfig:
+    """The same with the form of attention that the devices of the mesh take for rows of these lengths."""
+    options = {"dtype": compute.dtype, "head_dim": arch.head_dim, "context": mesh.shape["context"], "lengths": lengths}
+    return compute.model_copy(update={"attention": choose(compute.attention, mesh.devices.flat[0], **options)})
+
+
+def placement(compute: ComputeConfig, mesh: Mesh) -> str:
+    """Which form of attention computes on what, for the log."""
+    kind = mesh.devices.flat[0].device_kind
+    return f"attention: {compute.attention}; {mesh.size} x {kind}, mesh {dict(mesh.shape)}"
+
+
+def _policy(remat: str) -> Callable[..., Any]:
+    """What the backward pass keeps of a layer."""
+    policies = jax.checkpoint_policies
+    if remat != "offload":
+        return policies.save_only_these_names(*KEPT[remat])
+    return policies.save_and_offload_only_these_names(
+        names_which_can_be_saved=[],
+        names_which_can_be_offloaded=list(OFFLOADED),
+        offload_src="device",
+        offload_dst="pinned_host",
+    )

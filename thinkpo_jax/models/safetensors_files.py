@@ -1,0 +1,122 @@
+"""What lies in a Hugging Face folder, and where does a model come from? Nothing here knows the network."""
+
+import json
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+
+import ml_dtypes
+import numpy as np
+import safetensors
+
+from thinkpo_jax.runtime.config import UserError, together
+from thinkpo_jax.runtime.files import read_json
+
+_TOUCH_BYTES = 2**20
+_PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
+
+WEIGHTS = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+
+DTYPES = {"F32": np.dtype(np.float32), "BF16": np.dtype(ml_dtypes.bfloat16), "F16": np.dtype(np.float16)}
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """A tensor in a safetensors file: its place, its safetensors dtype and its shape."""
+
+    file: Path
+    begin: int
+    dtype: str
+    shape: tuple[int, ...]
+
+    @property
+    def nbytes(self) -> int:
+        """Its size in the file, in bytes."""
+        return math.prod(self.shape) * DTYPES[self.dtype].itemsize
+
+    def mapped(self) -> np.ndarray:
+        """The tensor as a view of the file: what is read of it is read when it is used."""
+        return np.memmap(self.file, DTYPES[self.dtype], mode="r", offset=self.begin, shape=self.shape)
+
+    def touch(self) -> None:
+        """Reads the tensor from end to end and forgets it, so that the system has it at hand when it is used."""
+        buffer = memoryview(bytearray(_TOUCH_BYTES))
+        with self.file.open("rb", buffering=0) as opened:
+            opened.seek(self.begin)
+            left = self.nbytes
+            while left > 0 and (count := opened.readinto(buffer[: min(left, _TOUCH_BYTES)])):
+                left -= count
+
+
+def read_headers(folder: Path) -> dict[str, Tensor]:
+    """Every tensor of the folder's weights, from the headers of its files. Raises one `UserError` with all problems."""
+    weight_map = _weight_map(folder / INDEX) if (folder / INDEX).exists() else {}
+    found: dict[str, Tensor] = {}
+    with together() as attempt:
+        for file in attempt(_weight_files, folder, set(weight_map.values())) or ():
+            for name, tensor in (attempt(_read_header, file) or {}).items():
+                if name in found:
+                    attempt.fail(f"{folder}: tensor {name} is in {found[name].file.name} and in {file.name}.")
+                elif weight_map.get(name, file.name) != file.name:
+                    attempt.fail(f"{folder}: {INDEX} has {name} in {weight_map[name]}, it is in {file.name}.")
+                found[name] = tensor
+    lost = [f"{name} in {file}" for name, file in sorted(weight_map.items()) if name not in found]
+    if lost:
+        raise UserError(f"{folder / INDEX}: names tensors that are not there: {some(lost, ', ')}. Download it again.")
+    return found
+
+
+def some(items: Iterable[str], separator: str, limit: int = 20) -> str:
+    """The first of many, joined, and how many more there are."""
+    items = list(items)
+    return separator.join(items[:limit] + ([f"and {len(items) - limit} more"] if len(items) > limit else []))
+
+
+def _weight_map(index: Path) -> dict[str, str]:
+    weight_map = read_json(index).get("weight_map")
+    if not weight_map or not isinstance(weight_map, dict) or not all(isinstance(n, str) for n in weight_map.values()):
+        raise UserError(f"{index}: expected weight_map, an object from tensor to file name. Download it again.")
+    outside = sorted({name for name in weight_map.values() if len(PurePosixPath(name).parts) != 1 or name == ".."})
+    if outside:
+        raise UserError(f"{index}: names files outside of its folder: {some(outside, ', ')}. Do not trust it.")
+    return weight_map
+
+
+def _weight_files(folder: Path, indexed: set[str]) -> list[Path]:
+    """The files of the weights: those that the index names, or model.safetensors, or all *.safetensors."""
+    if indexed and (folder / WEIGHTS).exists() and WEIGHTS not in indexed:
+        raise UserError(f"{folder}: has both {WEIGHTS} and {INDEX} with other files. Remove the one that is stale.")
+    if absent := sorted(name for name in indexed if not (folder / name).is_file()):
+        raise UserError(f"{folder}: lacks {some(absent, ', ')}, which {INDEX} names. Download what is missing.")
+    single = [folder / WEIGHTS] if (folder / WEIGHTS).exists() else sorted(folder.glob("*.safetensors"))
+    files = [folder / name for name in sorted(indexed)] or single
+    if not files:
+        pickled = sorted(file.name for pattern in _PICKLED for file in folder.glob(pattern))
+        raise UserError(
+            f"{folder}: has only pickled weights ({some(pickled, ', ', 3)}), which can run code and are never loaded. "
+            "Convert them to safetensors, or take a checkpoint that has them."
+            if pickled
+            else f"{folder}: no *.safetensors file. Other formats (GGUF, MLX, ...) are not read: convert it first."
+        )
+    return files
+
+
+def _read_header(file: Path) -> dict[str, Tensor]:
+    """The tensors of one file. safetensors itself checks the header against the file; we add where each tensor is."""
+    try:
+        with safetensors.safe_open(file, framework="numpy"), file.open("rb") as opened:
+            length = int.from_bytes(opened.read(8), "little")
+            header = json.loads(opened.read(length))
+    except (OSError, ValueError, safetensors.SafetensorError) as error:
+        raise UserError(f"{file}: cannot be read as safetensors: {error}. Download it again.") from None
+    header.pop("__metadata__", None)
+    tensors = {
+        name: Tensor(file, 8 + length + entry["data_offsets"][0], entry["dtype"], tuple(entry["shape"]))
+        for name, entry in header.items()
+    }
+    wrong = sorted(f"{name} is {tensor.dtype}" for name, tensor in tensors.items() if tensor.dtype not in DTYPES)
+    if wrong:
+        raise UserError(f"{file}: {some(wrong, ', ')}; expected {', '.join(DTYPES)}. Take the unquantised checkpoint.")
+    return tensors

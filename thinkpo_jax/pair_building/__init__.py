@@ -1,0 +1,1 @@
+"""Builds preference pairs from long and short answers."""

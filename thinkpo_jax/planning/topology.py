@@ -1,0 +1,108 @@
+"""Which devices are there, what can each do, and how is a program compiled for it?
+
+One row for each kind of device. `topology` turns the name of a slice or of a number of GPUs, `v5e:4x4` or `h100:8`,
+into devices that programs can be compiled for, whether or not this machine has them.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+from jax.experimental import topologies
+
+from thinkpo_jax.runtime.config import UserError, nearest
+from thinkpo_jax.runtime.devices import DEVICES, Device, Gpu
+
+# What can be rented: chips along each axis of the torus.
+_FLAT = ("1x1", "2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")
+_DEEP = ("2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4", "4x4x8", "4x8x8", "8x8x8", "8x8x16", "8x16x16")
+SLICES = {"v4": _DEEP, "v5e": _FLAT, "v5p": _DEEP, "v6e": _FLAT, "tpu7x": _DEEP}
+PER_HOST = 8  # GPUs
+FRACTION = 0.9  # of a GPU's memory that programs get with XLA_PYTHON_CLIENT_MEM_FRACTION=0.9
+
+
+@dataclass(frozen=True)
+class Topology:
+    """Devices that programs are compiled for."""
+
+    name: str
+    device: Device
+    shape: tuple[int, ...]  # TPU: chips along each axis; GPU: hosts, GPUs of each
+
+    @property
+    def size(self) -> int:
+        """The number of devices."""
+        return math.prod(self.shape) * (2 if self.device.name == "tpu7x" else 1)
+
+    @property
+    def memory(self) -> int:
+        """Bytes that a program may use of one device."""
+        return self.device.memory if self.device.gpu is None else int(self.device.memory * FRACTION)
+
+    def devices(self) -> list[Any]:
+        """Stand-ins for the devices, in the order of a mesh. Needs libtpu, or the plugin for CUDA."""
+        gpu, dimensions = self.device.gpu, "x".join(map(str, self.shape))
+        if gpu is not None:
+            target = _target(gpu, self.device)
+            found = topologies.get_topology_desc(platform="cuda", target_config=target, topology=f"1x{dimensions}")
+            return list(found.devices)
+        options: dict[str, Any] = {"chip_config_name": "megacore"} if self.device.name == "v4" else {}
+        if self.shape == (1, 1):
+            options["chips_per_host_bounds"] = (1, 1, 1)
+        name = f"{self.device.name}:{dimensions}"
+        return list(topologies.get_topology_desc(platform="tpu", topology_name=name, **options).devices)
+
+
+def topology(name: str) -> Topology:
+    """The topology of a name such as `v5e:4x4` or `h100:8`. Raises `UserError` that lists those that there are."""
+    kind, _, shape = name.lower().partition(":")
+    device = next((row for row in DEVICES if row.name == kind), None)
+    if device is None:
+        raise UserError(
+            f"--topology {name}: no device {kind!r}{nearest(kind, [row.name for row in DEVICES])}. {listed()}"
+        )
+    if device.gpu is None:
+        if shape not in SLICES[kind]:
+            raise UserError(
+                f"--topology {name}: {kind} has the slices {', '.join(SLICES[kind])} (chips along each axis)."
+            )
+        return Topology(name.lower(), device, tuple(map(int, shape.split("x"))))
+    count = int(shape) if shape.isascii() and shape.isdecimal() and len(shape) < 6 else 0
+    hosts = max(1, count // PER_HOST)
+    if count < 1 or count != hosts * min(count, PER_HOST):
+        raise UserError(
+            f"--topology {name}: give {kind} a number of GPUs: 1 to {PER_HOST}, or a multiple of {PER_HOST} (hosts)."
+        )
+    return Topology(name.lower(), device, (hosts, count // hosts))
+
+
+def slices(kind: str) -> list[Topology]:
+    """All slices of a kind of device, the smallest first. Raises `UserError` where there is no such kind."""
+    if kind not in (kinds := [row.name for row in DEVICES]):
+        raise UserError(f"--topology {kind}: no such device{nearest(kind, kinds)}. Choose one of {', '.join(kinds)}.")
+    names = SLICES.get(kind, tuple(str(count) for count in (1, 2, 4, 8, *range(16, 65, 8), 128, 256)))
+    return [topology(f"{kind}:{name}") for name in names]
+
+
+def listed() -> str:
+    """All names that `topology` knows, in words."""
+    lines = [f"{name}:{shape}" for name, shapes in SLICES.items() for shape in shapes]
+    gpus = ", ".join(f"{row.name}:N" for row in DEVICES if row.gpu is not None)
+    return f"There are {', '.join(lines)}; {gpus} with N GPUs (1 to {PER_HOST}, or a multiple of {PER_HOST})."
+
+
+def _target(gpu: Gpu, device: Device) -> str:
+    """A GPU as XLA's text form of a target describes it."""
+    major, minor = gpu.compute_capability
+    features = "" if major < 9 else " feature_extension: ACCELERATED_FEATURES"
+    return (
+        "gpu_device_info { threads_per_block_limit: 1024 threads_per_warp: 32 shared_memory_per_block: 49152 "
+        f"shared_memory_per_core: {gpu.shared_memory[0]} shared_memory_per_block_optin: {gpu.shared_memory[1]} "
+        f"threads_per_core_limit: 2048 core_count: {gpu.cores} fpus_per_core: {gpu.fpus_per_core} "
+        "block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535 "
+        f"memory_bandwidth: {int(device.bandwidth)} l2_cache_size: {gpu.l2_cache} clock_rate_ghz: {gpu.clock_ghz} "
+        f"device_memory_size: {device.memory} registers_per_core_limit: 65536 registers_per_block_limit: 65536 "
+        f"cuda_compute_capability {{ major: {major} minor: {minor}{features} }} }} "
+        f'platform_name: "CUDA" dnn_version_info {{ major: 9 minor: 10 }} runtime_version {{ major: 13 }} '
+        f'device_description_str: "{gpu.description}"'
+    )

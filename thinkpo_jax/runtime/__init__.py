@@ -1,0 +1,4 @@
+"""Everything that knows nothing about models.
+
+Typed configuration, command line, processes, mesh and sharding, files and console.
+"""

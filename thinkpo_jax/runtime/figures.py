@@ -1,0 +1,39 @@
+"""Matplotlib helpers that several reports share."""
+
+from io import BytesIO
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+_CHOSEN, _REJECTED, _MARGIN = "#5B3FD6", "#882255", "#333333"  # never the colour of a model
+_PANELS_PER_ROW = 3
+
+
+def png(figure: Figure) -> bytes:
+    """A figure as a picture file."""
+    figure.savefig(buffer := BytesIO(), format="png", dpi=130)
+    return buffer.getvalue()
+
+
+def _grid(count: int, title: str) -> tuple[Figure, list[Axes]]:
+    columns = min(count, _PANELS_PER_ROW)
+    rows = -(-count // columns)
+    figure = Figure(figsize=(max(5.6, 4.6 * columns), 3.9 * rows), layout="constrained")
+    figure.suptitle(title)
+    panels = list(figure.subplots(rows, columns, squeeze=False).flat)
+    for unused in panels[count:]:
+        unused.remove()
+    return figure, panels[:count]
+
+
+def _label(ax: Axes, title: str, x: str, y: str) -> None:
+    ax.set_title(title, fontsize=10)
+    ax.set_xlabel(x)
+    ax.set_ylabel(y)
+    ax.grid(color="#E4E4E4", linewidth=0.7)
+    ax.set_axisbelow(True)
+    ax.spines[["top", "right"]].set_visible(False)
+
+
+def _legend(ax: Axes) -> None:
+    ax.legend(loc="upper center", bbox_to_anchor=(0.5, -0.17), ncols=3, frameon=False, fontsize=8.5)

@@ -1,0 +1,1 @@
+"""Objectives, optimizer step, checkpoints, reference cache and the loop of one stage."""

@@ -1,0 +1,69 @@
+"""How do gradients become updates? AdamW with warm-up, clipping and float32 state."""
+
+import math
+from typing import Any, Literal
+
+import jax
+import optax
+import pydantic
+from flax import nnx
+
+from thinkpo_jax.runtime.config import Section
+
+
+class OptimizerConfig(Section):
+    """AdamW (arXiv 1711.05101) and its learning rate over the stage's updates.
+
+    `moment_dtype` is that of the first moment; bfloat16 saves two bytes a parameter. The second one, whose small
+    changes bfloat16 would swallow, and the weights are float32 always.
+    """
+
+    learning_rate: float = pydantic.Field(gt=0)
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    warmup_ratio: float = pydantic.Field(default=0.1, ge=0, lt=1)
+    weight_decay: float = pydantic.Field(default=0.0, ge=0)
+    max_grad_norm: float = pydantic.Field(default=1.0, gt=0)
+    b1: float = pydantic.Field(default=0.9, ge=0, lt=1)
+    b2: float = pydantic.Field(default=0.999, ge=0, lt=1)
+    eps: float = pydantic.Field(default=1e-8, gt=0)
+    moment_dtype: Literal["float32", "bfloat16"] = "float32"
+
+
+def learning_rate(config: OptimizerConfig, steps: int) -> optax.Schedule:
+    """Learning rate by update: linear warm-up from 0 over `warmup_ratio` of the steps, then down.
+
+    As in other trainers the first update of a warm-up has rate 0; a stage of one update has no warm-up.
+    """
+    warmup = min(math.ceil(config.warmup_ratio * steps), steps - 1)
+    rest = max(steps - warmup, 1)
+    after = {
+        "cosine": optax.cosine_decay_schedule(config.learning_rate, rest),
+        "linear": optax.linear_schedule(config.learning_rate, 0.0, rest),
+        "constant": optax.constant_schedule(config.learning_rate),
+    }[config.schedule]
+    return optax.join_schedules([optax.linear_schedule(0.0, config.learning_rate, warmup), after], [warmup])
+
+
+def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:
+    """Clipping by global norm, then AdamW; weight decay spares norms and biases."""
+    return optax.chain(
+        optax.clip_by_global_norm(config.max_grad_norm),
+        optax.adamw(
+            learning_rate(config, steps),
+            b1=config.b1,
+            b2=config.b2,
+            eps=config.eps,
+            mu_dtype=config.moment_dtype,
+            weight_decay=config.weight_decay,
+            mask=_is_matrix,
+        ),
+    )
+
+
+def _is_matrix(params: Any) -> Any:
+    """True for weights that are decayed: those with an embed axis (no norm, no bias has one)."""
+
+    def one(leaf: Any) -> Any:
+        return jax.tree.map(lambda _: "embed" in leaf.get_metadata()["axes"], leaf)
+
+    return jax.tree.map(one, params, is_leaf=lambda leaf: isinstance(leaf, nnx.Variable))

@@ -1,0 +1,74 @@
+"""The config sections of SFT and ThinkPO stages."""
+
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal, TypeVar
+
+import pydantic
+
+from thinkpo_jax.data.batches import BatchConfig
+from thinkpo_jax.data.packing import ValidationConfig
+from thinkpo_jax.data.record_formats import PairData, SftData
+from thinkpo_jax.runtime.config import Section
+from thinkpo_jax.training.checkpoints import CheckpointConfig
+from thinkpo_jax.training.objectives import PreferenceConfig
+from thinkpo_jax.training.optimizer import OptimizerConfig
+
+DataT = TypeVar("DataT")
+
+
+def _listed(value: Any) -> Any:
+    if not isinstance(value, Mapping | tuple | Section):
+        raise ValueError("expected keys (one source), or a list of sources")
+    return value if isinstance(value, tuple) else (value,)
+
+
+# One source, or a list of them.
+Sources = Annotated[tuple[DataT, ...], pydantic.BeforeValidator(_listed), pydantic.Field(min_length=1)]
+
+
+class _Stage(Section):
+    """What every stage has. It starts from `start` (a stage, or `base`), by default from the stage before it.
+
+    `on_nonfinite`: whether an update whose loss or gradient is not finite stops the run, or is left out, `max_skipped`
+    of them at most.
+    """
+
+    name: str = pydantic.Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")
+    start: str | None = None
+    steps: int | None = pydantic.Field(default=None, ge=1)
+    epochs: float | None = pydantic.Field(default=None, gt=0, le=1000)
+    batch: BatchConfig
+    optimizer: OptimizerConfig
+    validation: ValidationConfig | None = None
+    on_nonfinite: Literal["stop", "skip"] = "stop"
+    max_skipped: int = pydantic.Field(default=10, ge=1)
+    checkpoint: CheckpointConfig = CheckpointConfig()
+
+    @pydantic.model_validator(mode="after")
+    def _skips_are_allowed(self) -> "_Stage":
+        if self.on_nonfinite == "stop" and self.max_skipped != 10:
+            raise ValueError("`max_skipped` has no effect without `on_nonfinite: skip`")
+        return self
+
+    @pydantic.model_validator(mode="after")
+    def _one_length(self) -> "_Stage":
+        if (self.steps is None) == (self.epochs is None):
+            raise ValueError("give either `steps` or `epochs`, one of the two")
+        return self
+
+
+class SftStage(_Stage):
+    """Supervised fine-tuning on answers."""
+
+    objective: Literal["sft"]
+    data: Sources[SftData]
+
+
+class ThinkpoStage(_Stage, PreferenceConfig):
+    """ThinkPO on (long, short) pairs against the model that the stage starts from."""
+
+    objective: Literal["thinkpo"]
+    data: Sources[PairData]
+
+
+Stage = SftStage | ThinkpoStage
