@@ -12,12 +12,12 @@ from support.paths import ROOT
 from support.small import mesh
 
 from thinkpo_jax.models.architecture import Architecture, read_architecture
-from thinkpo_jax.models.weight_mapping import abstract_model, expected_shapes, named
+from thinkpo_jax.models.weight_mapping import abstract_model, expected_tensor_shapes, flatten_by_name
 from thinkpo_jax.pair_building.pairs_config import PairsConfig
-from thinkpo_jax.pair_building.short_answers import ServerAnswers
-from thinkpo_jax.run.run_config import RunConfig, load_config
-from thinkpo_jax.runtime.config import parse, read_yaml
-from thinkpo_jax.runtime.sharding import shardings
+from thinkpo_jax.pair_building.short_answers import ServerAnswersConfig
+from thinkpo_jax.run.run_config import RunConfig, load_run_config
+from thinkpo_jax.runtime.config import parse_config, read_yaml
+from thinkpo_jax.runtime.sharding import tree_shardings
 from thinkpo_jax.training.stage_config import SftStage, ThinkpoStage
 
 CONFIGS, PAIRS = (
@@ -44,7 +44,7 @@ QWEN2_7B: dict[str, Any] = {
 
 
 def config(name: str, *assignments: str) -> RunConfig:
-    return load_config(ROOT / "configs" / f"{name}.yaml", assignments)
+    return load_run_config(ROOT / "configs" / f"{name}.yaml", assignments)
 
 
 @pytest.fixture
@@ -56,9 +56,9 @@ def qwen2_7b(tmp_path: Path) -> Architecture:
 @pytest.mark.parametrize("path", CONFIGS + PAIRS, ids=lambda path: path.stem)
 def test_config_is_valid_and_its_first_line_is_the_command_that_runs_it(path: Path):
     if path in PAIRS:
-        folder, name = parse(PairsConfig, read_yaml(path), source=str(path)).out, "pairs"
+        folder, name = parse_config(PairsConfig, read_yaml(path), source=str(path)).out, "pairs"
     else:
-        folder, name = load_config(path).run_dir, "train"
+        folder, name = load_run_config(path).run_dir, "train"
     assert folder == f"runs/{path.stem}"  # runs of two configurations never meet
     first, second = path.read_text(encoding="utf-8").splitlines()[:2]
     assert first.startswith("# ")
@@ -99,7 +99,7 @@ def test_the_two_paper_configs_differ_in_model_and_learning_rate_alone():
 
 
 def test_7b_has_its_published_parameter_count(qwen2_7b: Architecture):
-    shapes = expected_shapes(qwen2_7b)
+    shapes = expected_tensor_shapes(qwen2_7b)
     sizes = [leaf.size for leaf in jax.tree.leaves(abstract_model(qwen2_7b, config("quickstart").compute))]
     assert sum(sizes) == 7_615_616_512
     assert len(shapes) == 339
@@ -111,9 +111,9 @@ def test_7b_has_its_published_parameter_count(qwen2_7b: Architecture):
 @pytest.mark.parametrize("sizes", [{"fsdp": 8}, {"fsdp": 2, "tensor": 4}, {"data": 2, "fsdp": 4}], ids=str)
 def test_7b_lies_on_eight_devices(name: str, sizes: dict[str, int], qwen2_7b: Architecture):
     model = abstract_model(qwen2_7b, config(name).compute)
-    layout = named(shardings(model, mesh(**sizes)))
+    layout = flatten_by_name(tree_shardings(model, mesh(**sizes)))
     parts = sizes["fsdp"] * sizes.get("tensor", 1)
-    for path, leaf in named(model).items():
+    for path, leaf in flatten_by_name(model).items():
         if leaf.size > 10**6:  # the matrices; norms and biases are small
             assert leaf.size == parts * math.prod(layout[path].shard_shape(leaf.shape)), path
 
@@ -137,8 +137,8 @@ def test_set_replaces_a_whole_data_section():
 
 def test_the_papers_pairs_are_asked_for_as_the_paper_did():
     path = ROOT / "configs" / "pairs_bespoke_stratos.yaml"
-    found = parse(PairsConfig, read_yaml(path), source=str(path))
-    assert isinstance(found.short, ServerAnswers)
+    found = parse_config(PairsConfig, read_yaml(path), source=str(path))
+    assert isinstance(found.short, ServerAnswersConfig)
     sampling = found.short.sampling
     assert (sampling.temperature, sampling.top_p, sampling.max_new_tokens, sampling.samples) == (0.7, 0.9, 1024, 1)
     assert found.short.system == "You are a helpful and harmless assistant. Please reason step by step."

@@ -22,15 +22,15 @@ from support.checkpoints import needs_data, torch_logits, torch_model
 from support.paths import DATA, ROOT
 from support.selection import exhaustive
 
-from thinkpo_jax.data.chat_tokenizer import Chat
-from thinkpo_jax.inference.engine import Generation, generate
+from thinkpo_jax.data.chat_tokenizer import ChatTokenizer
+from thinkpo_jax.inference.engine import Completion, generate
 from thinkpo_jax.inference.sampling import SamplingConfig
-from thinkpo_jax.models.attention.dense import Places
+from thinkpo_jax.models.attention.dense import TokenPositions
 from thinkpo_jax.models.transformer import Transformer
 from thinkpo_jax.models.weight_loading import load_model
 from thinkpo_jax.models.weight_saving import save_model
 from thinkpo_jax.runtime.console import read_metrics
-from thinkpo_jax.training.checkpoints import Checkpoints
+from thinkpo_jax.training.checkpoints import CheckpointStore
 
 pytestmark = [pytest.mark.slow, needs_data]
 # Pairs, row length, what happens to answers that do not fit, and new tokens for each question.
@@ -38,7 +38,9 @@ SIZES = [(1, 256, "cut", 8), pytest.param((2, 1024, "drop", 32), marks=exhaustiv
 
 
 def _logits(model: Transformer, tokens: np.ndarray) -> np.ndarray:
-    places = Places(jnp.ones(tokens.shape, jnp.int32), jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape))
+    places = TokenPositions(
+        jnp.ones(tokens.shape, jnp.int32), jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
+    )
     return np.asarray(jax.jit(lambda model: model(jnp.array(tokens), places)[0] @ model.head())(model))
 
 
@@ -107,12 +109,14 @@ def _questions(count: int) -> list[str]:
     return [json.loads(line)["question"] for line in lines[:count]]
 
 
-def _greedy(folder: Path, prompts: list[list[int]], tokens: int) -> list[Generation]:
-    chat, mesh = Chat.load(folder), small.mesh()
+def _greedy(folder: Path, prompts: list[list[int]], tokens: int) -> list[Completion]:
+    chat, mesh = ChatTokenizer.from_folder(folder), small.mesh()
     config = SamplingConfig(temperature=0, max_new_tokens=tokens, batch_size=len(prompts))
     with jax.set_mesh(mesh):
         model, vocabulary = load_model(folder, small.FLOAT32, mesh), len(chat.tokenizer)
-        return generate(model, prompts, config, stop_ids=chat.stop_ids, vocabulary=vocabulary, seed=0, mesh=mesh)
+        return generate(
+            model, prompts, config, stop_token_ids=chat.stop_token_ids, vocab_size=vocabulary, seed=0, mesh=mesh
+        )
 
 
 @pytest.mark.parametrize(("questions", "tokens"), [(3, 16), pytest.param(10, 64, marks=exhaustive)])
@@ -120,17 +124,17 @@ def test_greedy_answers_to_real_questions_are_those_of_transformers(smollm2: Pat
     torch = pytest.importorskip("torch")
     from transformers import GenerationConfig
 
-    chat = Chat.load(smollm2)
-    prompts = [chat.prompt([{"role": "user", "content": question}]).ids for question in _questions(questions)]
+    chat = ChatTokenizer.from_folder(smollm2)
+    prompts = [chat.encode_prompt([{"role": "user", "content": question}]).ids for question in _questions(questions)]
     found = _greedy(smollm2, prompts, tokens)
     reference: Any = torch_model(smollm2)
     reference.generation_config = GenerationConfig(
-        max_new_tokens=tokens, do_sample=False, eos_token_id=list(chat.stop_ids), pad_token_id=0
+        max_new_tokens=tokens, do_sample=False, eos_token_id=list(chat.stop_token_ids), pad_token_id=0
     )
     for prompt, generation in zip(prompts, found, strict=True):
         rows = torch.tensor([prompt])
         answer = reference.generate(rows, attention_mask=torch.ones_like(rows))[0, len(prompt) :].tolist()
-        assert generation.ids == [token for token in answer if token not in chat.stop_ids]
+        assert generation.ids == [token for token in answer if token not in chat.stop_token_ids]
 
 
 @contextlib.contextmanager
@@ -161,13 +165,20 @@ def test_a_server_answers_with_what_we_export_as_our_own_sampler_does(smollm2: P
     openai = pytest.importorskip("openai")
     pytest.importorskip("torch")
     out = tmp_path / "exported"
-    save_model(load_model(smollm2, small.FLOAT32, small.mesh()), out, like=smollm2, dtype="float32", stops=[2], card="")
-    chat, messages = Chat.load(smollm2), [{"role": "user", "content": _questions(1)[0]}]
-    expected = _greedy(smollm2, [chat.prompt([{"role": "user", "content": _questions(1)[0]}]).ids], 16)[0]
+    save_model(
+        load_model(smollm2, small.FLOAT32, small.mesh()),
+        out,
+        template_folder=smollm2,
+        dtype="float32",
+        stop_token_ids=[2],
+        model_card="",
+    )
+    chat, messages = ChatTokenizer.from_folder(smollm2), [{"role": "user", "content": _questions(1)[0]}]
+    expected = _greedy(smollm2, [chat.encode_prompt([{"role": "user", "content": _questions(1)[0]}]).ids], 16)[0]
     with _server(out) as address:
         client = openai.OpenAI(base_url=f"{address}/v1", api_key="none", timeout=600)
         told = client.chat.completions.create(model=str(out), messages=messages, temperature=0, max_tokens=16)
-    assert told.choices[0].message.content.strip() == chat.text(expected.ids).strip()
+    assert told.choices[0].message.content.strip() == chat.decode(expected.ids).strip()
 
 
 def test_the_first_thinkpo_loss_is_ln_2_and_losses_fall(run: Path) -> None:
@@ -181,7 +192,7 @@ def test_the_first_thinkpo_loss_is_ln_2_and_losses_fall(run: Path) -> None:
 def test_the_exported_model_has_the_trained_models_logits_in_transformers(run: Path) -> None:
     exported = run / "thinkpo" / "model"
     model = load_model(exported, small.FLOAT32, small.mesh())
-    with Checkpoints(run / "thinkpo" / "checkpoints") as checkpoints:
+    with CheckpointStore(run / "thinkpo" / "checkpoints") as checkpoints:
         trained = checkpoints.restore_model(model)
     # Real text: some random ids amplify the rounding of float32 forty times.
     tokens = _text_tokens(exported)[:, :128]

@@ -18,7 +18,7 @@ from filelock import FileLock
 from support.paths import ROOT
 
 from thinkpo_jax import evaluate, export, train
-from thinkpo_jax.runtime.cli import command
+from thinkpo_jax.runtime.cli import run_command
 from thinkpo_jax.runtime.console import read_metrics
 
 QUICKSTART = str(ROOT / "configs" / "quickstart.yaml")
@@ -39,7 +39,7 @@ def _arguments(folder: Path, *assignments: str) -> list[str]:
 
 
 def _train(folder: Path, *assignments: str) -> int:
-    return command(train.main, _arguments(folder, *assignments))
+    return run_command(train.main, _arguments(folder, *assignments))
 
 
 def _weights(folder: Path, stage: str) -> dict[str, np.ndarray]:
@@ -196,11 +196,11 @@ def test_a_resumed_run_goes_on_where_it_was(tmp_path: Path, capsys: pytest.Captu
 def test_export_writes_a_checkpoint_as_a_model(straight: Path, tmp_path: Path) -> None:
     out = tmp_path / "model"
     arguments = ["--run", str(straight), "--stage", "thinkpo", "--out", str(out), "--dtype", "float32"]
-    assert command(export.main, arguments) == 0
+    assert run_command(export.main, arguments) == 0
     expected, found = _weights(straight, "thinkpo"), safetensors.numpy.load_file(out / "model.safetensors")
     for name, array in expected.items():
         np.testing.assert_array_equal(found[name], array)
-    assert command(export.main, arguments) == 2  # never over a folder that is there
+    assert run_command(export.main, arguments) == 2  # never over a folder that is there
     card = (out / "README.md").read_text()
     for part in (
         "base_model: builtin:miniature",
@@ -242,7 +242,7 @@ def test_every_checkpoint_of_a_mesh_exports_on_one_device(straight: Path, tmp_pa
 
 def test_any_model_can_be_evaluated(straight: Path, tmp_path: Path) -> None:
     arguments = [*_arguments(straight), "--model", str(straight / "sft" / "model"), "--out", str(tmp_path / "other")]
-    assert command(evaluate.main, arguments) == 0
+    assert run_command(evaluate.main, arguments) == 0
     theirs = json.loads((tmp_path / "other" / "report.json").read_text())["models"]["base"]
     ours = json.loads((straight / "report.json").read_text())["models"]["sft"]
     assert theirs == ours
@@ -252,13 +252,13 @@ def test_pooling_two_runs(straight: Path, tmp_path: Path, capsys: pytest.Capture
     other = tmp_path / "seed1"
     shutil.copytree(straight, other)
     config = (other / "config.yaml").read_text()
-    assert command(evaluate.main, ["--pool", str(straight), str(other)]) == 2
+    assert run_command(evaluate.main, ["--pool", str(straight), str(other)]) == 2
     assert "have the same seed, 0" in capsys.readouterr().err
     (other / "config.yaml").write_text(config.replace("seed: 0", "seed: 1").replace("beta: 0.1", "beta: 0.2"))
-    assert command(evaluate.main, ["--pool", str(straight), str(other)]) == 2
+    assert run_command(evaluate.main, ["--pool", str(straight), str(other)]) == 2
     assert "stages differ from" in capsys.readouterr().err
     (other / "config.yaml").write_text(config.replace("seed: 0", "seed: 1"))
-    assert command(evaluate.main, ["--pool", str(straight), str(other)]) == 0
+    assert run_command(evaluate.main, ["--pool", str(straight), str(other)]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 4
     assert "sft -> thinkpo, 2 runs, 24 paired questions" in lines[1]
@@ -340,20 +340,22 @@ def test_a_damaged_checkpoint_is_named(straight: Path, tmp_path: Path, capsys: p
     shutil.copytree(straight, folder)
     (folder / "thinkpo" / "checkpoints" / "9").mkdir()
     arguments = ["--run", str(folder), "--stage", "thinkpo", "--out", str(tmp_path / "out")]
-    assert command(export.main, arguments) == 2
+    assert run_command(export.main, arguments) == 2
     assert "checkpoints/9: the checkpoint cannot be read" in capsys.readouterr().err
-    assert command(export.main, [*arguments, "--step", "4"]) == 0
+    assert run_command(export.main, [*arguments, "--step", "4"]) == 0
 
 
 def test_export_leaves_other_folders_alone(straight: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     mine = tmp_path / ".out.partial" / "thesis.txt"
     mine.parent.mkdir()
     mine.write_text("mine")
-    assert command(export.main, ["--run", str(straight), "--out", str(tmp_path / "out")]) == 2
+    assert run_command(export.main, ["--run", str(straight), "--out", str(tmp_path / "out")]) == 2
     assert mine.read_text() == "mine"
-    assert command(export.main, ["--run", str(straight), "--out", str(mine / "out")]) == 2
-    assert command(export.main, ["--run", str(straight), "--stage", "../sft", "--out", str(tmp_path / "other")]) == 2
-    assert command(export.main, ["--run", str(tmp_path / "nowhere"), "--out", str(tmp_path / "other")]) == 2
+    assert run_command(export.main, ["--run", str(straight), "--out", str(mine / "out")]) == 2
+    assert (
+        run_command(export.main, ["--run", str(straight), "--stage", "../sft", "--out", str(tmp_path / "other")]) == 2
+    )
+    assert run_command(export.main, ["--run", str(tmp_path / "nowhere"), "--out", str(tmp_path / "other")]) == 2
     errors = capsys.readouterr().err
     for part in ("left by an export", "cannot be written", "there is no stage '../sft'", "no config.yaml there"):
         assert part in errors

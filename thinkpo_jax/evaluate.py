@@ -6,15 +6,15 @@ from pathlib import Path
 
 import jax
 
-from thinkpo_jax.models.compute_config import placement
+from thinkpo_jax.models.compute_config import describe_compute
 from thinkpo_jax.models.model_folder import ModelConfig
-from thinkpo_jax.run.evaluate_run import evaluate_run, pool_runs, read_questions
-from thinkpo_jax.run.resolve import open_run
-from thinkpo_jax.run.run_config import load_config
-from thinkpo_jax.runtime.cli import config_arguments, program
+from thinkpo_jax.run.evaluate_run import evaluate_run, load_all_questions, pool_runs
+from thinkpo_jax.run.resolve import resolve_run
+from thinkpo_jax.run.run_config import load_run_config
+from thinkpo_jax.runtime.cli import add_config_arguments, run_and_exit
 from thinkpo_jax.runtime.config import UserError
-from thinkpo_jax.runtime.console import say
-from thinkpo_jax.runtime.processes import host_arguments, join
+from thinkpo_jax.runtime.console import log_info
+from thinkpo_jax.runtime.processes import add_distributed_arguments, initialize_distributed
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -25,8 +25,8 @@ def main(arguments: Sequence[str]) -> None:
         epilog="examples: python -m thinkpo_jax.evaluate --config FILE --model DIR --out runs/other; "
         "python -m thinkpo_jax.evaluate --pool runs/seed0 runs/seed1 runs/seed2",
     )
-    config_arguments(parser, required=False)
-    host_arguments(parser)
+    add_config_arguments(parser, required=False)
+    add_distributed_arguments(parser)
     parser.add_argument(
         "--pool", nargs="+", type=Path, metavar="RUN", help="compare over several finished runs (seeds)"
     )
@@ -40,10 +40,10 @@ def main(arguments: Sequence[str]) -> None:
             parser.error("--pool goes alone: it reads finished runs")
         print(pool_runs(parsed.pool))
         return
-    join(parsed)
+    initialize_distributed(parsed)
     if parsed.config is None:
         parser.error("give --config FILE, or --pool RUN RUN ...")
-    config = load_config(parsed.config, parsed.assignments)
+    config = load_run_config(parsed.config, parsed.assignments)
     if config.evaluation is None:
         raise UserError(f"{parsed.config}: the section `evaluation` is missing; it says what to ask.")
     if (parsed.model is None) != (parsed.out is None):
@@ -51,14 +51,14 @@ def main(arguments: Sequence[str]) -> None:
     if parsed.model is not None:
         evaluation = config.evaluation.model_copy(update={"compare": ()})
         model = ModelConfig(path=parsed.model)
-        if (Path(parsed.out) / "config.yaml").exists() and load_config(Path(parsed.out) / "config.yaml").stages:
+        if (Path(parsed.out) / "config.yaml").exists() and load_run_config(Path(parsed.out) / "config.yaml").stages:
             raise UserError(f"--out {parsed.out} is the folder of a run with stages; choose another folder.")
         config = config.model_copy(
             update={"model": model, "stages": (), "evaluation": evaluation, "run_dir": parsed.out}
         )
-    run = open_run(config)
-    say(placement(run.compute, run.mesh))
-    asked = read_questions(run.config, run.chat)
+    run = resolve_run(config)
+    log_info(describe_compute(run.compute, run.mesh))
+    asked = load_all_questions(run.config, run.chat)
     for stage in config.stages:
         run.finished(stage.name)  # raises where the folder holds a stage with other settings
     with run.writing(), jax.set_mesh(run.mesh):
@@ -66,4 +66,4 @@ def main(arguments: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-    program(main)
+    run_and_exit(main)

@@ -4,10 +4,10 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from thinkpo_jax.run.export_checkpoint import _has_checkpoint, export
-from thinkpo_jax.run.resolve import open_run
-from thinkpo_jax.run.run_config import load_config
-from thinkpo_jax.runtime.cli import program
+from thinkpo_jax.run.export_checkpoint import export, has_checkpoint
+from thinkpo_jax.run.resolve import resolve_run
+from thinkpo_jax.run.run_config import load_run_config
+from thinkpo_jax.runtime.cli import run_and_exit
 from thinkpo_jax.runtime.config import UserError
 from thinkpo_jax.runtime.mesh import MeshConfig
 
@@ -29,15 +29,15 @@ def main(arguments: Sequence[str]) -> None:
     parsed = parser.parse_args(arguments)
     if not (parsed.run / "config.yaml").is_file():
         raise UserError(f"--run {parsed.run}: no config.yaml there. Give the folder of a run.")
-    config = load_config(parsed.run / "config.yaml")
+    config = load_run_config(parsed.run / "config.yaml")
     # The training's mesh need not be one of this machine, its kernel is not used, and the folder may have been moved.
     compute = config.compute.model_copy(update={"attention": "blockwise"})
-    run = open_run(config.model_copy(update={"mesh": MeshConfig(), "compute": compute, "run_dir": str(parsed.run)}))
-    stages = [name for name in run.models()[1:] if _has_checkpoint(run.folder / name / "checkpoints")]
+    run = resolve_run(config.model_copy(update={"mesh": MeshConfig(), "compute": compute, "run_dir": str(parsed.run)}))
+    stages = [name for name in run.model_names()[1:] if has_checkpoint(run.folder / name / "checkpoints")]
     if not stages:
         raise UserError(f"{parsed.run}: no stage has a checkpoint yet.")
     export(run, parsed.stage or stages[-1], step=parsed.step, out=parsed.out, dtype=parsed.dtype)
 
 
 if __name__ == "__main__":
-    program(main)
+    run_and_exit(main)

@@ -5,8 +5,8 @@ from collections.abc import Sequence
 
 from thinkpo_jax.pair_building.build_pairs import build_pairs
 from thinkpo_jax.pair_building.pairs_config import PairsConfig
-from thinkpo_jax.runtime.cli import config_arguments, program
-from thinkpo_jax.runtime.config import override, parse, read_yaml
+from thinkpo_jax.runtime.cli import add_config_arguments, run_and_exit
+from thinkpo_jax.runtime.config import apply_overrides, parse_config, read_yaml
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -16,11 +16,11 @@ def main(arguments: Sequence[str]) -> None:
         description="Build preference pairs. Answers that were generated before are not generated again.",
         epilog="example: python -m thinkpo_jax.pairs --config configs/pairs_miniature.yaml --set select.gap=short",
     )
-    config_arguments(parser)
+    add_config_arguments(parser)
     parsed = parser.parse_args(arguments)
-    raw = override(read_yaml(parsed.config), parsed.assignments)
-    build_pairs(parse(PairsConfig, raw, source=str(parsed.config)))
+    raw = apply_overrides(read_yaml(parsed.config), parsed.assignments)
+    build_pairs(parse_config(PairsConfig, raw, source=str(parsed.config)))
 
 
 if __name__ == "__main__":
-    program(main)
+    run_and_exit(main)

@@ -10,8 +10,8 @@ from support.selection import exhaustive
 from thinkpo_jax.bench import __main__ as bench
 from thinkpo_jax.bench import step as bench_step
 from thinkpo_jax.bench import trl as bench_trl
-from thinkpo_jax.bench.workload import SHAPE, Measured
-from thinkpo_jax.runtime.cli import command
+from thinkpo_jax.bench.workload import SHAPE, SideResult
+from thinkpo_jax.runtime.cli import run_command
 from thinkpo_jax.runtime.config import RunError
 
 TINY = {
@@ -24,7 +24,7 @@ TINY = {
     "head_dim": 8,
     "intermediate_size": 48,
 }
-FOUND = Measured(
+FOUND = SideResult(
     tokens=100, seconds=1.0, first_loss=math.log(2), mean_loss=0.69, reference=(-90.0, -30.0), loaded=1, peak=2
 )
 
@@ -61,7 +61,7 @@ def test_other_work_is_an_error(change: dict, problem: str):
 
 def test_without_trl_the_remedy_is_named(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
     monkeypatch.setattr(bench_trl, "missing", lambda: ["torch", "trl"])
-    assert command(bench.main, ["step", "--against", "trl"]) == 2
+    assert run_command(bench.main, ["step", "--against", "trl"]) == 2
     assert 'torch and trl not installed. Run: pip install -e ".[test]"' in capsys.readouterr().err
 
 

@@ -12,11 +12,11 @@ from hypothesis import strategies as st
 from support.byte_tokenizer import byte_tokenizer
 from support.paths import DATA
 
-from thinkpo_jax.data.chat_tokenizer import Chat, Message
+from thinkpo_jax.data.chat_tokenizer import ChatTokenizer, Message
 from thinkpo_jax.data.miniature import MiniatureData
-from thinkpo_jax.data.record_formats import PairData, SftData
-from thinkpo_jax.data.tokenization import prepare
-from thinkpo_jax.models.model_folder import find_model
+from thinkpo_jax.data.record_formats import PreferenceDataConfig, SftDataConfig
+from thinkpo_jax.data.tokenization import tokenize_sources
+from thinkpo_jax.models.model_folder import resolve_model_folder
 from thinkpo_jax.runtime.config import UserError
 
 QUESTION: list[Message] = [{"role": "user", "content": "What is 2+2?"}]
@@ -101,25 +101,25 @@ def r1_tokenizer(out: Path) -> Path:
 
 
 @pytest.fixture(scope="session")
-def chat_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Chat]:
-    loaded: dict[str, Chat] = {}
+def chat_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], ChatTokenizer]:
+    loaded: dict[str, ChatTokenizer] = {}
 
-    def load(name: str) -> Chat:
+    def load(name: str) -> ChatTokenizer:
         if name not in loaded:
             folder = r1_tokenizer(tmp_path_factory.mktemp("r1")) if name == "r1" else real_tokenizer(name)
-            loaded[name] = Chat.load(folder)
+            loaded[name] = ChatTokenizer.from_folder(folder)
         return loaded[name]
 
     return load
 
 
-def example_ids(chat: Chat, messages: list[Message], answer: str) -> tuple[list[int], list[int]]:
+def example_ids(chat: ChatTokenizer, messages: list[Message], answer: str) -> tuple[list[int], list[int]]:
     """Ids that are read, and ids that are trained."""
-    prompt = chat.prompt(messages)
-    return prompt.ids, chat.answer_ids(prompt, answer)
+    prompt = chat.encode_prompt(messages)
+    return prompt.ids, chat.encode_answer(prompt, answer)
 
 
-def decode(chat: Chat, ids: Sequence[int]) -> str:
+def decode(chat: ChatTokenizer, ids: Sequence[int]) -> str:
     return chat.tokenizer.decode(ids, skip_special_tokens=False)
 
 
@@ -130,16 +130,16 @@ def name(request: pytest.FixtureRequest) -> str:
 
 @pytest.mark.parametrize("messages", [QUESTION, CONVERSATION], ids=["question", "conversation"])
 def test_trained_ids_are_the_answer_and_one_end_of_turn(
-    name: str, messages: list[Message], chat_of: Callable[[str], Chat]
+    name: str, messages: list[Message], chat_of: Callable[[str], ChatTokenizer]
 ):
     chat = chat_of(name)
     opened = "<think>" if name == "r1" else "\0"  # by the prompt: see the next test
     for answer in (answer for answer in ANSWERS if not answer.startswith(opened)):
         prompt, trained = example_ids(chat, messages, answer)
-        assert prompt == chat.prompt(messages).ids  # in training and in evaluation alike
+        assert prompt == chat.encode_prompt(messages).ids  # in training and in evaluation alike
         assert decode(chat, trained[:-1]) == unicodedata.normalize("NFC", answer)
         assert decode(chat, trained[-1:]) == END[name]
-        assert trained.count(chat.end_id) == 1
+        assert trained.count(chat.end_of_turn_id) == 1
         assert not set(trained[:-1]) & set(chat.tokenizer.all_special_ids)
 
 
@@ -152,15 +152,17 @@ def test_trained_ids_are_the_answer_and_one_end_of_turn(
         ("6", "<think>\n6"),
     ],
 )
-def test_thinking_that_the_prompt_opens_is_not_opened_twice(answer: str, read: str, chat_of: Callable[[str], Chat]):
+def test_thinking_that_the_prompt_opens_is_not_opened_twice(
+    answer: str, read: str, chat_of: Callable[[str], ChatTokenizer]
+):
     chat = chat_of("r1")
     prompt, trained = example_ids(chat, CONVERSATION, answer)
-    assert prompt == chat.prompt(CONVERSATION).ids
+    assert prompt == chat.encode_prompt(CONVERSATION).ids
     assert decode(chat, prompt + trained).rpartition(SPEAKER["r1"])[2] == read + END["r1"]
     assert decode(chat, prompt).endswith(SPEAKER["r1"] + "<think>\n")
 
 
-def test_no_template_takes_the_thinking_from_a_finished_answer(name: str, chat_of: Callable[[str], Chat]):
+def test_no_template_takes_the_thinking_from_a_finished_answer(name: str, chat_of: Callable[[str], ChatTokenizer]):
     """DeepSeek's template deletes it from a message; the answer never passes through the template."""
     chat, answer = chat_of(name), "<think>\ncarry the one\n</think>\n\n6"
     prompt, trained = example_ids(chat, QUESTION, answer)
@@ -170,18 +172,18 @@ def test_no_template_takes_the_thinking_from_a_finished_answer(name: str, chat_o
 
 
 def test_chosen_and_rejected_share_the_prompt_and_differ_in_what_is_trained(
-    name: str, tmp_path: Path, chat_of: Callable[[str], Chat]
+    name: str, tmp_path: Path, chat_of: Callable[[str], ChatTokenizer]
 ):
     chat = chat_of(name)
     path = tmp_path / "pairs.jsonl"
     path.write_text(json.dumps({"prompt": "And 3+3?", "chosen": LONG, "rejected": SHORT}) + "\n", encoding="utf-8")
-    ((chosen, rejected),) = prepare([PairData(path=str(path))], chat, row_length=1000, seed=0)
-    prompt = chat.prompt([{"role": "user", "content": "And 3+3?"}]).ids
+    ((chosen, rejected),) = tokenize_sources([PreferenceDataConfig(path=str(path))], chat, row_length=1000, seed=0)
+    prompt = chat.encode_prompt([{"role": "user", "content": "And 3+3?"}]).ids
     for segment, answer in ((chosen, LONG), (rejected, SHORT)):
-        assert segment.tokens[: segment.answer_start].tolist() == prompt
-        assert decode(chat, segment.tokens.tolist()).endswith(answer + END[name])
-    assert decode(chat, rejected.tokens[rejected.answer_start :].tolist()) == SHORT + END[name]
-    assert "think" not in decode(chat, rejected.tokens[rejected.answer_start :].tolist())
+        assert segment.token_ids[: segment.answer_start].tolist() == prompt
+        assert decode(chat, segment.token_ids.tolist()).endswith(answer + END[name])
+    assert decode(chat, rejected.token_ids[rejected.answer_start :].tolist()) == SHORT + END[name]
+    assert "think" not in decode(chat, rejected.token_ids[rejected.answer_start :].tolist())
 
 
 # What a rejected answer without thinking looks like.
@@ -190,53 +192,61 @@ BLOCK = {"qwen2_5": "<think>\n\n</think>\n\n", "qwen3": "<think>\n\n</think>\n\n
 
 
 @pytest.mark.parametrize("name", BLOCK)
-def test_an_empty_thinking_block_is_read_and_not_trained(name: str, tmp_path: Path, chat_of: Callable[[str], Chat]):
+def test_an_empty_thinking_block_is_read_and_not_trained(
+    name: str, tmp_path: Path, chat_of: Callable[[str], ChatTokenizer]
+):
     chat = chat_of(name)
     row = {"prompt": "And 3+3?", "chosen": "<think>\n3+3=6\n</think>\n\n6", "rejected": "It is 6."}
     path = tmp_path / "pairs.jsonl"
     path.write_text(json.dumps(row) + "\n" + json.dumps(row | {"rejected": "<think>\n?\n</think>\n\n5"}) + "\n")
-    prompt = chat.prompt([{"role": "user", "content": row["prompt"]}]).ids
+    prompt = chat.encode_prompt([{"role": "user", "content": row["prompt"]}]).ids
     given, block = (
-        prepare([PairData(path=str(path), rejected_thinking=policy)], chat, row_length=1000, seed=0)
+        tokenize_sources(
+            [PreferenceDataConfig(path=str(path), rejected_thinking=policy)], chat, row_length=1000, seed=0
+        )
         for policy in ("as_given", "empty_block")
     )
     for (chosen, rejected), (same_chosen, with_block) in zip(given[:1], block[:1], strict=True):
-        assert chosen.tokens.tolist() == same_chosen.tokens.tolist()
-        assert rejected.tokens[: rejected.answer_start].tolist() == prompt
-        assert decode(chat, with_block.tokens[: with_block.answer_start].tolist()) == decode(chat, prompt) + BLOCK[name]
-        assert with_block.tokens[: len(prompt)].tolist() == prompt
+        assert chosen.token_ids.tolist() == same_chosen.token_ids.tolist()
+        assert rejected.token_ids[: rejected.answer_start].tolist() == prompt
+        assert (
+            decode(chat, with_block.token_ids[: with_block.answer_start].tolist()) == decode(chat, prompt) + BLOCK[name]
+        )
+        assert with_block.token_ids[: len(prompt)].tolist() == prompt
         for segment in (rejected, with_block):
-            assert decode(chat, segment.tokens[segment.answer_start :].tolist()) == f"It is 6.{END[name]}"
+            assert decode(chat, segment.token_ids[segment.answer_start :].tolist()) == f"It is 6.{END[name]}"
     # One that thinks is as it is.
-    assert [s.tokens.tolist() for s in given[1]] == [s.tokens.tolist() for s in block[1]]
+    assert [s.token_ids.tolist() for s in given[1]] == [s.token_ids.tolist() for s in block[1]]
 
 
-def test_a_thought_that_the_prompt_opens_must_end_too(tmp_path: Path, chat_of: Callable[[str], Chat]):
+def test_a_thought_that_the_prompt_opens_must_end_too(tmp_path: Path, chat_of: Callable[[str], ChatTokenizer]):
     """R1's prompt ends in <think>: an answer without any tag never ends that thought."""
     rows = ["It is 6.", "<think>\n3+3", "3+3=6\n</think>\n\n6", "<think>\n3+3=6\n</think>\n\n6"]
     path = tmp_path / "rows.jsonl"
     path.write_text("".join(json.dumps({"prompt": "And 3+3?", "response": row}) + "\n" for row in rows))
     for name, unfinished in (("r1", 2), ("qwen2_5", 1)):
-        (report,) = prepare([SftData(path=str(path))], chat_of(name), row_length=1000, seed=0).reports
-        assert (report.kept, report.open_thinking) == (4, unfinished), name
+        (report,) = tokenize_sources([SftDataConfig(path=str(path))], chat_of(name), row_length=1000, seed=0).reports
+        assert (report.num_used, report.num_unclosed_thoughts) == (4, unfinished), name
 
 
 @pytest.mark.parametrize("name", ["qwen3"])
-def test_the_empty_block_is_what_qwen3_writes_without_thinking(name: str, chat_of: Callable[[str], Chat]):
+def test_the_empty_block_is_what_qwen3_writes_without_thinking(name: str, chat_of: Callable[[str], ChatTokenizer]):
     chat = chat_of(name)
     rendered = chat.tokenizer.apply_chat_template(
         QUESTION, tokenize=False, add_generation_prompt=True, enable_thinking=False
     )
-    prompt = chat.prompt(QUESTION)
-    assert rendered == prompt.text + decode(chat, chat.empty_thinking(prompt))
+    prompt = chat.encode_prompt(QUESTION)
+    assert rendered == prompt.text + decode(chat, chat.encode_empty_thought(prompt))
 
 
 @pytest.mark.parametrize(("name", "kept"), [("qwen2_5", True), ("qwen3", True), ("llama3_2", True), ("r1", False)])
-def test_it_is_told_whether_the_template_would_drop_the_thinking(name: str, kept: bool, chat_of: Callable[[str], Chat]):
-    assert chat_of(name).keeps_thinking() == kept
+def test_it_is_told_whether_the_template_would_drop_the_thinking(
+    name: str, kept: bool, chat_of: Callable[[str], ChatTokenizer]
+):
+    assert chat_of(name).template_keeps_thoughts() == kept
 
 
-def test_real_answers_come_back_whole(name: str, chat_of: Callable[[str], Chat]):
+def test_real_answers_come_back_whole(name: str, chat_of: Callable[[str], ChatTokenizer]):
     chat = chat_of(name)
     lines = (DATA / "pairs" / "math500_pairs.jsonl").read_bytes().split(b"\n")[:8]
     for row in map(json.loads, lines):
@@ -249,14 +259,14 @@ def test_real_answers_come_back_whole(name: str, chat_of: Callable[[str], Chat])
 @settings(max_examples=60, deadline=None)
 @given(answer=st.text(min_size=1, max_size=40).map(lambda text: unicodedata.normalize("NFC", text)))
 @pytest.mark.parametrize("tokenizer", ["qwen3", "llama3_2"])
-def test_any_text_comes_back_from_what_is_trained(tokenizer: str, answer: str, chat_of: Callable[[str], Chat]):
+def test_any_text_comes_back_from_what_is_trained(tokenizer: str, answer: str, chat_of: Callable[[str], ChatTokenizer]):
     chat = chat_of(tokenizer)
     _, trained = example_ids(chat, QUESTION, answer)
     assert decode(chat, trained[:-1]) == answer
-    assert chat.text(trained) == answer
+    assert chat.decode(trained) == answer
 
 
-def test_a_sequence_begins_with_at_most_one_bos(name: str, chat_of: Callable[[str], Chat]):
+def test_a_sequence_begins_with_at_most_one_bos(name: str, chat_of: Callable[[str], ChatTokenizer]):
     chat = chat_of(name)
     bos = chat.tokenizer.bos_token_id
     assert (bos is not None) == (name in ("llama3_2", "r1"))
@@ -265,10 +275,10 @@ def test_a_sequence_begins_with_at_most_one_bos(name: str, chat_of: Callable[[st
         assert [i for i, token in enumerate(prompt + trained) if token == bos] == [0]
 
 
-def test_the_end_of_turn_is_the_templates_and_stops_a_generation(name: str, chat_of: Callable[[str], Chat]):
+def test_the_end_of_turn_is_the_templates_and_stops_a_generation(name: str, chat_of: Callable[[str], ChatTokenizer]):
     chat = chat_of(name)
-    assert decode(chat, [chat.end_id]) == END[name]
-    assert chat.stop_ids == (chat.end_id,)
+    assert decode(chat, [chat.end_of_turn_id]) == END[name]
+    assert chat.stop_token_ids == (chat.end_of_turn_id,)
     finished = [*QUESTION, {"role": "assistant", "content": "ANSWER"}]
     rendered = chat.tokenizer.apply_chat_template(finished, tokenize=False)
     assert rendered.partition("ANSWER")[2].startswith(END[name])
@@ -276,29 +286,31 @@ def test_the_end_of_turn_is_the_templates_and_stops_a_generation(name: str, chat
 
 def test_the_end_of_turn_stops_a_generation_beside_the_models_own_stops():
     folder = real_tokenizer("llama3_2")
-    assert Chat.load(folder, stop_ids=[128001, 128009]).stop_ids == (128001, 128009)
-    assert Chat.load(folder, stop_ids=[128001]).stop_ids == (128001, 128009)
+    assert ChatTokenizer.from_folder(folder, stop_ids=[128001, 128009]).stop_token_ids == (128001, 128009)
+    assert ChatTokenizer.from_folder(folder, stop_ids=[128001]).stop_token_ids == (128001, 128009)
 
 
 @pytest.mark.parametrize("eos", ["<end>", "<eos>", None])
 def test_the_end_of_turn_is_the_templates_whatever_the_tokenizers_eos(eos: str | None, tmp_path: Path):
     """Base models name another EOS, which is often their padding too, than the one that ends a turn."""
-    _, trained = example_ids((chat := Chat.load(byte_tokenizer(tmp_path, eos=eos))), QUESTION, SHORT)
+    _, trained = example_ids((chat := ChatTokenizer.from_folder(byte_tokenizer(tmp_path, eos=eos))), QUESTION, SHORT)
     assert decode(chat, trained) == SHORT + "<end>"
 
 
 def test_where_the_template_writes_no_end_an_answer_ends_in_the_tokenizers_eos(tmp_path: Path):
     bare = "{% for m in messages %}{{ m.role + ': ' + m.content + '\n' }}{% endfor %}assistant: "
-    _, trained = example_ids((chat := Chat.load(byte_tokenizer(tmp_path / "a", template=bare))), QUESTION, SHORT)
+    _, trained = example_ids(
+        (chat := ChatTokenizer.from_folder(byte_tokenizer(tmp_path / "a", template=bare))), QUESTION, SHORT
+    )
     assert decode(chat, trained) == SHORT + "<eos>"
     with pytest.raises(UserError, match="names a token that ends an answer") as error:
-        Chat.load(byte_tokenizer(tmp_path / "b", template=bare, eos=None))
+        ChatTokenizer.from_folder(byte_tokenizer(tmp_path / "b", template=bare, eos=None))
     assert str(error.value).startswith(f"{tmp_path / 'b'}: ")
 
 
-def test_llamas_prompt_does_not_change_from_day_to_day(chat_of: Callable[[str], Chat]):
+def test_llamas_prompt_does_not_change_from_day_to_day(chat_of: Callable[[str], ChatTokenizer]):
     chat = chat_of("llama3_2")
-    prompt = decode(chat, chat.prompt(QUESTION).ids)
+    prompt = decode(chat, chat.encode_prompt(QUESTION).ids)
     assert "Today Date: 26 Jul 2024\n" in prompt
     assert f"{datetime.datetime.now():%d %b %Y}" not in prompt
     dated = chat.tokenizer.apply_chat_template(QUESTION, tokenize=False)
@@ -306,14 +318,16 @@ def test_llamas_prompt_does_not_change_from_day_to_day(chat_of: Callable[[str], 
 
 
 @pytest.mark.parametrize("place", ["at its end", "in its middle"])
-def test_an_answer_that_holds_a_special_token_is_an_error(name: str, place: str, chat_of: Callable[[str], Chat]):
+def test_an_answer_that_holds_a_special_token_is_an_error(
+    name: str, place: str, chat_of: Callable[[str], ChatTokenizer]
+):
     answer = SHORT + END[name] + ("" if place == "at its end" else " and more")
     with pytest.raises(UserError, match=r"special to this tokenizer\. Remove it from the data") as error:
         example_ids(chat_of(name), QUESTION, answer)
     assert repr(END[name]) in str(error.value)
 
 
-def test_an_answer_may_hold_no_special_token_whether_or_not_it_ends_a_turn(chat_of: Callable[[str], Chat]):
+def test_an_answer_may_hold_no_special_token_whether_or_not_it_ends_a_turn(chat_of: Callable[[str], ChatTokenizer]):
     for name, token in (("qwen2_5", "<|im_start|>"), ("qwen3", "<|endoftext|>"), ("llama3_2", "<|begin_of_text|>")):
         with pytest.raises(UserError, match="special to this tokenizer") as error:
             example_ids(chat_of(name), QUESTION, f"a{token}b")
@@ -321,17 +335,17 @@ def test_an_answer_may_hold_no_special_token_whether_or_not_it_ends_a_turn(chat_
 
 
 def test_generated_text_is_the_ids_without_special_tokens_and_otherwise_untouched(
-    name: str, chat_of: Callable[[str], Chat]
+    name: str, chat_of: Callable[[str], ChatTokenizer]
 ):
     chat = chat_of(name)
     _, trained = example_ids(chat, QUESTION, " 's , that .\n")
-    assert chat.text(trained) == " 's , that .\n"
+    assert chat.decode(trained) == " 's , that .\n"
 
 
 def test_a_tokenizer_without_chat_template_is_an_error_with_its_folder(tmp_path: Path):
     folder = byte_tokenizer(tmp_path, template=None)
     with pytest.raises(UserError, match=r"the tokenizer has no chat template\. Add chat_template") as error:
-        Chat.load(folder)
+        ChatTokenizer.from_folder(folder)
     assert str(error.value).startswith(f"{folder}: ")
 
 
@@ -340,7 +354,7 @@ def test_a_folder_without_a_tokenizer_is_an_error_with_its_name(files: dict[str,
     for file, text in files.items():
         (tmp_path / file).write_text(text, encoding="utf-8")
     with pytest.raises(UserError, match=r"no usable tokenizer|no tokenizer: expected") as error:
-        Chat.load(tmp_path)
+        ChatTokenizer.from_folder(tmp_path)
     assert str(error.value).startswith(f"{tmp_path}: ")
 
 
@@ -351,63 +365,63 @@ def test_a_conversation_that_the_template_refuses_is_an_error_with_its_roles(ref
     template = (
         f"{{% for m in messages %}}{{% if m.role == 'system' %}}{refusal}{{% endif %}}{{{{ m.content }}}}{{% endfor %}}"
     )
-    chat = Chat.load(byte_tokenizer(tmp_path, template=template))
-    assert chat.prompt(QUESTION).ids
+    chat = ChatTokenizer.from_folder(byte_tokenizer(tmp_path, template=template))
+    assert chat.encode_prompt(QUESTION).ids
     with pytest.raises(UserError, match=r"refuses a conversation with the roles \['system', 'user'") as error:
-        chat.prompt(CONVERSATION)
+        chat.encode_prompt(CONVERSATION)
     assert ("please" in str(error.value)) == ("please" in refusal)
 
 
 def test_a_template_with_an_error_in_it_is_an_error(tmp_path: Path):
     with pytest.raises(UserError, match="the chat template refuses"):
-        Chat.load(byte_tokenizer(tmp_path, template="{% for m in messages %}{{ m.content }}"))
+        ChatTokenizer.from_folder(byte_tokenizer(tmp_path, template="{% for m in messages %}{{ m.content }}"))
 
 
 def test_the_miniature_trains_its_answers_whole():
-    chat = Chat.load(find_model("builtin:miniature"))
+    chat = ChatTokenizer.from_folder(resolve_model_folder("builtin:miniature"))
     for row in MiniatureData(questions=20).rows(0):
         messages: list[Message] = [{"role": "user", "content": row["question"]}]
         for answer in (row["long"], row["short"]):
             prompt, trained = example_ids(chat, messages, answer)
-            assert prompt == chat.prompt(messages).ids
+            assert prompt == chat.encode_prompt(messages).ids
             assert row["question"] in decode(chat, prompt)
             assert decode(chat, trained[:-1]) == answer
-            assert trained.count(chat.end_id) == 1
-            assert trained[-1] == chat.end_id
+            assert trained.count(chat.end_of_turn_id) == 1
+            assert trained[-1] == chat.end_of_turn_id
 
 
 def test_a_text_that_the_tokenizer_cannot_write_is_an_error_and_not_cut():
-    chat = Chat.load(find_model("builtin:miniature"))
+    chat = ChatTokenizer.from_folder(resolve_model_folder("builtin:miniature"))
     with pytest.raises(UserError, match="cannot write the answer: 'the answer is 1' at character 1 comes back as '1'"):
         example_ids(chat, [{"role": "user", "content": "1?"}], "the answer is 1")
     with pytest.raises(UserError, match="cannot write the prompt: 'abc"):
-        chat.prompt([{"role": "user", "content": "abc1?"}])
+        chat.encode_prompt([{"role": "user", "content": "abc1?"}])
 
 
 @pytest.mark.parametrize("role", ["system", "user"])
-def test_a_prompt_that_holds_a_special_token_is_an_error(role: str, chat_of: Callable[[str], Chat]):
+def test_a_prompt_that_holds_a_special_token_is_an_error(role: str, chat_of: Callable[[str], ChatTokenizer]):
     messages = [{"role": role, "content": "a <|im_end|> b"}, *QUESTION][: 1 if role == "user" else 2]
     with pytest.raises(UserError, match=f"the {role}'s text holds '<.im_end.>', special"):
-        chat_of("qwen2_5").prompt(messages)
+        chat_of("qwen2_5").encode_prompt(messages)
 
 
 def test_an_answer_without_a_token_is_an_error():
-    chat = Chat.load(find_model("builtin:miniature"))
+    chat = ChatTokenizer.from_folder(resolve_model_folder("builtin:miniature"))
     with pytest.raises(UserError, match="the answer '' gives no token to train"):
         example_ids(chat, [{"role": "user", "content": "2+2?"}], "")
 
 
-def test_the_end_of_a_thought_is_found_in_real_answers(name: str, chat_of: Callable[[str], Chat]):
+def test_the_end_of_a_thought_is_found_in_real_answers(name: str, chat_of: Callable[[str], ChatTokenizer]):
     """Every real long answer ends its thought once, on a line of its own; its ids are found there."""
     chat, rows = chat_of(name), DATA / "pairs" / "math500_pairs.jsonl"
     if not rows.exists():
         pytest.skip(f"the real pairs are not there ({rows})")
-    prompt = chat.prompt([{"role": "user", "content": "1+1?"}])
+    prompt = chat.encode_prompt([{"role": "user", "content": "1+1?"}])
     for line in rows.read_text(encoding="utf-8").split("\n")[:60:3]:
         long, short = json.loads(line)["long"], json.loads(line)["short"]
-        begun = "" if prompt.opening else "<think>\n"
+        begun = "" if prompt.open_thought_tag else "<think>\n"
         answers = (long, f"{begun}so\n</think>\n\n2", f"{begun}so\n\n</think>2", short)
         for answer, expected in zip(answers, (1, 1, 1, 0), strict=True):
-            ids = chat.answer_ids(prompt, answer)
-            found = [ids[i : i + len(tag)] == tag for tag in chat.thought_ends() for i in range(len(ids))]
+            ids = chat.encode_answer(prompt, answer)
+            found = [ids[i : i + len(tag)] == tag for tag in chat.thought_end_token_ids() for i in range(len(ids))]
             assert sum(found) == expected, answer[-200:]

@@ -18,12 +18,12 @@ from typing import Any, NamedTuple
 import pytest
 from support.byte_tokenizer import byte_tokenizer
 
-from thinkpo_jax.data.chat_tokenizer import Chat
-from thinkpo_jax.data.examples import Examples
-from thinkpo_jax.data.readers import read_rows
-from thinkpo_jax.data.record_formats import PairData, SftData
-from thinkpo_jax.data.sources import Source
-from thinkpo_jax.data.tokenization import prepare
+from thinkpo_jax.data.chat_tokenizer import ChatTokenizer
+from thinkpo_jax.data.examples import TokenizedDataset
+from thinkpo_jax.data.readers import iterate_records
+from thinkpo_jax.data.record_formats import PreferenceDataConfig, SftDataConfig
+from thinkpo_jax.data.sources import DataSourceConfig
+from thinkpo_jax.data.tokenization import tokenize_sources
 from thinkpo_jax.runtime.config import UserError
 
 ROW_LENGTH = 400  # every row that is left as it was fits
@@ -188,7 +188,7 @@ def texts(value: Any) -> set[str]:
     return {text for part in inner for text in texts(part)}
 
 
-def rendered(row: dict[str, Any], config: SftData | PairData) -> tuple[str, ...]:
+def rendered(row: dict[str, Any], config: SftDataConfig | PreferenceDataConfig) -> tuple[str, ...]:
     """A sound row as the byte tokenizer's template writes it: what is read, then each answer."""
     columns = [row[name] for name in ("messages", "conversations", "response", "chosen", "rejected") if name in row]
     asked = [{"role": "user", "content": row["prompt"]}] if "prompt" in row else columns[0][:-1]
@@ -196,20 +196,20 @@ def rendered(row: dict[str, Any], config: SftData | PairData) -> tuple[str, ...]
         ({"human": "user", "gpt": "assistant"}.get(role, role), text)
         for role, text in (turn.values() for turn in asked)
     ]
-    if "system" in row and row["system"] and isinstance(config, SftData) and config.messages is None:
+    if "system" in row and row["system"] and isinstance(config, SftDataConfig) and config.messages is None:
         said.insert(0, ("system", row["system"]))
     prompt = "".join(f"[{role}]{text}{'<end>' if role == 'assistant' else ''}" for role, text in said)
     answers = (column if isinstance(column, str) else list(column[-1].values())[1] for column in columns)
     return f"{prompt}{config.prompt_suffix}[assistant]", *(f"{answer}<end>" for answer in answers)
 
 
-def read(examples: Examples, chat: Chat) -> list[tuple[str, ...]]:
+def read(examples: TokenizedDataset, chat: ChatTokenizer) -> list[tuple[str, ...]]:
     """What is read before the answers of each example, and the answers."""
     decode = chat.tokenizer.decode
     found = []
     for segments in examples:
-        (prompt,) = {decode(segment.tokens[: segment.answer_start]) for segment in segments}
-        found.append((prompt, *(decode(segment.tokens[segment.answer_start :]) for segment in segments)))
+        (prompt,) = {decode(segment.token_ids[: segment.answer_start]) for segment in segments}
+        found.append((prompt, *(decode(segment.token_ids[segment.answer_start :]) for segment in segments)))
     return found
 
 
@@ -220,7 +220,7 @@ def each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return dict(pairs)
 
 
-def comes_from(example: tuple[str, ...], line: bytes, config: SftData | PairData) -> bool:
+def comes_from(example: tuple[str, ...], line: bytes, config: SftDataConfig | PreferenceDataConfig) -> bool:
     """Whether every text of an example is one of the line's."""
     try:
         given = texts(json.loads(line.decode("utf-8-sig"), object_pairs_hook=each_once))
@@ -244,31 +244,31 @@ def named(error: UserError, path: object) -> str:
     return message
 
 
-def error_of(config: SftData | PairData, chat: Chat) -> str | None:
+def error_of(config: SftDataConfig | PreferenceDataConfig, chat: ChatTokenizer) -> str | None:
     """The message with which the run stops; None where it goes on."""
     try:
-        prepare([config], chat, row_length=ROW_LENGTH, seed=0)
+        tokenize_sources([config], chat, row_length=ROW_LENGTH, seed=0)
     except UserError as error:
         return named(error, config.path)
     return None
 
 
-def check_lines(file: File, path: Path, chat: Chat) -> None:
+def check_lines(file: File, path: Path, chat: ChatTokenizer) -> None:
     """Skipping keeps every sound row and counts the others; raising names the first bad line."""
     content = b"\n".join(line.content for line in file.lines)
     path.write_bytes(content)
     numbered = dict(enumerate(content.split(b"\n"), 1))
     rows = {number: line for number, line in numbered.items() if not NO_LINE.fullmatch(line)}
-    kind = PairData if file.pair else SftData
+    kind = PreferenceDataConfig if file.pair else SftDataConfig
     skipping = kind(path=str(path), on_bad_row="skip", **file.config)
     if not rows or (skipping.over_length == "raise" and error_of(skipping, chat) is not None):
         message = error_of(skipping, chat) or ""
         assert ("there are no rows" if not rows else f"do not fit row_length {ROW_LENGTH}") in message
         return
-    examples = prepare([skipping], chat, row_length=ROW_LENGTH, seed=0)
+    examples = tokenize_sources([skipping], chat, row_length=ROW_LENGTH, seed=0)
     (report,) = examples.reports
-    assert report.rows == len(rows) == report.kept + sum(report.dropped.values())
-    assert report.kept == len(examples)
+    assert report.rows == len(rows) == report.num_used + sum(report.dropped.values())
+    assert report.num_used == len(examples)
     assert all(reason.strip() and count > 0 for reason, count in report.dropped.items())
     found = read(examples, chat)
     sound = Counter(rendered(json.loads(line.content), skipping) for line in file.lines if line.whole and line.content)
@@ -277,22 +277,22 @@ def check_lines(file: File, path: Path, chat: Chat) -> None:
     assert all(any(comes_from(example, line, skipping) for line in left) for example in found)
 
     message = error_of(skipping.model_copy(update={"on_bad_row": "raise"}), chat)
-    assert (message is None) == (not report.bad)
+    assert (message is None) == (not report.first_error_by_reason)
     if message is not None:
-        assert message in report.bad.values()
+        assert message in report.first_error_by_reason.values()
         place = re.match(r", line (\d+)[:,]", message.removeprefix(str(path)))
         assert place is not None
         assert int(place[1]) in rows
 
 
 @pytest.fixture(scope="module")
-def chat(tmp_path_factory: pytest.TempPathFactory) -> Chat:
-    return Chat.load(byte_tokenizer(tmp_path_factory.mktemp("bytes")))
+def chat(tmp_path_factory: pytest.TempPathFactory) -> ChatTokenizer:
+    return ChatTokenizer.from_folder(byte_tokenizer(tmp_path_factory.mktemp("bytes")))
 
 
 @pytest.mark.parametrize("hundred", range(10))
 def test_a_changed_line_is_trained_on_or_counted_or_named_and_all_others_are_kept(
-    hundred: int, tmp_path: Path, chat: Chat
+    hundred: int, tmp_path: Path, chat: ChatTokenizer
 ):
     for seed in range(100 * hundred, 100 * hundred + 100):
         draw = random.Random(seed)
@@ -319,7 +319,7 @@ def damaged(draw: random.Random, content: bytes, within: int) -> bytes:
 def rows_or_error(path: Path) -> list[object] | None:
     """The rows of a file; None where it cannot be read as a whole."""
     try:
-        return [row for _, row in read_rows(Source(path=str(path)), seed=0)]
+        return [row for _, row in iterate_records(DataSourceConfig(path=str(path)), seed=0)]
     except UserError as error:
         named(error, path)
         return None
@@ -329,7 +329,7 @@ def pairs(draw: random.Random, count: int) -> list[dict[str, Any]]:
     return [FORMS["pair"](draw, f"<{i}>") | {"more": turns(words(draw, 20), "so")} for i in range(count)]
 
 
-def test_a_damaged_gz_file_gives_all_of_its_rows_or_is_an_error_with_its_name(tmp_path: Path, chat: Chat):
+def test_a_damaged_gz_file_gives_all_of_its_rows_or_is_an_error_with_its_name(tmp_path: Path, chat: ChatTokenizer):
     outcomes = Counter[bool]()
     for seed in range(250):
         draw = random.Random(seed)
@@ -340,7 +340,7 @@ def test_a_damaged_gz_file_gives_all_of_its_rows_or_is_an_error_with_its_name(tm
         found = rows_or_error(path)
         outcomes[found is None] += 1
         assert found in (None, rows)
-        config = PairData(path=str(path), on_bad_row="skip")
+        config = PreferenceDataConfig(path=str(path), on_bad_row="skip")
         assert (error_of(config, chat) is None) == (found is not None)
     assert outcomes[True] > 200
     assert outcomes[False] > 5

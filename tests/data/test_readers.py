@@ -15,12 +15,12 @@ import pytest
 from support.byte_tokenizer import byte_tokenizer
 
 from thinkpo_jax.data import readers as rows_module
-from thinkpo_jax.data.chat_tokenizer import Chat
-from thinkpo_jax.data.readers import good_rows, identity, read_rows
-from thinkpo_jax.data.record_formats import SftData
-from thinkpo_jax.data.sources import BadRow, Source
-from thinkpo_jax.data.tokenization import prepare
-from thinkpo_jax.runtime.config import UserError, parse
+from thinkpo_jax.data.chat_tokenizer import ChatTokenizer
+from thinkpo_jax.data.readers import iterate_records, iterate_valid_records, source_fingerprint
+from thinkpo_jax.data.record_formats import SftDataConfig
+from thinkpo_jax.data.sources import DataSourceConfig, RecordError
+from thinkpo_jax.data.tokenization import tokenize_sources
+from thinkpo_jax.runtime.config import UserError, parse_config
 
 ROWS: list[dict[str, Any]] = [
     {
@@ -96,7 +96,7 @@ def write_hub_parquet(path: Path, rows: list[dict[str, Any]]) -> None:
 
 def read(path: Path | str, **options: Any) -> list[Any]:
     """The rows of a source, without their places."""
-    return [row for _, row in read_rows(Source(path=str(path), **options), seed=0)]
+    return [row for _, row in iterate_records(DataSourceConfig(path=str(path), **options), seed=0)]
 
 
 def error_of(path: Path | str, **options: Any) -> str:
@@ -143,8 +143,8 @@ each_form = pytest.mark.parametrize("form", FORMS)
 
 
 @pytest.fixture(scope="module")
-def chat(tmp_path_factory: pytest.TempPathFactory) -> Chat:
-    return Chat.load(byte_tokenizer(tmp_path_factory.mktemp("bytes")))
+def chat(tmp_path_factory: pytest.TempPathFactory) -> ChatTokenizer:
+    return ChatTokenizer.from_folder(byte_tokenizer(tmp_path_factory.mktemp("bytes")))
 
 
 # The same rows from every form.
@@ -154,8 +154,8 @@ def chat(tmp_path_factory: pytest.TempPathFactory) -> Chat:
 def test_every_form_gives_the_same_rows_in_their_order_with_their_places(form: str, tmp_path: Path):
     name, write, options = FORMS[form]
     write(tmp_path / name, ROWS)
-    source = Source(path=str(tmp_path / name), **options)
-    found = list(good_rows(source, seed=0))
+    source = DataSourceConfig(path=str(tmp_path / name), **options)
+    found = list(iterate_valid_records(source, seed=0))
     assert [row for _, row in found] == ROWS
     first, word = (1, "line") if "jsonl" in name else (0, "row")
     assert [place for place, _ in found] == [f"{tmp_path / name}, {word} {i}" for i in range(first, first + len(ROWS))]
@@ -172,12 +172,12 @@ def test_limit_is_the_number_of_rows_from_the_first(form: str, tmp_path: Path):
 @each_form
 def test_identity_changes_with_the_content_and_with_nothing_else(form: str, tmp_path: Path):
     name, write, options = FORMS[form]
-    source = Source(path=str(tmp_path / name), **options)
+    source = DataSourceConfig(path=str(tmp_path / name), **options)
 
     def written(rows: list[dict[str, Any]]) -> str:
         shutil.rmtree(tmp_path / "rows", ignore_errors=True)
         write(tmp_path / name, rows)
-        return identity(source, seed=0)
+        return source_fingerprint(source, seed=0)
 
     def files() -> list[Path]:
         return [path for path in tmp_path.rglob("*") if path.is_file()]
@@ -185,9 +185,9 @@ def test_identity_changes_with_the_content_and_with_nothing_else(form: str, tmp_
     before = written(ROWS)
     for path in files():
         os.utime(path, ns=(1, 1))
-    assert identity(source, seed=1) == before
-    assert list(good_rows(source, seed=0))
-    assert identity(source, seed=0) == before  # reading leaves nothing behind
+    assert source_fingerprint(source, seed=1) == before
+    assert list(iterate_valid_records(source, seed=0))
+    assert source_fingerprint(source, seed=0) == before  # reading leaves nothing behind
     assert written([*ROWS[:-1], ROWS[-1] | {"response": "else"}]) != before
     assert written([*ROWS[1:], ROWS[0]]) != before
 
@@ -230,11 +230,11 @@ def test_a_folder_that_changes_without_another_time_gives_its_new_rows(tmp_path:
         assert [row["response"] for row in read(tmp_path / "rows")] == [text]
 
 
-def test_another_split_is_prepared_anew(tmp_path: Path, chat: Chat):
+def test_another_split_is_prepared_anew(tmp_path: Path, chat: ChatTokenizer):
     write_saved_splits(tmp_path / "rows", ROWS)
-    config = SftData(path=str(tmp_path / "rows"), response="response")
+    config = SftDataConfig(path=str(tmp_path / "rows"), response="response")
     counts = [
-        len(prepare([config.model_copy(update={"split": split})], chat, row_length=1000, seed=0))
+        len(tokenize_sources([config.model_copy(update={"split": split})], chat, row_length=1000, seed=0))
         for split in ("train", "test", "train")
     ]
     assert counts == [len(ROWS), len(OTHER), len(ROWS)]
@@ -248,11 +248,11 @@ def test_lines_are_counted_as_an_editor_counts_them(tmp_path: Path):
     (tmp_path / "rows.jsonl").write_bytes(content)
     (tmp_path / "rows.jsonl.gz").write_bytes(gzip.compress(content))
     for name in ("rows.jsonl", "rows.jsonl.gz"):
-        found = list(read_rows(Source(path=str(tmp_path / name)), seed=0))
+        found = list(iterate_records(DataSourceConfig(path=str(tmp_path / name)), seed=0))
         assert [place.rpartition(" ")[2] for place, _ in found] == ["1", "4", "5", "6"]
-        assert [row for _, row in found if not isinstance(row, BadRow)] == [{"a": 1}, {"a": 2}, {"a": 3}]
-        with pytest.raises(BadRow, match=rf"{name}, line 5: not valid JSON: "):
-            list(good_rows(Source(path=str(tmp_path / name)), seed=0))
+        assert [row for _, row in found if not isinstance(row, RecordError)] == [{"a": 1}, {"a": 2}, {"a": 3}]
+        with pytest.raises(RecordError, match=rf"{name}, line 5: not valid JSON: "):
+            list(iterate_valid_records(DataSourceConfig(path=str(tmp_path / name)), seed=0))
 
 
 WHOLE = gzip.compress(jsonl(ROWS[:3]), mtime=0)
@@ -280,7 +280,7 @@ def test_a_gz_file_that_is_not_whole_is_an_error_after_its_last_good_line(conten
 
 @pytest.mark.parametrize("name", ["rows.jsonl", "rows.jsonl.gz"])
 def test_a_file_without_line_ends_does_not_fill_the_memory(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(rows_module, "LONGEST_LINE", 100)
+    monkeypatch.setattr(rows_module, "MAX_LINE_BYTES", 100)
     content = b'{"a": 1}\n' + b'{"a": "' + b"x" * 10**6
     (tmp_path / name).write_bytes(gzip.compress(content) if name.endswith("gz") else content)
     assert error_of(tmp_path / name).endswith(", line 2: longer than 100 bytes; expected one row per line.")
@@ -291,7 +291,7 @@ def test_what_is_neither_file_nor_folder_is_an_error_at_once(name: str, tmp_path
     os.mkfifo(tmp_path / name)  # reading it would wait for ever
     assert ("found another kind of file" if name == "rows" else "found no plain file") in error_of(tmp_path / name)
     with pytest.raises(UserError, match="expected a file"):
-        identity(Source(path=str(tmp_path / name)), seed=0)
+        source_fingerprint(DataSourceConfig(path=str(tmp_path / name)), seed=0)
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
@@ -302,7 +302,7 @@ def test_what_may_not_be_read_is_an_error_with_its_name(name: str, tmp_path: Pat
     path.chmod(0)
     assert "Permission denied" in error_of(path)
     with pytest.raises(UserError, match="Permission denied"):
-        identity(Source(path=str(path)), seed=0)
+        source_fingerprint(DataSourceConfig(path=str(path)), seed=0)
 
 
 @pytest.mark.parametrize("method", ["is_dir", "iterdir", "open"])
@@ -319,21 +319,21 @@ def test_an_error_of_the_file_system_is_an_error_with_the_name(
     monkeypatch.setattr(Path, method, refuse)
     assert "Permission denied" in error_of(path)
     with pytest.raises(UserError, match="Permission denied"):
-        identity(Source(path=str(path)), seed=0)
+        source_fingerprint(DataSourceConfig(path=str(path)), seed=0)
 
 
 def test_a_file_that_goes_away_is_read_to_its_end_or_is_an_error(tmp_path: Path):
     for name, write in (("rows.jsonl", write_jsonl), ("rows.jsonl.gz", write_gz), ("rows.parquet", write_parquet)):
         path = tmp_path / name
         write(path, ROWS)
-        found = read_rows(Source(path=str(path)), seed=0)
+        found = iterate_records(DataSourceConfig(path=str(path)), seed=0)
         first = next(found)[1]
         path.unlink()
         assert [first, *(row for _, row in found)] == ROWS
         assert "there is no such file" in error_of(path)
 
 
-def test_one_row_of_fifty_megabytes_is_read_and_counted_as_too_long_at_once(tmp_path: Path, chat: Chat):
+def test_one_row_of_fifty_megabytes_is_read_and_counted_as_too_long_at_once(tmp_path: Path, chat: ChatTokenizer):
     path = tmp_path / "rows.jsonl"
     long = 50_000_000
     with path.open("wb") as file:
@@ -345,15 +345,15 @@ def test_one_row_of_fifty_megabytes_is_read_and_counted_as_too_long_at_once(tmp_
     assert lengths == [long]
     assert peak < 6 * long
     start = time.process_time()
-    config = SftData(path=str(path), response="response")
-    (report,) = prepare([config], chat, row_length=1000, seed=0).reports
+    config = SftDataConfig(path=str(path), response="response")
+    (report,) = tokenize_sources([config], chat, row_length=1000, seed=0).reports
     assert time.process_time() - start < 5
-    assert (report.rows, report.kept, report.dropped) == (3, 2, {"longer than row_length 1000": 1})
+    assert (report.rows, report.num_used, report.dropped) == (3, 2, {"longer than row_length 1000": 1})
     with pytest.raises(UserError, match=r"line 1: .* do not fit row_length 1000"):
-        prepare([config.model_copy(update={"over_length": "raise"})], chat, row_length=1000, seed=0)
+        tokenize_sources([config.model_copy(update={"over_length": "raise"})], chat, row_length=1000, seed=0)
 
 
-def test_the_message_of_a_bad_row_can_be_printed_and_is_no_copy_of_the_row(tmp_path: Path, chat: Chat):
+def test_the_message_of_a_bad_row_can_be_printed_and_is_no_copy_of_the_row(tmp_path: Path, chat: ChatTokenizer):
     path = tmp_path / "rows.jsonl"
     for content in (
         b'{"\\ud83d": 1}',
@@ -362,7 +362,7 @@ def test_the_message_of_a_bad_row_can_be_printed_and_is_no_copy_of_the_row(tmp_p
     ):
         path.write_bytes(content)
         with pytest.raises(UserError) as error:
-            prepare([SftData(path=str(path), response="response")], chat, row_length=100, seed=0)
+            tokenize_sources([SftDataConfig(path=str(path), response="response")], chat, row_length=100, seed=0)
         assert str(error.value).startswith(f"{path}, line 1: ")
         assert len(str(error.value).encode()) < 3000
 
@@ -406,7 +406,7 @@ def test_a_parquet_page_that_does_not_match_its_checksum_is_an_error(tmp_path: P
 
 
 @pytest.mark.parametrize("kind", ["parquet", "saved", "folder"])
-def test_a_text_that_is_not_utf8_makes_a_bad_row_and_leaves_the_others(kind: str, tmp_path: Path, chat: Chat):
+def test_a_text_that_is_not_utf8_makes_a_bad_row_and_leaves_the_others(kind: str, tmp_path: Path, chat: ChatTokenizer):
     import pyarrow
     from datasets import Dataset
     from pyarrow import parquet
@@ -421,13 +421,13 @@ def test_a_text_that_is_not_utf8_makes_a_bad_row_and_leaves_the_others(kind: str
         parquet.write_table(table, file)
     first, bad, last = read(path)
     assert (first, last) == ({"prompt": "q", "response": "a"}, {"prompt": "q", "response": "c"})
-    assert isinstance(bad, BadRow)
+    assert isinstance(bad, RecordError)
     assert (bad.reason, str(bad).startswith(f"{path}, row 1: ")) == ("not UTF-8", True)
-    skipping = SftData(path=str(path), on_bad_row="skip")
-    (report,) = prepare([skipping], chat, row_length=100, seed=0).reports
-    assert (report.rows, report.kept, report.dropped) == (3, 2, {"not UTF-8": 1})
+    skipping = SftDataConfig(path=str(path), on_bad_row="skip")
+    (report,) = tokenize_sources([skipping], chat, row_length=100, seed=0).reports
+    assert (report.rows, report.num_used, report.dropped) == (3, 2, {"not UTF-8": 1})
     with pytest.raises(UserError, match=r"row 1: holds a text that is not valid UTF-8"):
-        prepare([SftData(path=str(path))], chat, row_length=100, seed=0)
+        tokenize_sources([SftDataConfig(path=str(path))], chat, row_length=100, seed=0)
 
 
 def test_a_value_that_python_does_not_have_makes_a_bad_row(tmp_path: Path):
@@ -438,7 +438,7 @@ def test_a_value_that_python_does_not_have_makes_a_bad_row(tmp_path: Path):
     parquet.write_table(pyarrow.table({"prompt": ["a", "b", "c"], "date": dates}), tmp_path / "rows.parquet")
     first, bad, last = read(tmp_path / "rows.parquet")
     assert (first["prompt"], last["prompt"]) == ("a", "c")
-    assert isinstance(bad, BadRow)
+    assert isinstance(bad, RecordError)
     assert str(bad).startswith(f"{tmp_path / 'rows.parquet'}, row 1: holds a value that cannot be read: ")
 
 
@@ -585,7 +585,7 @@ def test_the_name_of_a_format_does_not_read_the_working_directory(
     monkeypatch.chdir(tmp_path)
     assert "found the name of a format" in error_of(name)
     with pytest.raises(UserError, match="the name of a format"):
-        identity(Source(path=name), seed=0)
+        source_fingerprint(DataSourceConfig(path=name), seed=0)
 
 
 # What a source is.
@@ -611,6 +611,6 @@ def test_the_name_of_a_format_does_not_read_the_working_directory(
 )
 def test_a_source_that_cannot_be_is_an_error_before_it_is_read(raw: dict[str, Any], said: str):
     with pytest.raises(UserError) as error:
-        parse(Source, raw, source="run.yaml")
+        parse_config(DataSourceConfig, raw, source="run.yaml")
     assert str(error.value).startswith("run.yaml: ")
     assert said in str(error.value)

@@ -14,14 +14,14 @@ from support.byte_tokenizer import TEMPLATE, byte_tokenizer
 from support.checkpoints import needs_data
 from support.paths import DATA
 
-from thinkpo_jax.data.chat_tokenizer import Chat, Prompt
-from thinkpo_jax.data.examples import Example, Examples, Segment
-from thinkpo_jax.data.readers import read_rows
-from thinkpo_jax.data.record_formats import PairData, SftData
-from thinkpo_jax.data.sources import Source
-from thinkpo_jax.data.tokenization import prepare
+from thinkpo_jax.data.chat_tokenizer import ChatTokenizer, RenderedPrompt
+from thinkpo_jax.data.examples import Example, Segment, TokenizedDataset
+from thinkpo_jax.data.readers import iterate_records
+from thinkpo_jax.data.record_formats import PreferenceDataConfig, SftDataConfig
+from thinkpo_jax.data.sources import DataSourceConfig
+from thinkpo_jax.data.tokenization import tokenize_sources
 from thinkpo_jax.runtime.config import UserError
-from thinkpo_jax.runtime.files import cache_folder
+from thinkpo_jax.runtime.files import token_cache_folder
 
 LINE_SEPARATOR = "\u2028"
 EXPECTED = "expected a file (.jsonl, .jsonl.gz, .parquet), a folder or a Hub id (owner/name)"
@@ -42,29 +42,31 @@ def turns(*contents: str) -> list[dict[str, str]]:
     return [{"role": ("user", "assistant")[i % 2], "content": content} for i, content in enumerate(contents)]
 
 
-def tokenize(config: SftData | PairData, chat: Chat, *, row_length: int, seed: int) -> Examples:
+def tokenize(
+    config: SftDataConfig | PreferenceDataConfig, chat: ChatTokenizer, *, row_length: int, seed: int
+) -> TokenizedDataset:
     """The examples of one source."""
-    return prepare([config], chat, row_length=row_length, seed=seed)
+    return tokenize_sources([config], chat, row_length=row_length, seed=seed)
 
 
-def error_of(config: SftData | PairData, chat: Chat) -> str:
+def error_of(config: SftDataConfig | PreferenceDataConfig, chat: ChatTokenizer) -> str:
     with pytest.raises(UserError) as error:
         tokenize(config, chat, row_length=10_000, seed=0)
     return str(error.value)
 
 
 @pytest.fixture(scope="module")
-def chat(tmp_path_factory: pytest.TempPathFactory) -> Chat:
-    return Chat.load(byte_tokenizer(tmp_path_factory.mktemp("bytes")))
+def chat(tmp_path_factory: pytest.TempPathFactory) -> ChatTokenizer:
+    return ChatTokenizer.from_folder(byte_tokenizer(tmp_path_factory.mktemp("bytes")))
 
 
-def read(segment: Segment, chat: Chat) -> tuple[str, str]:
+def read(segment: Segment, chat: ChatTokenizer) -> tuple[str, str]:
     """The text of a segment's prompt and of what is trained."""
     start = segment.answer_start
-    return chat.tokenizer.decode(segment.tokens[:start]), chat.tokenizer.decode(segment.tokens[start:])
+    return chat.tokenizer.decode(segment.token_ids[:start]), chat.tokenizer.decode(segment.token_ids[start:])
 
 
-def only(examples: Examples) -> Example:
+def only(examples: TokenizedDataset) -> Example:
     (example,) = examples
     return example
 
@@ -96,83 +98,83 @@ def only(examples: Examples) -> Example:
     ],
     ids=lambda value: value[:30] if isinstance(value, str) else "",
 )
-def test_a_bad_row_stops_the_run_with_its_file_and_line(bad: bytes, said: str, tmp_path: Path, chat: Chat):
+def test_a_bad_row_stops_the_run_with_its_file_and_line(bad: bytes, said: str, tmp_path: Path, chat: ChatTokenizer):
     path = write(tmp_path / "rows.jsonl", ROW, b"\n", b"  \n", ROW, bad, ROW)  # blank lines count as lines
-    found = error_of(SftData(path=str(path)), chat)
+    found = error_of(SftDataConfig(path=str(path)), chat)
     assert found.startswith(f"{path}, line 5")
     assert said in found
 
 
 @pytest.mark.parametrize("content", [b"", b"\n \n\n"], ids=["empty", "blank"])
-def test_a_file_without_rows_is_an_error_with_its_name(content: bytes, tmp_path: Path, chat: Chat):
+def test_a_file_without_rows_is_an_error_with_its_name(content: bytes, tmp_path: Path, chat: ChatTokenizer):
     path = write(tmp_path / "rows.jsonl", content)
-    assert error_of(SftData(path=str(path)), chat) == f"{path}: there are no rows, expected at least one."
+    assert error_of(SftDataConfig(path=str(path)), chat) == f"{path}: there are no rows, expected at least one."
 
 
 @pytest.mark.parametrize("name", ["absent.jsonl", "absent.parquet"])
-def test_a_missing_file_is_an_error_with_its_name(name: str, tmp_path: Path, chat: Chat):
-    found = error_of(SftData(path=str(tmp_path / name)), chat)
+def test_a_missing_file_is_an_error_with_its_name(name: str, tmp_path: Path, chat: ChatTokenizer):
+    found = error_of(SftDataConfig(path=str(tmp_path / name)), chat)
     assert found.startswith(f"{tmp_path / name}: there is no such file; {EXPECTED}.")
 
 
 @pytest.mark.parametrize("name", ["rows", "rows.jsonl", "rows.parquet"])
-def test_a_folder_is_an_error_with_its_name(name: str, tmp_path: Path, chat: Chat):
+def test_a_folder_is_an_error_with_its_name(name: str, tmp_path: Path, chat: ChatTokenizer):
     (tmp_path / name).mkdir()
-    found = error_of(SftData(path=str(tmp_path / name)), chat)
+    found = error_of(SftDataConfig(path=str(tmp_path / name)), chat)
     assert found.startswith(f"{tmp_path / name}: ")
     assert ("found a folder" if "." in name else "found an empty folder") in found
     assert EXPECTED in found
 
 
 def test_a_folder_is_not_taken_for_a_data_set_of_the_hub_of_that_name(
-    tmp_path: Path, chat: Chat, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, chat: ChatTokenizer, monkeypatch: pytest.MonkeyPatch
 ):
     (tmp_path / "owner" / "name").mkdir(parents=True)
     monkeypatch.chdir(tmp_path)
-    assert error_of(SftData(path="owner/name"), chat) == f"owner/name: {EXPECTED}, found an empty folder."
+    assert error_of(SftDataConfig(path="owner/name"), chat) == f"owner/name: {EXPECTED}, found an empty folder."
     (tmp_path / "owner" / "name" / "other.bin").write_bytes(b"1")
-    assert error_of(SftData(path="owner/name"), chat).startswith("owner/name: cannot be read as a data set: ")
+    assert error_of(SftDataConfig(path="owner/name"), chat).startswith("owner/name: cannot be read as a data set: ")
 
 
-def test_a_file_of_another_kind_is_an_error_with_its_name(tmp_path: Path, chat: Chat):
+def test_a_file_of_another_kind_is_an_error_with_its_name(tmp_path: Path, chat: ChatTokenizer):
     path = write(tmp_path / "rows.csv", ROW)
-    found = error_of(SftData(path=str(path)), chat)
+    found = error_of(SftDataConfig(path=str(path)), chat)
     assert found == f"{path}: {EXPECTED}, found another kind of file."
     for absent in ("rows/absent.csv", "a/b/c", "../rows", str(tmp_path / "rows")):
-        assert error_of(SftData(path=absent), chat) == f"{absent}: {EXPECTED}, found no such file."
+        assert error_of(SftDataConfig(path=absent), chat) == f"{absent}: {EXPECTED}, found no such file."
 
 
-def test_a_data_set_of_the_hub_that_cannot_be_had_is_an_error_with_its_name(chat: Chat):
+def test_a_data_set_of_the_hub_that_cannot_be_had_is_an_error_with_its_name(chat: ChatTokenizer):
     # Off line, as the tests are; a dot in the name does not make it a file.
     for name in ("owner/name", "owner/name-v1.5"):
-        found = error_of(SftData(path=name), chat)
+        found = error_of(SftDataConfig(path=name), chat)
         assert found.startswith(f"{name}: cannot be read as a data set: ")
         assert "Without a network" in found
 
 
-def test_a_line_ends_at_a_newline_and_at_nothing_else(tmp_path: Path, chat: Chat):
+def test_a_line_ends_at_a_newline_and_at_nothing_else(tmp_path: Path, chat: ChatTokenizer):
     texts = [f"a{LINE_SEPARATOR}b\u2029c\u0085d\x0be\x0cf", "second"]
     rows = [ROW | {"response": text} for text in texts]
     content = b"".join(line(row) for row in rows)
     assert LINE_SEPARATOR.encode() in content  # as itself, not escaped
     path = write(tmp_path / "rows.jsonl", content)
-    examples = tokenize(SftData(path=str(path)), chat, row_length=1000, seed=0)
+    examples = tokenize(SftDataConfig(path=str(path)), chat, row_length=1000, seed=0)
     assert [read(example[0], chat)[1] for example in examples] == [f"{text}<end>" for text in texts]
 
 
-def test_a_byte_order_mark_and_windows_line_ends_are_no_part_of_a_text(tmp_path: Path, chat: Chat):
+def test_a_byte_order_mark_and_windows_line_ends_are_no_part_of_a_text(tmp_path: Path, chat: ChatTokenizer):
     content = b"\xef\xbb\xbf" + line(ROW).replace(b"\n", b"\r\n") * 2
-    examples = tokenize(SftData(path=str(write(tmp_path / "rows.jsonl", content))), chat, row_length=1000, seed=0)
+    examples = tokenize(SftDataConfig(path=str(write(tmp_path / "rows.jsonl", content))), chat, row_length=1000, seed=0)
     assert [read(example[0], chat)[1] for example in examples] == ["4<end>", "4<end>"]
 
 
 def test_no_more_than_limit_rows_are_read(tmp_path: Path):
     path = write(tmp_path / "rows.jsonl", ROW, ROW, b"not JSON\n")
-    rows = list(read_rows(Source(path=str(path), limit=2), seed=0))
+    rows = list(iterate_records(DataSourceConfig(path=str(path), limit=2), seed=0))
     assert rows == [(f"{path}, line 1", ROW), (f"{path}, line 2", ROW)]
 
 
-def test_parquet_gives_the_same_examples_as_jsonl(tmp_path: Path, chat: Chat):
+def test_parquet_gives_the_same_examples_as_jsonl(tmp_path: Path, chat: ChatTokenizer):
     from datasets import Dataset
 
     rows = [ROW | {"conversation": turns(f"q{i}", "a" * i)} for i in range(1, 4)]
@@ -180,37 +182,41 @@ def test_parquet_gives_the_same_examples_as_jsonl(tmp_path: Path, chat: Chat):
     write(tmp_path / "rows.jsonl", *rows)
     for messages in ("conversation", None):
         one, other = (
-            tokenize(SftData(path=str(tmp_path / f"rows.{kind}"), messages=messages), chat, row_length=1000, seed=0)
+            tokenize(
+                SftDataConfig(path=str(tmp_path / f"rows.{kind}"), messages=messages), chat, row_length=1000, seed=0
+            )
             for kind in ("parquet", "jsonl")
         )
         assert one.reports[0].rows == other.reports[0].rows == 3
         assert [read(example[0], chat) for example in one] == [read(example[0], chat) for example in other]
 
 
-def test_a_path_is_a_name_and_no_pattern(tmp_path: Path, chat: Chat):
+def test_a_path_is_a_name_and_no_pattern(tmp_path: Path, chat: ChatTokenizer):
     from datasets import Dataset
 
     for name, count in (("a*b.parquet", 2), ("aXb.parquet", 3), ("a[1].parquet", 4)):
         Dataset.from_list([ROW] * count).to_parquet(tmp_path / name)
     for name, count in (("a*b.parquet", 2), ("a[1].parquet", 4)):
-        found = tokenize(SftData(path=str(tmp_path / name)), chat, row_length=512, seed=0)
+        found = tokenize(SftDataConfig(path=str(tmp_path / name)), chat, row_length=512, seed=0)
         assert found.reports[0].rows == count
 
 
-def test_a_key_given_twice_in_a_row_is_an_error(tmp_path: Path, chat: Chat):
+def test_a_key_given_twice_in_a_row_is_an_error(tmp_path: Path, chat: ChatTokenizer):
     (tmp_path / "rows.jsonl").write_text('{"prompt": "a", "response": "b", "response": "c"}\n')
     with pytest.raises(UserError, match="line 1: cannot be read as JSON: the key 'response' is given twice"):
-        tokenize(SftData(path=str(tmp_path / "rows.jsonl")), chat, row_length=512, seed=0)
+        tokenize(SftDataConfig(path=str(tmp_path / "rows.jsonl")), chat, row_length=512, seed=0)
 
 
-def test_a_bad_row_of_a_parquet_file_is_named_and_so_is_a_broken_file(tmp_path: Path, chat: Chat):
+def test_a_bad_row_of_a_parquet_file_is_named_and_so_is_a_broken_file(tmp_path: Path, chat: ChatTokenizer):
     from datasets import Dataset
 
     Dataset.from_list([ROW, ROW | {"response": None}]).to_parquet(tmp_path / "rows.parquet")
-    found = error_of(SftData(path=str(tmp_path / "rows.parquet")), chat)
+    found = error_of(SftDataConfig(path=str(tmp_path / "rows.parquet")), chat)
     assert found == f"{tmp_path / 'rows.parquet'}, row 1, response: expected a text, found null."
     write(tmp_path / "broken.parquet", ROW)
-    assert error_of(SftData(path=str(tmp_path / "broken.parquet")), chat).startswith(f"{tmp_path / 'broken.parquet'}: ")
+    assert error_of(SftDataConfig(path=str(tmp_path / "broken.parquet")), chat).startswith(
+        f"{tmp_path / 'broken.parquet'}: "
+    )
 
 
 # Forms of a row.
@@ -261,12 +267,12 @@ PAIR_OF_LISTS = {"chosen": turns("q", "long"), "rejected": turns("q", "b")}
     ids=str,
 )
 def test_sft_form_gives_prompt_and_answer(
-    row: dict[str, Any], config: dict[str, Any], expected: tuple[str, str], tmp_path: Path, chat: Chat
+    row: dict[str, Any], config: dict[str, Any], expected: tuple[str, str], tmp_path: Path, chat: ChatTokenizer
 ):
     path = write(tmp_path / "rows.jsonl", row)
-    (segment,) = only(tokenize(SftData(path=str(path), **config), chat, row_length=1000, seed=0))
+    (segment,) = only(tokenize(SftDataConfig(path=str(path), **config), chat, row_length=1000, seed=0))
     assert read(segment, chat) == expected
-    assert segment.tokens.dtype == np.int32
+    assert segment.token_ids.dtype == np.int32
 
 
 @pytest.mark.parametrize(
@@ -285,10 +291,10 @@ def test_sft_form_gives_prompt_and_answer(
     ids=str,
 )  # fmt: skip
 def test_pair_form_gives_the_same_prompt_and_two_answers(
-    row: dict[str, Any], config: dict[str, Any], prompt: str, tmp_path: Path, chat: Chat
+    row: dict[str, Any], config: dict[str, Any], prompt: str, tmp_path: Path, chat: ChatTokenizer
 ):
     path = write(tmp_path / "rows.jsonl", row)
-    chosen, rejected = only(tokenize(PairData(path=str(path), **config), chat, row_length=1000, seed=0))
+    chosen, rejected = only(tokenize(PreferenceDataConfig(path=str(path), **config), chat, row_length=1000, seed=0))
     assert (read(chosen, chat), read(rejected, chat)) == ((prompt, "long<end>"), (prompt, "b<end>"))
 
 
@@ -307,9 +313,9 @@ def test_pair_form_gives_the_same_prompt_and_two_answers(
     ],
     ids=str,
 )  # fmt: skip
-def test_a_pair_has_one_prompt_and_two_answers(row: dict[str, Any], said: str, tmp_path: Path, chat: Chat):
+def test_a_pair_has_one_prompt_and_two_answers(row: dict[str, Any], said: str, tmp_path: Path, chat: ChatTokenizer):
     path = write(tmp_path / "rows.jsonl", row)
-    found = error_of(PairData(path=str(path)), chat)
+    found = error_of(PreferenceDataConfig(path=str(path)), chat)
     assert found.startswith(f"{path}, line 1{said}")
 
 
@@ -330,10 +336,10 @@ def test_a_pair_has_one_prompt_and_two_answers(row: dict[str, Any], said: str, t
     ids=str,
 )
 def test_a_conversation_is_a_list_of_turns_that_ends_with_question_and_answer(
-    messages: Any, said: str, tmp_path: Path, chat: Chat
+    messages: Any, said: str, tmp_path: Path, chat: ChatTokenizer
 ):
     path = write(tmp_path / "rows.jsonl", {"m": messages})
-    found = error_of(SftData(path=str(path), messages="m", system="T"), chat)
+    found = error_of(SftDataConfig(path=str(path), messages="m", system="T"), chat)
     assert found.startswith(f"{path}, line 1, {said}")
 
 
@@ -341,7 +347,7 @@ def test_a_template_that_refuses_a_conversation_is_an_error_with_the_line(tmp_pa
     refusing = "{{ raise_exception('no system turn') if messages[0].role == 'system' }}" + TEMPLATE
     byte_tokenizer(tmp_path, template=refusing)
     path = write(tmp_path / "rows.jsonl", ROW)
-    found = error_of(SftData(path=str(path), system="S"), Chat.load(tmp_path))
+    found = error_of(SftDataConfig(path=str(path), system="S"), ChatTokenizer.from_folder(tmp_path))
     assert found.startswith(f"{path}, line 1: the chat template refuses")
     assert found.endswith("['system', 'user']: no system turn")
 
@@ -349,36 +355,36 @@ def test_a_template_that_refuses_a_conversation_is_an_error_with_the_line(tmp_pa
 # Rows that are too long.
 
 
-def test_an_over_long_row_is_left_out_and_counted_or_stops_the_run(tmp_path: Path, chat: Chat):
+def test_an_over_long_row_is_left_out_and_counted_or_stops_the_run(tmp_path: Path, chat: ChatTokenizer):
     longest = len(f"{ASKED}{'a' * 20}") + 1
     rows = [{"prompt": "q", "response": "a" * count} for count in (1, 21, 20, 22)]
     path = write(tmp_path / "rows.jsonl", *rows)
-    examples = tokenize(SftData(path=str(path)), chat, row_length=longest, seed=0)
+    examples = tokenize(SftDataConfig(path=str(path)), chat, row_length=longest, seed=0)
     assert (examples.reports[0].rows, len(examples)) == (4, 2)
     assert examples.reports[0].dropped == {f"longer than row_length {longest}": 2}
-    assert examples.spans().sum(axis=(1, 2)).tolist() == [longest - 19, longest]
+    assert examples.prompt_and_answer_lengths().sum(axis=(1, 2)).tolist() == [longest - 19, longest]
     with pytest.raises(UserError, match=rf"line 2: {longest + 1} tokens do not fit row_length {longest}\."):
-        tokenize(SftData(path=str(path), over_length="raise"), chat, row_length=longest, seed=0)
+        tokenize(SftDataConfig(path=str(path), over_length="raise"), chat, row_length=longest, seed=0)
 
 
-def test_a_source_may_have_no_row_left(tmp_path: Path, chat: Chat):
+def test_a_source_may_have_no_row_left(tmp_path: Path, chat: ChatTokenizer):
     path = write(tmp_path / "rows.jsonl", ROW, ROW)
-    found = tokenize(SftData(path=str(path)), chat, row_length=3, seed=0)
-    assert (len(found), list(found), found.spans().shape) == (0, [], (0, 1, 2))
+    found = tokenize(SftDataConfig(path=str(path)), chat, row_length=3, seed=0)
+    assert (len(found), list(found), found.prompt_and_answer_lengths().shape) == (0, [], (0, 1, 2))
     assert str(found.reports[0]) == f"0 of 2 rows of {path}; 2 left out: longer than row_length 3"
 
 
-def test_the_length_of_one_answer_never_changes_the_other(tmp_path: Path, chat: Chat):
+def test_the_length_of_one_answer_never_changes_the_other(tmp_path: Path, chat: ChatTokenizer):
     """A pair is whole or left out: nothing is cut, on either side."""
     row = {"prompt": "q", "chosen": "a" * 10_000, "rejected": "b" * 300}
     path = write(tmp_path / "rows.jsonl", ROW, row)
     whole = sum(len(f"{ASKED}{row[side]}") + 1 for side in ("chosen", "rejected"))
     for row_length, kept in ((whole, 2), (whole - 1, 1)):
-        examples = tokenize(PairData(path=str(path)), chat, row_length=row_length, seed=0)
+        examples = tokenize(PreferenceDataConfig(path=str(path)), chat, row_length=row_length, seed=0)
         assert len(examples) == kept
         assert sum(examples.reports[0].dropped.values()) == 2 - kept
-        assert all(segment.answer_start < len(segment.tokens) for pair in examples for segment in pair)
-    chosen, rejected = tokenize(PairData(path=str(path)), chat, row_length=whole, seed=0)[1]
+        assert all(segment.answer_start < len(segment.token_ids) for pair in examples for segment in pair)
+    chosen, rejected = tokenize(PreferenceDataConfig(path=str(path)), chat, row_length=whole, seed=0)[1]
     assert read(chosen, chat) == (ASKED, row["chosen"] + "<end>")
     assert read(rejected, chat) == (ASKED, row["rejected"] + "<end>")
 
@@ -389,7 +395,7 @@ def test_the_length_of_one_answer_never_changes_the_other(tmp_path: Path, chat: 
     room=st.integers(40, 120),
 )
 def test_every_row_is_kept_whole_and_in_order_or_counted(
-    lengths: list[tuple[int, int]], room: int, tmp_path_factory: pytest.TempPathFactory, chat: Chat
+    lengths: list[tuple[int, int]], room: int, tmp_path_factory: pytest.TempPathFactory, chat: ChatTokenizer
 ):
     rows = [
         {"prompt": f"{i}?", "chosen": "a" * long, "rejected": "b" * short} for i, (long, short) in enumerate(lengths)
@@ -400,12 +406,12 @@ def test_every_row_is_kept_whole_and_in_order_or_counted(
         row for row in rows
         if len(row["chosen"] + row["rejected"]) + 2 * (overhead + len(row["prompt"]) - 1) <= room
     ]  # fmt: skip
-    examples = tokenize(PairData(path=str(path)), chat, row_length=room, seed=0)
+    examples = tokenize(PreferenceDataConfig(path=str(path)), chat, row_length=room, seed=0)
     assert examples.reports[0].rows == len(rows) == len(examples) + sum(examples.reports[0].dropped.values())
     found = [tuple(read(segment, chat)[1] for segment in pair) for pair in examples]
     assert found == [(row["chosen"] + "<end>", row["rejected"] + "<end>") for row in fits]
-    assert examples.spans().sum(axis=(1, 2)).tolist() == [
-        sum(len(segment.tokens) for segment in pair) for pair in examples
+    assert examples.prompt_and_answer_lengths().sum(axis=(1, 2)).tolist() == [
+        sum(len(segment.token_ids) for segment in pair) for pair in examples
     ]
 
 
@@ -419,18 +425,18 @@ def test_every_row_is_kept_whole_and_in_order_or_counted(
     ids=str,
 )
 def test_a_form_that_is_none_or_several_is_an_error_with_the_columns(
-    row: dict[str, Any], said: str, tmp_path: Path, chat: Chat
+    row: dict[str, Any], said: str, tmp_path: Path, chat: ChatTokenizer
 ):
     path = write(tmp_path / "rows.jsonl", row)
-    found = error_of(SftData(path=str(path)), chat)
+    found = error_of(SftDataConfig(path=str(path)), chat)
     assert found.startswith(f"{path}, line 1: {said}")
     assert f"The row has: {', '.join(row)}. Name the columns:" in found
 
 
-def test_the_first_row_that_tells_the_form_tells_it_for_all(tmp_path: Path, chat: Chat):
+def test_the_first_row_that_tells_the_form_tells_it_for_all(tmp_path: Path, chat: ChatTokenizer):
     rows = [b"not JSON\n", {"other": 1}, {"prompt": "q", "completion": "a"}, {"messages": turns("q", "a")}]
     path = write(tmp_path / "rows.jsonl", *rows)
-    found = tokenize(SftData(path=str(path), on_bad_row="skip"), chat, row_length=1000, seed=0)
+    found = tokenize(SftDataConfig(path=str(path), on_bad_row="skip"), chat, row_length=1000, seed=0)
     assert [read(example[0], chat) for example in found] == [(ASKED, "a<end>")]
     assert found.reports[0].dropped == {"not JSON": 1, "missing field": 2}
 
@@ -438,31 +444,35 @@ def test_the_first_row_that_tells_the_form_tells_it_for_all(tmp_path: Path, chat
 # Bad rows.
 
 
-def test_bad_rows_are_skipped_and_counted_by_reason(tmp_path: Path, chat: Chat):
+def test_bad_rows_are_skipped_and_counted_by_reason(tmp_path: Path, chat: ChatTokenizer):
     bad = [b"{\n", {"prompt": "q"}, ROW | {"response": None}, ROW | {"response": 3}, ROW | {"response": "a<end>b"}]
     path = write(tmp_path / "rows.jsonl", *bad, ROW, [1], ROW)
-    found = tokenize(SftData(path=str(path), response="response", on_bad_row="skip"), chat, row_length=1000, seed=0)
+    found = tokenize(
+        SftDataConfig(path=str(path), response="response", on_bad_row="skip"), chat, row_length=1000, seed=0
+    )
     (report,) = found.reports
     expected = {"not JSON": 1, "missing field": 1, "no text": 2, "cannot be tokenised": 1, "not an object": 1}
-    assert (report.rows, report.kept, report.dropped, report.fatal) == (8, 2, expected, {})
-    assert report.bad["no text"] == f"{path}, line 3, response: expected a text, found null."  # the first of its kind
-    assert report.bad.keys() == expected.keys()
+    assert (report.rows, report.num_used, report.dropped, report.stopping_error_by_reason) == (8, 2, expected, {})
+    assert (
+        report.first_error_by_reason["no text"] == f"{path}, line 3, response: expected a text, found null."
+    )  # the first of its kind
+    assert report.first_error_by_reason.keys() == expected.keys()
     assert str(report).startswith(
         f"2 of 8 rows of {path}; 1 left out: not JSON; 1 left out: missing field; 2 left out:"
     )
 
 
-def test_all_bad_rows_are_counted_where_asked_for(tmp_path: Path, chat: Chat):
+def test_all_bad_rows_are_counted_where_asked_for(tmp_path: Path, chat: ChatTokenizer):
     """What `--check` does: it goes on, and remembers what would have stopped the run."""
     path = write(tmp_path / "rows.jsonl", ROW, b"{\n", b"[\n", ROW | {"response": "a" * 2000})
-    for config in (SftData(path=str(path)), SftData(path=str(path), over_length="raise")):
-        (report,) = prepare([config], chat, row_length=1000, seed=0, keep_going=True).reports
-        assert "line 2: not valid JSON" in report.fatal["not JSON"]
-        assert ("longer than row_length 1000" in report.fatal) == (config.over_length == "raise")
+    for config in (SftDataConfig(path=str(path)), SftDataConfig(path=str(path), over_length="raise")):
+        (report,) = tokenize_sources([config], chat, row_length=1000, seed=0, keep_going=True).reports
+        assert "line 2: not valid JSON" in report.stopping_error_by_reason["not JSON"]
+        assert ("longer than row_length 1000" in report.stopping_error_by_reason) == (config.over_length == "raise")
         assert report.dropped == {"not JSON": 2, "longer than row_length 1000": 1}
-        assert report.bad.keys() == {"not JSON"}  # a row that is long is no bad row
+        assert report.first_error_by_reason.keys() == {"not JSON"}  # a row that is long is no bad row
         with pytest.raises(UserError, match="line 2: not valid JSON"):  # also when it was prepared before
-            prepare([config], chat, row_length=1000, seed=0)
+            tokenize_sources([config], chat, row_length=1000, seed=0)
 
 
 def test_answers_with_the_same_tokens_are_no_pair(tmp_path: Path):
@@ -470,7 +480,7 @@ def test_answers_with_the_same_tokens_are_no_pair(tmp_path: Path):
     if not (DATA / "tokenizers" / "qwen2_5").is_dir():
         pytest.skip("the real tokenizers are not there")
     path = write(tmp_path / "rows.jsonl", {"prompt": "q", "chosen": "caf\u00e9", "rejected": "cafe\u0301"})
-    found = error_of(PairData(path=str(path)), Chat.load(DATA / "tokenizers" / "qwen2_5"))
+    found = error_of(PreferenceDataConfig(path=str(path)), ChatTokenizer.from_folder(DATA / "tokenizers" / "qwen2_5"))
     assert found == f"{path}, line 1: the two answers have the same tokens; a pair needs two answers."
 
 
@@ -490,60 +500,68 @@ def test_answers_with_the_same_tokens_are_no_pair(tmp_path: Path):
     ],
 )
 def test_a_cut_takes_from_the_end_of_the_longer_answer_and_takes_the_end_token(
-    lengths: tuple[int, int], room: int, kept: tuple[int, int], tmp_path: Path, chat: Chat
+    lengths: tuple[int, int], room: int, kept: tuple[int, int], tmp_path: Path, chat: ChatTokenizer
 ):
     path = write(tmp_path / "rows.jsonl", {"prompt": "q", "chosen": "a" * lengths[0], "rejected": "b" * lengths[1]})
     row_length = 2 * len(ASKED) + room
-    found = tokenize(PairData(path=str(path), over_length="cut"), chat, row_length=row_length, seed=0)
+    found = tokenize(PreferenceDataConfig(path=str(path), over_length="cut"), chat, row_length=row_length, seed=0)
     for segment, letter, length, count in zip(only(found), "ab", lengths, kept, strict=True):
         whole = letter * length + "<end>" if count == length + 1 else letter * count
         assert read(segment, chat) == (ASKED, whole)
-    assert found.reports[0].cut == sum(count <= length for length, count in zip(lengths, kept, strict=True))
+    assert found.reports[0].num_truncated == sum(count <= length for length, count in zip(lengths, kept, strict=True))
 
 
-def test_what_has_no_room_for_a_token_of_each_answer_is_left_out(tmp_path: Path, chat: Chat):
+def test_what_has_no_room_for_a_token_of_each_answer_is_left_out(tmp_path: Path, chat: ChatTokenizer):
     path = write(tmp_path / "rows.jsonl", PAIR)
     for room, kept in ((1, 0), (2, 1)):
-        found = tokenize(PairData(path=str(path), over_length="cut"), chat, row_length=2 * len(ASKED) + room, seed=0)
+        found = tokenize(
+            PreferenceDataConfig(path=str(path), over_length="cut"), chat, row_length=2 * len(ASKED) + room, seed=0
+        )
         assert len(found) == kept
 
 
-def test_answers_that_a_cut_makes_equal_are_left_out_and_counted(tmp_path: Path, chat: Chat):
+def test_answers_that_a_cut_makes_equal_are_left_out_and_counted(tmp_path: Path, chat: ChatTokenizer):
     row = {"prompt": "q", "chosen": "a" * 40 + "b", "rejected": "a" * 40 + "c"}
     path = write(tmp_path / "rows.jsonl", row, PAIR)
-    found = tokenize(PairData(path=str(path), over_length="cut"), chat, row_length=2 * len(ASKED) + 20, seed=0)
+    found = tokenize(
+        PreferenceDataConfig(path=str(path), over_length="cut"), chat, row_length=2 * len(ASKED) + 20, seed=0
+    )
     assert (len(found), found.reports[0].dropped) == (1, {"identical after the cut": 1})
 
 
-def test_a_cut_that_takes_the_end_of_the_thinking_is_counted(tmp_path: Path, chat: Chat):
+def test_a_cut_that_takes_the_end_of_the_thinking_is_counted(tmp_path: Path, chat: ChatTokenizer):
     answer = "<think>" + "t" * 50 + "</think>#4"
     path = write(tmp_path / "rows.jsonl", {"prompt": "q", "response": answer}, {"prompt": "q", "response": answer[:20]})
     for row_length, unfinished in ((1000, 1), (len(ASKED) + 40, 2)):
-        found = tokenize(SftData(path=str(path), over_length="cut"), chat, row_length=row_length, seed=0)
-        assert (len(found), found.reports[0].open_thinking) == (2, unfinished)
+        found = tokenize(SftDataConfig(path=str(path), over_length="cut"), chat, row_length=row_length, seed=0)
+        assert (len(found), found.reports[0].num_unclosed_thoughts) == (2, unfinished)
 
 
 @pytest.mark.parametrize("column", ["response", "prompt"])
 def test_a_row_that_cannot_fit_is_not_tokenised(
-    column: str, tmp_path: Path, chat: Chat, monkeypatch: pytest.MonkeyPatch
+    column: str, tmp_path: Path, chat: ChatTokenizer, monkeypatch: pytest.MonkeyPatch
 ):
     path = write(tmp_path / "rows.jsonl", ROW | {column: "a" * 1_000_000}, ROW)
     seen: list[int] = []
-    answer_ids = Chat.answer_ids
-    monkeypatch.setattr(Chat, "answer_ids", lambda self, p, text: seen.append(len(text)) or answer_ids(self, p, text))
-    found = tokenize(SftData(path=str(path)), chat, row_length=1000, seed=0)
+    answer_ids = ChatTokenizer.encode_answer
+    monkeypatch.setattr(
+        ChatTokenizer, "encode_answer", lambda self, p, text: seen.append(len(text)) or answer_ids(self, p, text)
+    )
+    found = tokenize(SftDataConfig(path=str(path)), chat, row_length=1000, seed=0)
     assert found.reports[0].dropped == {"longer than row_length 1000": 1}
     assert seen == [1]
 
 
-def test_a_cut_tokenises_no_more_than_could_fit(tmp_path: Path, chat: Chat, monkeypatch: pytest.MonkeyPatch):
+def test_a_cut_tokenises_no_more_than_could_fit(tmp_path: Path, chat: ChatTokenizer, monkeypatch: pytest.MonkeyPatch):
     path = write(tmp_path / "rows.jsonl", ROW | {"response": "a" * 1_000_000})
     seen: list[int] = []
-    answer_ids = Chat.answer_ids
-    monkeypatch.setattr(Chat, "answer_ids", lambda self, p, text: seen.append(len(text)) or answer_ids(self, p, text))
-    found = tokenize(SftData(path=str(path), over_length="cut"), chat, row_length=1000, seed=0)
-    assert [len(segment.tokens) for segment in only(found)] == [1000]
-    assert found.reports[0].cut == 1
+    answer_ids = ChatTokenizer.encode_answer
+    monkeypatch.setattr(
+        ChatTokenizer, "encode_answer", lambda self, p, text: seen.append(len(text)) or answer_ids(self, p, text)
+    )
+    found = tokenize(SftDataConfig(path=str(path), over_length="cut"), chat, row_length=1000, seed=0)
+    assert [len(segment.token_ids) for segment in only(found)] == [1000]
+    assert found.reports[0].num_truncated == 1
     assert seen < [100_000]
 
 
@@ -559,37 +577,39 @@ def sources(tmp_path: Path) -> list[Path]:
 
 @pytest.mark.parametrize(("weights", "counts"), [((1, 1), (4, 10)), ((2, 0.5), (8, 5)), ((2.5, 0.1), (10, 1))], ids=str)
 def test_a_weight_says_how_often_an_epoch_reads_a_row(
-    weights: tuple[float, float], counts: tuple[int, int], tmp_path: Path, chat: Chat
+    weights: tuple[float, float], counts: tuple[int, int], tmp_path: Path, chat: ChatTokenizer
 ):
-    configs = [SftData(path=str(p), weight=w) for p, w in zip(sources(tmp_path), weights, strict=True)]
-    found = prepare(configs, chat, row_length=1000, seed=0)
+    configs = [SftDataConfig(path=str(p), weight=w) for p, w in zip(sources(tmp_path), weights, strict=True)]
+    found = tokenize_sources(configs, chat, row_length=1000, seed=0)
     answers = [read(example[0], chat)[1].removesuffix("<end>") for example in found]
     assert [sum(answer[0] == name for answer in answers) for name in "ab"] == list(counts)
     for name, weight in zip("ab", weights, strict=True):
         each = Counter(answer for answer in answers if answer[0] == name)
         assert all(int(weight) <= count <= int(weight) + 1 for count in each.values())
-    lengths = [[len(s.tokens) for s in example] for example in found]
-    assert found.spans().sum(axis=-1).tolist() == lengths
-    assert found.digest() == prepare(configs, chat, row_length=1000, seed=0).digest()
+    lengths = [[len(s.token_ids) for s in example] for example in found]
+    assert found.prompt_and_answer_lengths().sum(axis=-1).tolist() == lengths
+    assert found.digest() == tokenize_sources(configs, chat, row_length=1000, seed=0).digest()
 
 
-def test_a_weight_that_reads_nothing_is_an_error(tmp_path: Path, chat: Chat):
+def test_a_weight_that_reads_nothing_is_an_error(tmp_path: Path, chat: ChatTokenizer):
     path = sources(tmp_path)[0]
     with pytest.raises(UserError, match=r"a\.jsonl: a weight of 0\.01 reads none of its 4 rows\. Raise it"):
-        prepare([SftData(path=str(path), weight=0.01)], chat, row_length=1000, seed=0)
+        tokenize_sources([SftDataConfig(path=str(path), weight=0.01)], chat, row_length=1000, seed=0)
 
 
-def test_the_draw_of_a_weight_does_not_depend_on_the_order_of_the_sources(tmp_path: Path, chat: Chat):
-    configs = [SftData(path=str(path), weight=0.5) for path in sources(tmp_path)]
-    one, other = (prepare(order, chat, row_length=1000, seed=0) for order in (configs, configs[::-1]))
+def test_the_draw_of_a_weight_does_not_depend_on_the_order_of_the_sources(tmp_path: Path, chat: ChatTokenizer):
+    configs = [SftDataConfig(path=str(path), weight=0.5) for path in sources(tmp_path)]
+    one, other = (tokenize_sources(order, chat, row_length=1000, seed=0) for order in (configs, configs[::-1]))
     answers = [{read(example[0], chat)[1] for example in found} for found in (one, other)]
     assert answers[0] == answers[1]
-    assert one.notes()[0].endswith("; each read 0.5 times an epoch")
+    assert one.describe_sources()[0].endswith("; each read 0.5 times an epoch")
 
 
-def test_the_draw_of_a_weight_depends_on_the_seed(tmp_path: Path, chat: Chat):
-    config = SftData(path=str(sources(tmp_path)[1]), weight=0.5)
-    drawn = [[read(e[0], chat)[1] for e in prepare([config], chat, row_length=1000, seed=seed)] for seed in range(4)]
+def test_the_draw_of_a_weight_depends_on_the_seed(tmp_path: Path, chat: ChatTokenizer):
+    config = SftDataConfig(path=str(sources(tmp_path)[1]), weight=0.5)
+    drawn = [
+        [read(e[0], chat)[1] for e in tokenize_sources([config], chat, row_length=1000, seed=seed)] for seed in range(4)
+    ]
     assert all(len(set(answers)) == 5 for answers in drawn)
     assert len({tuple(answers) for answers in drawn}) > 1
 
@@ -601,28 +621,33 @@ def test_the_draw_of_a_weight_depends_on_the_seed(tmp_path: Path, chat: Chat):
 def work_done(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The answers that were tokenised."""
     seen: list[str] = []
-    answer_ids = Chat.answer_ids
-    monkeypatch.setattr(Chat, "answer_ids", lambda self, p, text: seen.append(text) or answer_ids(self, p, text))
+    answer_ids = ChatTokenizer.encode_answer
+    monkeypatch.setattr(
+        ChatTokenizer, "encode_answer", lambda self, p, text: seen.append(text) or answer_ids(self, p, text)
+    )
     return seen
 
 
-def same(one: Examples, other: Examples) -> bool:
+def same(one: TokenizedDataset, other: TokenizedDataset) -> bool:
     pairs = zip(one, other, strict=True)
     return one.reports == other.reports and all(
-        a.answer_start == b.answer_start and a.tokens.tolist() == b.tokens.tolist()
+        a.answer_start == b.answer_start and a.token_ids.tolist() == b.token_ids.tolist()
         for left, right in pairs
         for a, b in zip(left, right, strict=True)
     )
 
 
-def test_a_second_start_tokenises_nothing(tmp_path: Path, chat: Chat, work_done: list[str]):
+def test_a_second_start_tokenises_nothing(tmp_path: Path, chat: ChatTokenizer, work_done: list[str]):
     path = write(tmp_path / "rows.jsonl", ROW, ROW | {"response": "b" * 999}, ROW | {"response": "c"})
-    first = tokenize(SftData(path=str(path)), chat, row_length=500, seed=0)
+    first = tokenize(SftDataConfig(path=str(path)), chat, row_length=500, seed=0)
     assert len(work_done) == 3
     work_done.clear()
-    assert same(first, tokenize(SftData(path=str(path)), chat, row_length=500, seed=1))
+    assert same(first, tokenize(SftDataConfig(path=str(path)), chat, row_length=500, seed=1))
     assert same(
-        first, Examples(prepare([SftData(path=str(path), weight=2)], chat, row_length=500, seed=0).parts, [1], seed=0)
+        first,
+        TokenizedDataset(
+            tokenize_sources([SftDataConfig(path=str(path), weight=2)], chat, row_length=500, seed=0).parts, [1], seed=0
+        ),
     )
     assert work_done == []
 
@@ -642,15 +667,15 @@ def test_a_second_start_tokenises_nothing(tmp_path: Path, chat: Chat, work_done:
     ids=str,
 )
 def test_what_changes_the_tokens_has_them_prepared_again(
-    change: dict[str, Any], tmp_path: Path, chat: Chat, work_done: list[str]
+    change: dict[str, Any], tmp_path: Path, chat: ChatTokenizer, work_done: list[str]
 ):
     path = write(tmp_path / "rows.jsonl", ROW)
-    tokenize(SftData(path=str(path)), chat, row_length=500, seed=0)
+    tokenize(SftDataConfig(path=str(path)), chat, row_length=500, seed=0)
     work_done.clear()
     write(path, change.get("content", ROW))
     tokenizer = change.get("tokenizer")
-    other = Chat.load(byte_tokenizer(tmp_path / "other", **tokenizer)) if tokenizer else chat
-    config = SftData(path=str(path), **change.get("config", {}))
+    other = ChatTokenizer.from_folder(byte_tokenizer(tmp_path / "other", **tokenizer)) if tokenizer else chat
+    config = SftDataConfig(path=str(path), **change.get("config", {}))
     tokenize(config, other, row_length=change.get("row_length", 500), seed=0)
     assert len(work_done) == 1
 
@@ -663,8 +688,8 @@ def test_another_bos_has_the_tokens_prepared_again(tmp_path: Path, work_done: li
     prompts = []
     for bos in ("<eos>", "<end>"):
         (folder / "tokenizer_config.json").write_text(json.dumps(settings | {"bos_token": bos}))
-        chat = Chat.load(folder)
-        prompts.append(read(only(tokenize(SftData(path=str(path)), chat, row_length=500, seed=0))[0], chat)[0])
+        chat = ChatTokenizer.from_folder(folder)
+        prompts.append(read(only(tokenize(SftDataConfig(path=str(path)), chat, row_length=500, seed=0))[0], chat)[0])
     assert prompts == ["<eos>[user]2+2?[assistant]", "<end>[user]2+2?[assistant]"]
     assert len(work_done) == 2
 
@@ -672,55 +697,62 @@ def test_another_bos_has_the_tokens_prepared_again(tmp_path: Path, work_done: li
 @pytest.mark.parametrize("name", ["tokens.int32", "segments.npy", "report.json"])
 @pytest.mark.parametrize("damage", ["removed", "flipped", "shortened", "emptied"])
 def test_damage_on_disk_is_noticed_and_mended(
-    name: str, damage: str, tmp_path: Path, chat: Chat, capsys: pytest.CaptureFixture[str], work_done: list[str]
+    name: str,
+    damage: str,
+    tmp_path: Path,
+    chat: ChatTokenizer,
+    capsys: pytest.CaptureFixture[str],
+    work_done: list[str],
 ):
     path = write(tmp_path / "rows.jsonl", ROW, ROW | {"response": "7"})
-    first = tokenize(SftData(path=str(path)), chat, row_length=500, seed=0)
-    kept = [(segment.tokens.copy(), segment.answer_start) for example in first for segment in example]
-    (file,) = cache_folder().glob(f"*/{name}")
+    first = tokenize(SftDataConfig(path=str(path)), chat, row_length=500, seed=0)
+    kept = [(segment.token_ids.copy(), segment.answer_start) for example in first for segment in example]
+    (file,) = token_cache_folder().glob(f"*/{name}")
     content = bytearray(file.read_bytes())
     content[-3 if name != "report.json" else content.index(b"digest") + 12] ^= 1
     file.unlink()
     if damage != "removed":
         file.write_bytes({"flipped": bytes(content), "shortened": bytes(content[:-4]), "emptied": b""}[damage])
     work_done.clear()
-    again = tokenize(SftData(path=str(path)), chat, row_length=500, seed=0)
-    assert [(s.tokens.tolist(), s.answer_start) for e in again for s in e] == [(t.tolist(), a) for t, a in kept]
+    again = tokenize(SftDataConfig(path=str(path)), chat, row_length=500, seed=0)
+    assert [(s.token_ids.tolist(), s.answer_start) for e in again for s in e] == [(t.tolist(), a) for t, a in kept]
     assert sorted(work_done) == ["4", "7"]
     assert "damaged; the tokens are prepared again" in capsys.readouterr().err
     work_done.clear()
-    tokenize(SftData(path=str(path)), chat, row_length=500, seed=0)
+    tokenize(SftDataConfig(path=str(path)), chat, row_length=500, seed=0)
     assert work_done == []
 
 
-def test_two_processes_may_prepare_the_same_at_once(tmp_path: Path, chat: Chat, monkeypatch: pytest.MonkeyPatch):
+def test_two_processes_may_prepare_the_same_at_once(
+    tmp_path: Path, chat: ChatTokenizer, monkeypatch: pytest.MonkeyPatch
+):
     """The one that comes second finds the first one's tokens in the place of its own."""
     path = write(tmp_path / "rows.jsonl", ROW, ROW)
-    answer_ids, others = Chat.answer_ids, []
+    answer_ids, others = ChatTokenizer.encode_answer, []
 
-    def meanwhile(self: Chat, prompt: Prompt, text: str) -> list[int]:
+    def meanwhile(self: ChatTokenizer, prompt: RenderedPrompt, text: str) -> list[int]:
         if not others:
             others.append(None)
-            others.append(tokenize(SftData(path=str(path)), chat, row_length=500, seed=0))
+            others.append(tokenize(SftDataConfig(path=str(path)), chat, row_length=500, seed=0))
         return answer_ids(self, prompt, text)
 
-    monkeypatch.setattr(Chat, "answer_ids", meanwhile)
-    assert same(tokenize(SftData(path=str(path)), chat, row_length=500, seed=0), others[1])
-    assert len([entry for entry in cache_folder().iterdir() if not entry.name.startswith(".")]) == 1
+    monkeypatch.setattr(ChatTokenizer, "encode_answer", meanwhile)
+    assert same(tokenize(SftDataConfig(path=str(path)), chat, row_length=500, seed=0), others[1])
+    assert len([entry for entry in token_cache_folder().iterdir() if not entry.name.startswith(".")]) == 1
 
 
-def test_a_preparation_that_was_stopped_leaves_nothing_behind(tmp_path: Path, chat: Chat):
+def test_a_preparation_that_was_stopped_leaves_nothing_behind(tmp_path: Path, chat: ChatTokenizer):
     path = write(tmp_path / "rows.jsonl", ROW, b"{\n")
-    assert "line 2" in error_of(SftData(path=str(path)), chat)
-    assert list(cache_folder().iterdir()) == []
+    assert "line 2" in error_of(SftDataConfig(path=str(path)), chat)
+    assert list(token_cache_folder().iterdir()) == []
 
 
 def test_a_cache_that_cannot_be_written_is_an_error_with_the_remedy(
-    tmp_path: Path, chat: Chat, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, chat: ChatTokenizer, monkeypatch: pytest.MonkeyPatch
 ):
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
-    found = error_of(SftData(path=str(write(tmp_path / "rows.jsonl", ROW))), chat)
+    found = error_of(SftDataConfig(path=str(write(tmp_path / "rows.jsonl", ROW))), chat)
     assert found.startswith(f"{tmp_path / 'file' / 'thinkpo_jax' / 'tokens'}: prepared tokens cannot be kept there")
     assert "Set XDG_CACHE_HOME" in found
 
@@ -732,8 +764,8 @@ def test_a_cache_that_cannot_be_written_is_an_error_with_the_remedy(
 def test_real_pairs_are_read_whole_in_both_roles():
     path = DATA / "pairs" / "math500_pairs.jsonl"
     rows: list[Mapping[str, Any]] = [json.loads(row) for row in path.read_bytes().split(b"\n")[:-1]]
-    chat = Chat.load(DATA / "tokenizers" / "qwen2_5")
-    config = PairData(path=str(path), prompt="question", chosen="long", rejected="short", limit=60)
+    chat = ChatTokenizer.from_folder(DATA / "tokenizers" / "qwen2_5")
+    config = PreferenceDataConfig(path=str(path), prompt="question", chosen="long", rejected="short", limit=60)
     examples = tokenize(config, chat, row_length=4096, seed=0)
     assert (len(rows), examples.reports[0].rows) == (522, 60)
     assert 0 < sum(examples.reports[0].dropped.values()) < 30
@@ -743,15 +775,15 @@ def test_real_pairs_are_read_whole_in_both_roles():
         (prompt, long), (same, short) = read(chosen, chat), read(rejected, chat)
         assert prompt == same
         assert (long, short) in answers
-        assert len(chosen.tokens) + len(rejected.tokens) <= 4096
-    assert max(examples.spans().sum(axis=(1, 2))) > 3000
+        assert len(chosen.token_ids) + len(rejected.token_ids) <= 4096
+    assert max(examples.prompt_and_answer_lengths().sum(axis=(1, 2))) > 3000
 
 
 @needs_data
 def test_real_questions_and_answers_train_the_answer_alone():
     path = DATA / "gsm8k" / "train.jsonl"
-    chat = Chat.load(DATA / "tokenizers" / "qwen2_5")
-    config = SftData(path=str(path), prompt="question", response="answer", limit=50, over_length="raise")
+    chat = ChatTokenizer.from_folder(DATA / "tokenizers" / "qwen2_5")
+    config = SftDataConfig(path=str(path), prompt="question", response="answer", limit=50, over_length="raise")
     examples = tokenize(config, chat, row_length=1024, seed=0)
     rows = [json.loads(row) for row in path.read_bytes().split(b"\n")[:50]]
     assert (examples.reports[0].rows, len(examples), dict(examples.reports[0].dropped)) == (50, 50, {})

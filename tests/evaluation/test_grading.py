@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from support.checkpoints import needs_data
 from support.paths import DATA
 
-from thinkpo_jax.evaluation.grading import boxed, boxed_answers, marked_answers
+from thinkpo_jax.evaluation.grading import extract_boxed, grade_boxed, grade_marked
 
 
 @pytest.mark.parametrize(
@@ -29,7 +29,7 @@ from thinkpo_jax.evaluation.grading import boxed, boxed_answers, marked_answers
     ],
 )
 def test_boxed_is_the_content_of_the_last_box(text: str, content: str):
-    assert boxed(text) == content
+    assert extract_boxed(text) == content
 
 
 UNCLOSED = (r"\boxed", r"\boxed{42", r"\boxed{\frac{1}{2}", r"\boxed{1} then \boxed{2", r"\boxed{\}")
@@ -37,7 +37,7 @@ UNCLOSED = (r"\boxed", r"\boxed{42", r"\boxed{\frac{1}{2}", r"\boxed{1} then \bo
 
 @pytest.mark.parametrize("text", ["", "The answer is 42.", "42", "{42}", r"\fbox{42}", *UNCLOSED])
 def test_a_box_that_is_absent_or_not_closed_has_no_content(text: str):
-    assert boxed(text) is None
+    assert extract_boxed(text) is None
 
 
 @given(
@@ -46,7 +46,7 @@ def test_a_box_that_is_absent_or_not_closed_has_no_content(text: str):
     )
 )
 def test_boxed_gives_back_any_content_with_paired_braces(content: str):  # fmt: skip
-    assert boxed(f"so {{x}} \\boxed{{{content}}} }} and {{") == content
+    assert extract_boxed(f"so {{x}} \\boxed{{{content}}} }} and {{") == content
 
 
 EQUAL = [
@@ -87,43 +87,43 @@ def box(text: str) -> str:
 
 def test_answers_that_are_equal_as_mathematics_are_right_and_others_are_wrong():
     cases = [*EQUAL, *DIFFERENT]
-    found = boxed_answers([box(answer) for answer, _ in cases], [reference for _, reference in cases])
+    found = grade_boxed([box(answer) for answer, _ in cases], [reference for _, reference in cases])
     assert [case for case, right in zip(cases, found, strict=True) if right] == EQUAL
 
 
 def test_a_right_number_without_a_closed_box_is_wrong():
     responses = ["The answer is 42.", "#### 42", "42", r"\boxed{7} but rather 42", r"\boxed{42"]
-    assert boxed_answers(responses, ["42"] * 5) == [False] * 5
+    assert grade_boxed(responses, ["42"] * 5) == [False] * 5
 
 
 def test_results_are_in_the_order_of_the_responses():
     references = [str(i) for i in range(12)]
     answers = [f"{2 * i}/2" if i % 3 else "no" for i in range(12)]
-    assert boxed_answers([box(answer) for answer in answers], references) == [i % 3 > 0 for i in range(12)]
-    assert boxed_answers([], []) == []
+    assert grade_boxed([box(answer) for answer in answers], references) == [i % 3 > 0 for i in range(12)]
+    assert grade_boxed([], []) == []
 
 
 def test_every_response_needs_a_reference():
-    for check in (boxed_answers, marked_answers):
+    for check in (grade_boxed, grade_marked):
         with pytest.raises(ValueError, match="shorter"):
             check(["a", "b"], ["a"])
 
 
 def test_an_answer_that_cannot_be_computed_is_wrong_and_delays_no_other(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("thinkpo_jax.evaluation.grading.CHECK_SECONDS", 4.0)
+    monkeypatch.setattr("thinkpo_jax.evaluation.grading.GRADING_TIMEOUT_SECONDS", 4.0)
     responses = [box("9^{9^{9^9}}"), box("(" * 3000), box("2/4"), box("3/6")]
     start = time.monotonic()
-    assert boxed_answers(responses, ["7", "7", "1/2", "1/2"]) == [False, False, True, True]
+    assert grade_boxed(responses, ["7", "7", "1/2", "1/2"]) == [False, False, True, True]
     assert time.monotonic() - start < 300  # the first one alone would take for ever
 
 
 def test_a_strange_answer_is_wrong_and_no_exception():
     strange = ["\x00", "\ud800", "1" * 10_000, "\\frac{1}{0}", "\\sqrt{-1}", "\\" * 99, "\\text{" * 99 + "}" * 99, "\n"]
-    assert boxed_answers([f"\\boxed{{{text}}}" for text in strange], ["7"] * len(strange)) == [False] * len(strange)
+    assert grade_boxed([f"\\boxed{{{text}}}" for text in strange], ["7"] * len(strange)) == [False] * len(strange)
 
 
 def test_a_check_says_nothing_about_itself(capfd: pytest.CaptureFixture[str]):
-    assert boxed_answers([box("2/4")], ["1/2"]) == [True]
+    assert grade_boxed([box("2/4")], ["1/2"]) == [True]
     assert capfd.readouterr() == ("", "")
 
 
@@ -143,14 +143,14 @@ def test_a_check_says_nothing_about_itself(capfd: pytest.CaptureFixture[str]):
     ],
 )
 def test_a_marked_answer_is_right_where_it_ends_the_response_exactly(response: str, reference: str, right: bool):
-    assert marked_answers([response], [reference]) == [right]
+    assert grade_marked([response], [reference]) == [right]
 
 
 @needs_data
 def test_verdicts_on_real_answers_agree_with_another_grader():
     lines = (DATA / "grading" / "qwen14b.jsonl").read_bytes().split(b"\n")[:-1]
     rows = [row for row in map(json.loads, lines) if row["benchmark"] == "math500"][::4]
-    found = boxed_answers([row["response"] for row in rows], [row["reference"] for row in rows])
+    found = grade_boxed([row["response"] for row in rows], [row["reference"] for row in rows])
     verdicts = [row["graded_correct"] for row in rows]
     assert len(rows) > 90
     assert 0.6 < sum(verdicts) / len(rows) < 0.95  # so neither "all right" nor "all wrong" would agree

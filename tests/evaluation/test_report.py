@@ -10,8 +10,8 @@ import pytest
 from matplotlib.image import imread
 
 from thinkpo_jax.evaluation.report import terminal_summary, write_report
-from thinkpo_jax.evaluation.results import Item, ReportContents, Sample, StageSummary
-from thinkpo_jax.evaluation.statistics import compare, summarise
+from thinkpo_jax.evaluation.results import GradedSample, QuestionResult, ReportContents, StageSummary
+from thinkpo_jax.evaluation.statistics import compare_paired, score_benchmark
 
 NAN = math.nan
 SFT = StageSummary("sft", "sft", "base", 40, 61.0, ("16 rows",))
@@ -20,7 +20,7 @@ THINKPO_KEYS = ("rewards/chosen", "rewards/rejected", "rewards/margins", "reward
 
 
 def items(wins, questions=40, tokens=100, truncated=False):
-    return [Item(str(i), (Sample("", tokens + i, i < wins, truncated),)) for i in range(questions)]
+    return [QuestionResult(str(i), (GradedSample("", tokens + i, i < wins, truncated),)) for i in range(questions)]
 
 
 def contents(stages=(SFT, THINKPO), after=30, **changes):
@@ -74,7 +74,7 @@ def test_a_full_run_has_every_file_and_nothing_else(full):
 
 
 def test_the_json_says_what_the_scores_say(full):
-    report, score = strict_json(full / "report.json"), summarise(items(30, tokens=5000, truncated=True))
+    report, score = strict_json(full / "report.json"), score_benchmark(items(30, tokens=5000, truncated=True))
     assert report["models"]["sft"]["a|b"] == {
         "accuracy": score.accuracy,
         "ci95": list(score.ci95),
@@ -84,7 +84,7 @@ def test_the_json_says_what_the_scores_say(full):
         "num_samples": 40,
     }
     (row,) = report["comparisons"]  # one: `extra` was put to one model only
-    change = compare(items(10), items(30, tokens=5000))
+    change = compare_paired(items(10), items(30, tokens=5000))
     assert (row["from"], row["to"], row["benchmark"]) == ("base", "sft", "a|b")
     assert (row["accuracy_difference"], row["p_value"]) == (change.accuracy_difference, change.p_value)
     assert (row["ci95"], row["response_tokens_difference"]) == (list(change.ci95), 4900)

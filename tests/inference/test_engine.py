@@ -12,11 +12,11 @@ from jax.sharding import Mesh
 from support import small
 
 from thinkpo_jax.inference import engine as sample
-from thinkpo_jax.inference.engine import Generation, generate
+from thinkpo_jax.inference.engine import Completion, generate
 from thinkpo_jax.inference.sampling import SamplingConfig
-from thinkpo_jax.models.attention.dense import Places
+from thinkpo_jax.models.attention.dense import TokenPositions
 from thinkpo_jax.models.transformer import Transformer
-from thinkpo_jax.runtime.sharding import shardings
+from thinkpo_jax.runtime.sharding import tree_shardings
 
 MODEL = functools.cache(small.model)
 VOCABULARY = 61  # of the 64 rows of the embedding
@@ -35,21 +35,21 @@ def _generate(
     seed: int = 0,
     vocabulary: int = VOCABULARY,
     **settings: float,
-) -> list[Generation]:
+) -> list[Completion]:
     mesh = mesh or small.mesh()
     config = SamplingConfig.model_validate({"temperature": 0, "max_new_tokens": LIMIT, "batch_size": 8} | settings)
     model = MODEL()  # on one device, whatever the mesh
     with jax.set_mesh(mesh):
-        model = jax.device_put(model, shardings(model, mesh))
-        return generate(model, prompts, config, stop_ids=stop_ids, vocabulary=vocabulary, seed=seed, mesh=mesh)
+        model = jax.device_put(model, tree_shardings(model, mesh))
+        return generate(model, prompts, config, stop_token_ids=stop_ids, vocab_size=vocabulary, seed=seed, mesh=mesh)
 
 
 @jax.jit
 def _logits(model: Transformer, tokens_T: jax.Array, length: jax.Array) -> jax.Array:
     """Logits [V] after the first `length` tokens; the rest is padding."""
     indices_T = jnp.arange(tokens_T.size)
-    places = Places((indices_T < length).astype(jnp.int32)[None], indices_T[None])
-    return model(tokens_T[None], places)[0][0, length - 1] @ model.head()
+    places = TokenPositions((indices_T < length).astype(jnp.int32)[None], indices_T[None])
+    return model(tokens_T[None], places)[0][0, length - 1] @ model.lm_head()
 
 
 def _next_logits(tokens: Sequence[int]) -> np.ndarray:
@@ -59,7 +59,7 @@ def _next_logits(tokens: Sequence[int]) -> np.ndarray:
 
 
 @functools.cache
-def _greedy() -> list[Generation]:
+def _greedy() -> list[Completion]:
     return _generate(PROMPTS)
 
 
@@ -156,7 +156,7 @@ def test_a_stop_id_ends_an_answer_and_is_not_in_it() -> None:
     stopped = _generate(PROMPTS, stop_ids=[999, stop])
     for whole, found in zip(_greedy(), stopped, strict=True):
         cut = whole.ids.index(stop) if stop in whole.ids else LIMIT
-        assert found == Generation(whole.ids[:cut], cut < LIMIT)
+        assert found == Completion(whole.ids[:cut], cut < LIMIT)
     assert {generation.finished for generation in stopped} == {True, False}
 
 
@@ -164,7 +164,7 @@ def test_a_stop_id_ends_an_answer_and_is_not_in_it() -> None:
 def test_the_limit_counts_the_stop_id(limit: int, finished: bool) -> None:
     ids = _greedy()[1].ids
     assert ids[2] not in ids[:2]
-    assert _generate(PROMPTS[1:2], stop_ids=[ids[2]], max_new_tokens=limit) == [Generation(ids[:2][:limit], finished)]
+    assert _generate(PROMPTS[1:2], stop_ids=[ids[2]], max_new_tokens=limit) == [Completion(ids[:2][:limit], finished)]
 
 
 def test_answers_come_in_the_order_of_the_prompts_and_progress_counts_them() -> None:
@@ -173,7 +173,7 @@ def test_answers_come_in_the_order_of_the_prompts_and_progress_counts_them() -> 
     with jax.set_mesh(mesh):
         found = generate(
             model, PROMPTS[::-1], config,
-            stop_ids=(), vocabulary=VOCABULARY, seed=0, mesh=mesh, progress=counts.append,
+            stop_token_ids=(), vocab_size=VOCABULARY, seed=0, mesh=mesh, on_progress=counts.append,
         )  # fmt: skip
     assert found == _greedy()[::-1]
     assert counts == [4, 8, 10]

@@ -16,9 +16,9 @@ import pytest
 from support.server import Endpoint, Reply, failed, fast_retries, said, serving  # noqa: F401
 
 from thinkpo_jax.data.chat_tokenizer import Message
-from thinkpo_jax.inference.openai_engine import ServerAnswer, ServerConfig, ask_server
+from thinkpo_jax.inference.openai_engine import ServerAnswer, ServerConfig, request_completions
 from thinkpo_jax.inference.sampling import SamplingConfig
-from thinkpo_jax.runtime.config import RunError, UserError, parse
+from thinkpo_jax.runtime.config import RunError, UserError, parse_config
 
 pytestmark = pytest.mark.usefixtures("fast_retries")
 SAMPLING = SamplingConfig(temperature=0.6, top_p=0.9, max_new_tokens=77)
@@ -34,7 +34,7 @@ def question(text: str) -> list[Message]:
 
 def ask(endpoint: Endpoint | str, *texts: str, seed: int = 0, **changes: Any) -> dict[int, ServerAnswer]:
     url = endpoint if isinstance(endpoint, str) else endpoint.url
-    return dict(ask_server(config(url, **changes), [question(text) for text in texts], SAMPLING, seed=seed))
+    return dict(request_completions(config(url, **changes), [question(text) for text in texts], SAMPLING, seed=seed))
 
 
 def echo(_: int, body: dict[str, Any]) -> Reply:
@@ -62,7 +62,7 @@ def test_answers_come_as_they_arrive() -> None:
         return said(text)
 
     with serving(script) as endpoint:
-        answers = ask_server(config(endpoint.url), [question("slow"), question("quick")], SAMPLING, seed=0)
+        answers = request_completions(config(endpoint.url), [question("slow"), question("quick")], SAMPLING, seed=0)
         assert next(answers)[0] == 1
         last.set()
         assert next(answers)[0] == 0
@@ -73,7 +73,7 @@ def test_what_the_server_receives(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MY_KEY", " secret\n")
     conversation: list[Message] = [{"role": "system", "content": "Be short."}, {"role": "user", "content": "1+1?\n"}]
     with serving(said("2")) as endpoint:
-        list(ask_server(config(endpoint.url, api_key_variable="MY_KEY"), [conversation], SAMPLING, seed=5))
+        list(request_completions(config(endpoint.url, api_key_variable="MY_KEY"), [conversation], SAMPLING, seed=5))
         ask(endpoint, "x", api_key_variable="MY_OTHER_KEY")
     (first, _), keys = endpoint.bodies, endpoint.keys
     assert 0 <= first.pop("seed") < 2**31
@@ -115,7 +115,7 @@ def test_stopping_early_cancels_and_starts_nothing_more() -> None:
         return said("ok") if number == 0 else Reply("", seconds=600)
 
     with serving(script) as endpoint:
-        answers = ask_server(config(endpoint.url, concurrency=4), [question("x")] * 100, SAMPLING, seed=0)
+        answers = request_completions(config(endpoint.url, concurrency=4), [question("x")] * 100, SAMPLING, seed=0)
         next(answers)
         start = time.monotonic()
         answers.close()
@@ -327,7 +327,7 @@ def test_answers_that_came_are_given_before_an_error() -> None:
 
     with serving(script) as endpoint:
         texts = ["first", "bad", "good", "bad", "good"]
-        answers = ask_server(config(endpoint.url), [question(text) for text in texts], SAMPLING, seed=0)
+        answers = request_completions(config(endpoint.url), [question(text) for text in texts], SAMPLING, seed=0)
         assert next(answers)[0] == 0
         time.sleep(1)  # all others arrive
         assert {next(answers)[0], next(answers)[0]} == {2, 4}
@@ -348,14 +348,14 @@ def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
 )  # fmt: skip
 def test_a_wrong_url_is_named(url: str) -> None:
     with pytest.raises(UserError, match="url: expected a base URL"):
-        parse(ServerConfig, {"url": url, "model": "m"}, source="run.yaml")
+        parse_config(ServerConfig, {"url": url, "model": "m"}, source="run.yaml")
 
 
 @pytest.mark.parametrize(
     "url", ["http://localhost:8000/v1", "https://api.openai.com/v1/", "http://[::1]:80", "http://a_b"]
 )
 def test_a_right_url_is_taken(url: str) -> None:
-    assert parse(ServerConfig, {"url": url, "model": "m"}, source="x").url == url
+    assert parse_config(ServerConfig, {"url": url, "model": "m"}, source="x").url == url
     openai.AsyncOpenAI(base_url=url, api_key="none")
 
 
@@ -364,4 +364,4 @@ def test_a_right_url_is_taken(url: str) -> None:
 )
 def test_wrong_settings_are_named(wrong: dict[str, Any]) -> None:
     with pytest.raises(UserError, match=next(iter(wrong))):
-        parse(ServerConfig, {"url": "http://a", "model": "m", **wrong}, source="run.yaml")
+        parse_config(ServerConfig, {"url": "http://a", "model": "m", **wrong}, source="run.yaml")

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from thinkpo_jax.models.architecture import read_architecture
-from thinkpo_jax.models.weight_mapping import expected_shapes
+from thinkpo_jax.models.weight_mapping import expected_tensor_shapes
 
 QWEN2 = {"model_type": "qwen2", "rope_theta": 1e6}
 QWEN2_SMALL = {"num_key_value_heads": 2, "vocab_size": 151_936}
@@ -53,5 +53,5 @@ def test_the_number_of_parameters_is_the_published_one(name: str, tmp_path: Path
     config = {"rms_norm_eps": 1e-6, "max_position_embeddings": 32_768, "tie_word_embeddings": False}
     raw = config | family | dict(zip(FIELDS, sizes, strict=True)) | further
     (tmp_path / "config.json").write_text(json.dumps(raw))
-    shapes = expected_shapes(read_architecture(tmp_path))
+    shapes = expected_tensor_shapes(read_architecture(tmp_path))
     assert sum(math.prod(shape) for shape in shapes.values()) == expected

@@ -13,12 +13,12 @@ from support import small
 from support.checkpoints import needs_data, tiny_checkpoint, torch_logits, torch_model
 from support.paths import DATA
 
-from thinkpo_jax.inference.engine import Generation, generate
+from thinkpo_jax.inference.engine import Completion, generate
 from thinkpo_jax.inference.sampling import SamplingConfig
-from thinkpo_jax.models.attention.dense import Places
+from thinkpo_jax.models.attention.dense import TokenPositions
 from thinkpo_jax.models.transformer import Transformer
 from thinkpo_jax.models.weight_loading import load_model
-from thinkpo_jax.models.weight_mapping import entries, named
+from thinkpo_jax.models.weight_mapping import flatten_by_name, weight_mappings
 from thinkpo_jax.models.weight_saving import save_model
 
 pytest.importorskip("torch")
@@ -60,14 +60,14 @@ def _tokens(rows: int, length: int) -> np.ndarray:
 
 
 @jax.jit
-def _logits(model: Transformer, tokens_BT: jax.Array, places: Places) -> jax.Array:
-    return model(tokens_BT, places)[0] @ model.head()
+def _logits(model: Transformer, tokens_BT: jax.Array, places: TokenPositions) -> jax.Array:
+    return model(tokens_BT, places)[0] @ model.lm_head()
 
 
-def _rows(tokens_BT: np.ndarray) -> Places:
+def _rows(tokens_BT: np.ndarray) -> TokenPositions:
     """Each row one segment."""
     positions_BT = np.broadcast_to(np.arange(tokens_BT.shape[1], dtype=np.int32), tokens_BT.shape)
-    return Places(jnp.ones(tokens_BT.shape, jnp.int32), jnp.array(positions_BT))
+    return TokenPositions(jnp.ones(tokens_BT.shape, jnp.int32), jnp.array(positions_BT))
 
 
 def test_logits(folder: Path, model: Transformer) -> None:
@@ -110,7 +110,7 @@ def test_logits_at_any_positions(folder: Path, model: Transformer) -> None:
 def test_logits_of_a_packed_row(folder: Path, model: Transformer) -> None:
     tokens_BT, split = _tokens(1, 30), 13
     indices = np.arange(30)[None]
-    places = Places(
+    places = TokenPositions(
         jnp.array(np.where(indices < split, 1, 2), jnp.int32),
         jnp.array(np.where(indices < split, indices, indices - split), jnp.int32),
     )
@@ -137,10 +137,10 @@ def test_gradients(folder: Path, model: Transformer) -> None:
 
     value, gradient = jax.jit(jax.value_and_grad(loss))(model)
     assert float(value) == pytest.approx(expected_loss.item(), rel=1e-5)
-    ours = named(gradient)
-    for entry in entries(model):
+    ours = flatten_by_name(gradient)
+    for entry in weight_mappings(model):
         array = np.asarray(ours[entry.path])
-        for name, part in zip(entry.names, array if entry.layered else array[None], strict=True):
+        for name, part in zip(entry.names, array if entry.is_per_layer else array[None], strict=True):
             expected = gradients.pop(name)
             error = np.linalg.norm(entry.to_hf(part) - expected) / np.linalg.norm(expected)
             assert error < 1e-3, name
@@ -160,16 +160,18 @@ def test_greedy_answers(folder: Path, model: Transformer) -> None:
         rows = torch.tensor([prompt])
         kwargs = {"attention_mask": torch.ones_like(rows), "generation_config": settings}
         answer = reference.generate(rows, **kwargs)  # pyright: ignore[reportCallIssue] -- torch hides a module's methods
-        expected.append(Generation(answer[0, len(prompt) :].tolist(), False))
+        expected.append(Completion(answer[0, len(prompt) :].tolist(), False))
     assert [len(generation.ids) for generation in expected] == [64] * 3
     mesh = small.mesh()
     with jax.set_mesh(mesh):
         config = SamplingConfig(temperature=0, max_new_tokens=64, batch_size=4)
-        found = generate(model, prompts, config, stop_ids=(), vocabulary=VOCABULARY, seed=0, mesh=mesh)
+        found = generate(model, prompts, config, stop_token_ids=(), vocab_size=VOCABULARY, seed=0, mesh=mesh)
     assert found == expected
 
 
 def test_what_we_write_transformers_reads(folder: Path, model: Transformer, tmp_path: Path) -> None:
-    save_model(model, tmp_path / "out", like=folder, dtype="float32", stops=[1, 2, 3], card="")
+    save_model(
+        model, tmp_path / "out", template_folder=folder, dtype="float32", stop_token_ids=[1, 2, 3], model_card=""
+    )
     tokens_BT = _tokens(3, 40)
     np.testing.assert_array_equal(torch_logits(tmp_path / "out", tokens_BT), torch_logits(folder, tokens_BT))

@@ -10,12 +10,12 @@ import pytest
 from flax import nnx
 from support import small
 
-from thinkpo_jax.models.attention.blockwise import BLOCK
-from thinkpo_jax.models.attention.dense import Places
+from thinkpo_jax.models.attention.blockwise import BLOCK_SIZE
+from thinkpo_jax.models.attention.dense import TokenPositions
 from thinkpo_jax.models.compute_config import ComputeConfig
-from thinkpo_jax.models.layers import project, rms_norm
-from thinkpo_jax.models.transformer import Cache, Transformer
-from thinkpo_jax.models.weight_mapping import named
+from thinkpo_jax.models.layers import linear, rms_norm
+from thinkpo_jax.models.transformer import KVCache, Transformer
+from thinkpo_jax.models.weight_mapping import flatten_by_name
 
 ROW = np.random.default_rng(0).permutation(small.ARCH.vocab_size)[:20].astype(np.int32)  # distinct tokens
 LENGTHS = (7, 9)  # of the segments in the row; padding after them
@@ -26,7 +26,7 @@ def _model(dtype: str = "float32", remat: str = "none") -> Transformer:
     return small.model(ComputeConfig.model_validate({"dtype": dtype, "remat": remat}))
 
 
-def _packed(*lengths: int, total: int) -> Places:
+def _packed(*lengths: int, total: int) -> TokenPositions:
     """Segments 1, 2, ... of the given lengths in one row, then padding."""
     segments, positions = np.zeros((1, total), np.int32), np.zeros((1, total), np.int32)
     start = 0
@@ -34,19 +34,21 @@ def _packed(*lengths: int, total: int) -> Places:
         segments[0, start : start + length] = index + 1
         positions[0, start : start + length] = np.arange(length)
         start += length
-    return Places(jnp.array(segments), jnp.array(positions))
+    return TokenPositions(jnp.array(segments), jnp.array(positions))
 
 
 PLACES = _packed(*LENGTHS, total=len(ROW))
 
 
 @jax.jit
-def _hidden(model: Transformer, tokens_BT: jax.Array, places: Places) -> jax.Array:
+def _hidden(model: Transformer, tokens_BT: jax.Array, places: TokenPositions) -> jax.Array:
     return model(tokens_BT, places)[0]
 
 
 @jax.jit
-def _cached(model: Transformer, tokens_BT: jax.Array, places: Places, cache: Cache) -> tuple[jax.Array, Cache]:
+def _cached(
+    model: Transformer, tokens_BT: jax.Array, places: TokenPositions, cache: KVCache
+) -> tuple[jax.Array, KVCache]:
     hidden_BTD, cached = model(tokens_BT, places, cache)
     assert cached is not None
     return hidden_BTD, cached
@@ -54,18 +56,18 @@ def _cached(model: Transformer, tokens_BT: jax.Array, places: Places, cache: Cac
 
 def _loss(model: Transformer) -> jax.Array:
     """A number in which every logit of the row has its own weight."""
-    logits_TV = (model(jnp.array(ROW)[None], PLACES)[0][0] @ model.head()).astype(jnp.float32)
+    logits_TV = (model(jnp.array(ROW)[None], PLACES)[0][0] @ model.lm_head()).astype(jnp.float32)
     return jnp.sum(logits_TV * np.random.default_rng(1).normal(size=logits_TV.shape).astype(np.float32))
 
 
 def test_a_gradient_reaches_exactly_the_earlier_tokens_of_the_segment() -> None:
     def states(model: Transformer) -> jax.Array:
         hidden_TD = model(jnp.array(ROW)[None], PLACES)[0][0]
-        return hidden_TD @ jnp.array(np.random.default_rng(1).normal(size=small.ARCH.embed), jnp.float32)
+        return hidden_TD @ jnp.array(np.random.default_rng(1).normal(size=small.ARCH.hidden_size), jnp.float32)
 
-    gradient_TVD = np.asarray(named(jax.jit(jax.jacrev(states))(_model()))["embedding"])
+    gradient_TVD = np.asarray(flatten_by_name(jax.jit(jax.jacrev(states))(_model()))["embedding"])
     reaches_TS = (gradient_TVD[:, ROW] != 0).any(axis=-1)
-    segments, real = np.asarray(PLACES.segments[0]), sum(LENGTHS)
+    segments, real = np.asarray(PLACES.segment_ids[0]), sum(LENGTHS)
     earlier_TS = np.tril(segments[:, None] == segments[None, :])
     np.testing.assert_array_equal(reaches_TS[:real], earlier_TS[:real])
 
@@ -85,7 +87,7 @@ def test_a_packed_segment_is_computed_as_if_alone() -> None:
 def test_tokens_of_another_segment_change_nothing(changed: int) -> None:
     """The last of the changed segments is the padding."""
     model = _model()
-    here = np.asarray(PLACES.segments[0]) == (changed + 1) % (len(LENGTHS) + 1)
+    here = np.asarray(PLACES.segment_ids[0]) == (changed + 1) % (len(LENGTHS) + 1)
     others = np.where(here, (ROW + 1) % small.ARCH.vocab_size, ROW)
     before, after = (np.asarray(_hidden(model, jnp.array(row)[None], PLACES)[0]) for row in (ROW, others))
     np.testing.assert_array_equal(before[~here], after[~here])
@@ -110,12 +112,12 @@ def test_the_cache_gives_the_states_of_one_pass(prefill: int) -> None:
     tokens_BT, positions_BT = np.full((2, prefill), 5, np.int32), np.arange(prefill) - (prefill - lengths)[:, None]
     for row, tokens in enumerate(rows):
         tokens_BT[row, prefill - lengths[row] :] = tokens[: lengths[row]]
-    places = Places(jnp.array(positions_BT >= 0, jnp.int32), jnp.array(np.maximum(positions_BT, 0), jnp.int32))
-    hidden_BTD, cache = _cached(model, jnp.array(tokens_BT), places, model.empty_cache(2, prefill + steps + 3))
+    places = TokenPositions(jnp.array(positions_BT >= 0, jnp.int32), jnp.array(np.maximum(positions_BT, 0), jnp.int32))
+    hidden_BTD, cache = _cached(model, jnp.array(tokens_BT), places, model.init_cache(2, prefill + steps + 3))
     found = [[hidden_BTD[row, prefill - length :]] for row, length in enumerate(lengths)]
     for step in range(steps):
         tokens_B1 = jnp.array([[tokens[length + step]] for tokens, length in zip(rows, lengths, strict=True)])
-        here = Places(jnp.ones((2, 1), jnp.int32), jnp.array(lengths[:, None] + step, jnp.int32))
+        here = TokenPositions(jnp.ones((2, 1), jnp.int32), jnp.array(lengths[:, None] + step, jnp.int32))
         hidden_B1D, cache = _cached(model, tokens_B1, here, cache)
         for row in range(2):
             found[row].append(hidden_B1D[row])
@@ -132,11 +134,11 @@ def test_remat_changes_when_things_are_computed_and_nothing_else(remat: str) -> 
     assert ["policy=" in text for text in traced] == [False, True], "remat is on in one of them"
     (value, gradient), (value_again, gradient_again) = (jax.jit(value_and_grad)(model) for model in (kept, again))
     assert float(value_again) == pytest.approx(float(value), rel=1e-6)
-    for (name, a), b in zip(named(gradient).items(), named(gradient_again).values(), strict=True):
+    for (name, a), b in zip(flatten_by_name(gradient).items(), flatten_by_name(gradient_again).values(), strict=True):
         np.testing.assert_allclose(b, a, rtol=1e-5, atol=1e-5, err_msg=name)
 
 
-@pytest.mark.parametrize(("length", "scores"), [(64, 1), (2 * BLOCK, 0)], ids=["whole", "blockwise"])
+@pytest.mark.parametrize(("length", "scores"), [(64, 1), (2 * BLOCK_SIZE, 0)], ids=["whole", "blockwise"])
 def test_each_remat_policy_keeps_less_and_computes_more_again(length: int, scores: int) -> None:
     """Memory is that of the compiled program, products those of its text (a layer stands there once).
 
@@ -146,7 +148,7 @@ def test_each_remat_policy_keeps_less_and_computes_more_again(length: int, score
     for remat in ("none", "projections", "attention", "full", "offload"):
         places = _packed(length - 5, total=length)
 
-        def loss(model: Transformer, places: Places = places) -> jax.Array:
+        def loss(model: Transformer, places: TokenPositions = places) -> jax.Array:
             return model(places.positions, places)[0].astype(jnp.float32).sum()
 
         lowered = jax.jit(jax.grad(loss)).lower(_model(remat=remat))
@@ -170,7 +172,7 @@ def test_bfloat16_multiplies_in_bfloat16_and_keeps_float32_parameters_and_gradie
     gradient = jax.jit(jax.grad(_loss))(model)
     exact = jax.jit(jax.grad(_loss))(_model())
     for (name, value), found, expected in zip(
-        named(model).items(), named(gradient).values(), named(exact).values(), strict=True
+        flatten_by_name(model).items(), flatten_by_name(gradient).values(), flatten_by_name(exact).values(), strict=True
     ):
         assert value.dtype == found.dtype == jnp.float32, name
         error = float(jnp.linalg.norm(found - expected) / jnp.linalg.norm(expected))
@@ -182,7 +184,7 @@ def test_a_projection_has_the_gradients_of_a_product(inner: int, outer: int) -> 
     x_BTI, weight_IO, seen_BTO = _normal((2, 3, inner), (inner, outer), (2, 3, outer))
     found, expected = (
         jax.grad(lambda x, w, product=product: jnp.sum(product(x, w) * seen_BTO), (0, 1))(x_BTI, weight_IO)
-        for product in (project, jnp.matmul)
+        for product in (linear, jnp.matmul)
     )
     for ours, plain in zip(found, expected, strict=True):
         np.testing.assert_allclose(ours, plain, rtol=1e-5, atol=1e-6)
@@ -218,6 +220,6 @@ def _normal(*shapes: tuple[int, ...]) -> list[jax.Array]:
 def test_the_head_is_the_transposed_embedding_only_where_it_is_tied() -> None:
     model = small.model()
     assert model.untied_head is not None
-    np.testing.assert_array_equal(model.head(), model.untied_head[...])
+    np.testing.assert_array_equal(model.lm_head(), model.untied_head[...])
     model.untied_head = None
-    np.testing.assert_array_equal(model.head(), model.embedding[...].T)
+    np.testing.assert_array_equal(model.lm_head(), model.embedding[...].T)

@@ -20,11 +20,11 @@ from support.selection import exhaustive
 from support.weights import like, random_model
 
 from thinkpo_jax.bench import load as bench
-from thinkpo_jax.models.model_folder import find_model
-from thinkpo_jax.models.safetensors_files import INDEX
+from thinkpo_jax.models.model_folder import resolve_model_folder
+from thinkpo_jax.models.safetensors_files import WEIGHTS_INDEX_FILE
 from thinkpo_jax.models.transformer import Transformer
 from thinkpo_jax.models.weight_loading import load_model
-from thinkpo_jax.models.weight_mapping import named
+from thinkpo_jax.models.weight_mapping import flatten_by_name
 from thinkpo_jax.models.weight_saving import save_model
 from thinkpo_jax.runtime.config import UserError
 from thinkpo_jax.runtime.mesh import MeshConfig, make_mesh
@@ -92,13 +92,20 @@ def test_narrow_files_become_float32_parameters(dtype: type, tmp_path: Path) -> 
     save_file(narrow, file)
     model = load_model(file.parent, small.FLOAT32, small.mesh(fsdp=2, tensor=2))
     expected = jax.tree.map(lambda leaf: np.asarray(leaf).astype(dtype).astype(np.float32), random_model())
-    for name, array in named(model).items():
+    for name, array in flatten_by_name(model).items():
         assert array.dtype == np.float32
-        np.testing.assert_array_equal(array, named(expected)[name])
+        np.testing.assert_array_equal(array, flatten_by_name(expected)[name])
 
 
 def saved(tmp_path: Path) -> Path:
-    save_model(random_model(), tmp_path / "saved", like=like(tmp_path), dtype="float32", stops=[1, 2, 3], card="")
+    save_model(
+        random_model(),
+        tmp_path / "saved",
+        template_folder=like(tmp_path),
+        dtype="float32",
+        stop_token_ids=[1, 2, 3],
+        model_card="",
+    )
     return tmp_path / "saved"
 
 
@@ -115,11 +122,11 @@ def test_weights_that_are_not_finite_are_a_loud_warning(tmp_path: Path, capsys: 
 
 def test_a_hub_id_is_found_in_the_cache_without_a_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     snapshot = tmp_path / "models--owner--name" / "snapshots" / "abc"
-    shutil.copytree(find_model("builtin:miniature"), snapshot)
+    shutil.copytree(resolve_model_folder("builtin:miniature"), snapshot)
     (tmp_path / "models--owner--name" / "refs").mkdir()
     (tmp_path / "models--owner--name" / "refs" / "main").write_text("abc")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
-    assert find_model("owner/name") == snapshot
+    assert resolve_model_folder("owner/name") == snapshot
 
 
 # Mutations of a checkpoint: each changes the folder, from random numbers.
@@ -133,7 +140,7 @@ def _weights(folder: Path, rng: np.random.Generator) -> Path:
 
 
 def cut(folder: Path, rng: np.random.Generator) -> None:
-    files = [*sorted(folder.glob("*.safetensors")), folder / "config.json", folder / INDEX]
+    files = [*sorted(folder.glob("*.safetensors")), folder / "config.json", folder / WEIGHTS_INDEX_FILE]
     file = files[rng.integers(len(files))]
     content = file.read_bytes()
     file.write_bytes(content[: rng.integers(len(content))])
@@ -192,11 +199,11 @@ def break_numbers(folder: Path, rng: np.random.Generator) -> None:
 
 
 def change_index(folder: Path, rng: np.random.Generator) -> None:
-    index = json.loads((folder / INDEX).read_text())
+    index = json.loads((folder / WEIGHTS_INDEX_FILE).read_text())
     name = rng.choice(sorted(index["weight_map"]))
     values = ["nowhere.safetensors", "../x.safetensors", 3, None, "", "config.json"]
     index["weight_map"][name] = values[rng.integers(len(values))]
-    (folder / INDEX).write_text(json.dumps(index))
+    (folder / WEIGHTS_INDEX_FILE).write_text(json.dumps(index))
 
 
 def change_config(folder: Path, rng: np.random.Generator) -> None:
@@ -246,7 +253,7 @@ def _holds(model: Transformer, tensors: dict[str, np.ndarray]) -> bool:
             layers = [tensors[name] for i in range(2) if (name := f"model.layers.{i}.{theirs}") in tensors]
             if layers:
                 same[ours] = np.stack([layer.T for layer in layers])
-    parameters = named(model)
+    parameters = flatten_by_name(model)
     assert parameters.keys() == same.keys()
     return all(
         np.array_equal(parameters[path], array.reshape(parameters[path].shape), equal_nan=True)

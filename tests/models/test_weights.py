@@ -16,15 +16,15 @@ from safetensors.numpy import load_file, save_file
 from support import small
 from support.weights import MINIATURE, TOKENIZER, hf_config, like, random_model
 
-from thinkpo_jax.data.chat_tokenizer import Chat
+from thinkpo_jax.data.chat_tokenizer import ChatTokenizer
 from thinkpo_jax.models import weight_saving
 from thinkpo_jax.models.architecture import Architecture, read_architecture
-from thinkpo_jax.models.model_folder import check_folder, find_model, stop_ids
-from thinkpo_jax.models.rope import make_rope
-from thinkpo_jax.models.safetensors_files import INDEX
+from thinkpo_jax.models.model_folder import check_folder, read_stop_token_ids, resolve_model_folder
+from thinkpo_jax.models.rope import build_rope
+from thinkpo_jax.models.safetensors_files import WEIGHTS_INDEX_FILE
 from thinkpo_jax.models.transformer import Transformer
 from thinkpo_jax.models.weight_loading import load_model
-from thinkpo_jax.models.weight_mapping import named
+from thinkpo_jax.models.weight_mapping import flatten_by_name
 from thinkpo_jax.models.weight_saving import save_model
 from thinkpo_jax.runtime.config import UserError
 
@@ -41,10 +41,10 @@ def _saved(tmp_path: Path, arch: Architecture = small.ARCH, dtype: Literal["floa
     save_model(
         random_model(arch),
         tmp_path / "saved",
-        like=like(tmp_path, arch),
+        template_folder=like(tmp_path, arch),
         dtype=dtype,
-        stops=[1, 2, 3],
-        card="# A card\n",
+        stop_token_ids=[1, 2, 3],
+        model_card="# A card\n",
     )
     return tmp_path / "saved"
 
@@ -56,7 +56,7 @@ def _edit(file: Path, **changes: Any) -> None:
 
 
 def _assert_equal(found: Transformer, expected: Transformer) -> None:
-    a, b = named(found), named(expected)
+    a, b = flatten_by_name(found), flatten_by_name(expected)
     assert a.keys() == b.keys()
     for name, value in a.items():
         assert value.dtype == jnp.float32
@@ -74,7 +74,14 @@ def test_import_onto_a_mesh_reads_the_same_numbers(tmp_path: Path) -> None:
     model = load_model(_saved(tmp_path), small.FLOAT32, small.mesh(data=2, fsdp=2, tensor=2))
     assert not model.blocks.q[...].sharding.is_fully_replicated
     _assert_equal(model, random_model())
-    save_model(model, tmp_path / "again", like=tmp_path / "like", dtype="float32", stops=[1, 2, 3], card="")
+    save_model(
+        model,
+        tmp_path / "again",
+        template_folder=tmp_path / "like",
+        dtype="float32",
+        stop_token_ids=[1, 2, 3],
+        model_card="",
+    )
     assert (tmp_path / "again" / "model.safetensors").read_bytes() == (
         tmp_path / "saved" / "model.safetensors"
     ).read_bytes()
@@ -97,7 +104,7 @@ def sharded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_shards_load_as_one_file_does(sharded: Path) -> None:
     files = sorted(file.name for file in sharded.glob("*.safetensors"))
     assert len(files) > 2
-    assert set(json.loads((sharded / INDEX).read_text())["weight_map"].values()) == set(files)
+    assert set(json.loads((sharded / WEIGHTS_INDEX_FILE).read_text())["weight_map"].values()) == set(files)
     _assert_equal(load_model(sharded, small.FLOAT32, small.mesh()), random_model())
 
 
@@ -113,7 +120,7 @@ def test_everything_beside_the_weights_is_carried_over(tmp_path: Path) -> None:
         "eos_token_id": [1, 2, 3],
         "temperature": 0.6,
     }
-    assert stop_ids(folder) == [1, 2, 3]
+    assert read_stop_token_ids(folder) == [1, 2, 3]
     assert (folder / "README.md").read_text() == "# A card\n"
     config = json.loads((folder / "config.json").read_text())
     assert config == hf_config(small.ARCH) | {"dtype": "float32", "torch_dtype": "float32"}
@@ -122,7 +129,14 @@ def test_everything_beside_the_weights_is_carried_over(tmp_path: Path) -> None:
 def test_export_replaces_a_folder_and_leaves_nothing_behind(tmp_path: Path) -> None:
     folder = _saved(tmp_path)
     (folder / "model-00001-of-00002.safetensors").write_bytes(b"of an earlier export")
-    save_model(random_model(), folder, like=tmp_path / "like", dtype="float32", stops=[1, 2, 3], card="")
+    save_model(
+        random_model(),
+        folder,
+        template_folder=tmp_path / "like",
+        dtype="float32",
+        stop_token_ids=[1, 2, 3],
+        model_card="",
+    )
     _assert_equal(load_model(folder, small.FLOAT32, small.mesh()), random_model())
     assert sorted(found.name for found in tmp_path.iterdir()) == ["like", "saved"]
 
@@ -130,19 +144,26 @@ def test_export_replaces_a_folder_and_leaves_nothing_behind(tmp_path: Path) -> N
 def test_stop_ids_fall_back_to_config_json(tmp_path: Path) -> None:
     folder = like(tmp_path)
     _edit(folder / "generation_config.json", eos_token_id=None)
-    assert stop_ids(folder) == [1]
+    assert read_stop_token_ids(folder) == [1]
     _edit(folder / "config.json", eos_token_id=None)
-    assert stop_ids(folder) == []
+    assert read_stop_token_ids(folder) == []
 
 
 def test_an_export_stops_where_the_sampler_does(tmp_path: Path) -> None:
     folder = like(tmp_path)
     _edit(folder / "generation_config.json", eos_token_id=7)  # not what the template ends a turn with
-    chat = Chat.load(folder, stop_ids=stop_ids(folder))
-    assert set(chat.stop_ids) == {chat.end_id, 7} != {7}
-    save_model(random_model(), tmp_path / "out", like=folder, dtype="float32", stops=chat.stop_ids, card="")
+    chat = ChatTokenizer.from_folder(folder, stop_ids=read_stop_token_ids(folder))
+    assert set(chat.stop_token_ids) == {chat.end_of_turn_id, 7} != {7}
+    save_model(
+        random_model(),
+        tmp_path / "out",
+        template_folder=folder,
+        dtype="float32",
+        stop_token_ids=chat.stop_token_ids,
+        model_card="",
+    )
     written = json.loads((tmp_path / "out" / "generation_config.json").read_text())
-    assert written == {"eos_token_id": sorted(chat.stop_ids), "temperature": 0.6}
+    assert written == {"eos_token_id": sorted(chat.stop_token_ids), "temperature": 0.6}
 
 
 @pytest.mark.parametrize("value", ["<end>", [1, "2"], -1, True])
@@ -150,7 +171,7 @@ def test_a_stop_id_is_a_number(tmp_path: Path, value: Any) -> None:
     folder = like(tmp_path)
     _edit(folder / "generation_config.json", eos_token_id=value)
     with pytest.raises(UserError, match="expected a token id or a list of them"):
-        stop_ids(folder)
+        read_stop_token_ids(folder)
 
 
 def test_a_tied_head_that_differs_from_the_embedding_is_refused(tmp_path: Path) -> None:
@@ -199,22 +220,25 @@ def test_a_truncated_file_is_named(tmp_path: Path) -> None:
 def test_a_missing_shard_is_named(sharded: Path) -> None:
     file = sorted(sharded.glob("*.safetensors"))[1]
     file.unlink()
-    assert _refused(sharded) == f"{sharded}: lacks {file.name}, which {INDEX} names. Download what is missing."
+    assert (
+        _refused(sharded)
+        == f"{sharded}: lacks {file.name}, which {WEIGHTS_INDEX_FILE} names. Download what is missing."
+    )
 
 
 def test_an_index_that_names_what_is_not_there_is_refused(sharded: Path) -> None:
-    weight_map = json.loads((sharded / INDEX).read_text())["weight_map"]
+    weight_map = json.loads((sharded / WEIGHTS_INDEX_FILE).read_text())["weight_map"]
     first = min(weight_map.values())
-    _edit(sharded / INDEX, weight_map=weight_map | {"model.layers.7.extra": first})
+    _edit(sharded / WEIGHTS_INDEX_FILE, weight_map=weight_map | {"model.layers.7.extra": first})
     message = _refused(sharded)
     assert f"model.layers.7.extra in {first}" in message
-    assert message.startswith(str(sharded / INDEX))
+    assert message.startswith(str(sharded / WEIGHTS_INDEX_FILE))
 
 
 @pytest.mark.parametrize("weight_map", [["a"], {"a": 1}, None], ids=["list", "number", "none"])
 def test_an_index_without_a_map_is_refused(sharded: Path, weight_map: Any) -> None:
-    _edit(sharded / INDEX, weight_map=weight_map)
-    assert _refused(sharded).startswith(f"{sharded / INDEX}: expected weight_map")
+    _edit(sharded / WEIGHTS_INDEX_FILE, weight_map=weight_map)
+    assert _refused(sharded).startswith(f"{sharded / WEIGHTS_INDEX_FILE}: expected weight_map")
 
 
 @pytest.mark.parametrize(
@@ -334,7 +358,7 @@ def test_fields_that_have_a_default_may_be_left_out_or_null(tmp_path: Path) -> N
     raw = json.loads((folder / "config.json").read_text())
     raw |= {"num_key_value_heads": None, "head_dim": None, "rope_scaling": None}
     (folder / "config.json").write_text(json.dumps(raw))
-    assert read_architecture(folder) == dataclasses.replace(expected, kv_heads=small.ARCH.heads)
+    assert read_architecture(folder) == dataclasses.replace(expected, num_kv_heads=small.ARCH.num_heads)
 
 
 ROPES = {
@@ -350,8 +374,8 @@ def test_all_spellings_of_the_rope_settings_are_one(tmp_path: Path, kind: str) -
     folder, settings = like(tmp_path), ROPES[kind] | {"rope_type": kind}
     _edit(folder / "config.json", rope_theta=None, rope_parameters=settings | {"rope_theta": 5e5})
     newer = read_architecture(folder)
-    assert newer.rope == make_rope(settings | {"rope_theta": 5e5}, 8)
-    assert (newer.rope == make_rope({"rope_theta": 5e5}, 8)) == (kind == "default")
+    assert newer.rope == build_rope(settings | {"rope_theta": 5e5}, 8)
+    assert (newer.rope == build_rope({"rope_theta": 5e5}, 8)) == (kind == "default")
     for older in (settings, {"type" if key == "rope_type" else key: value for key, value in settings.items()}):
         _edit(folder / "config.json", rope_theta=5e5, rope_parameters=None, rope_scaling=older)
         assert read_architecture(folder) == newer
@@ -380,18 +404,18 @@ def test_a_config_that_is_none_is_refused(tmp_path: Path, content: bytes | None,
 @pytest.mark.parametrize("name", ["nothing", "", "../builtin/miniature", "."])
 def test_an_unknown_builtin_lists_those_that_are(name: str) -> None:
     with pytest.raises(UserError, match=f"there is no builtin:{name}; there is: builtin:miniature"):
-        find_model(f"builtin:{name}")
+        resolve_model_folder(f"builtin:{name}")
 
 
 @pytest.mark.parametrize("path", ["./nothing/here", "/nothing", "nothing", "a/b/c"])
 def test_what_is_no_hub_id_must_be_a_folder(path: str) -> None:
     with pytest.raises(UserError, match="there is no such folder"):
-        find_model(path)
+        resolve_model_folder(path)
 
 
 @pytest.mark.parametrize("path", ["nobody/nothing", "no body/nothing"])
 def test_a_hub_id_that_is_out_of_reach_says_what_to_do(path: str) -> None:
     start = time.monotonic()
     with pytest.raises(UserError, match=f"hf download {path}"):
-        find_model(path)
+        resolve_model_folder(path)
     assert time.monotonic() - start < 120

@@ -22,17 +22,22 @@ from support.checkpoints import needs_data
 from support.paths import DATA
 from support.server import Reply, failed, fast_retries, said, serving  # noqa: F401
 
-from thinkpo_jax.data.chat_tokenizer import Chat
-from thinkpo_jax.data.record_formats import PairData
-from thinkpo_jax.data.tokenization import prepare
-from thinkpo_jax.evaluation.grading import boxed_answers
+from thinkpo_jax.data.chat_tokenizer import ChatTokenizer
+from thinkpo_jax.data.record_formats import PreferenceDataConfig
+from thinkpo_jax.data.tokenization import tokenize_sources
+from thinkpo_jax.evaluation.grading import grade_boxed
 from thinkpo_jax.pair_building import build_pairs as pairs
 from thinkpo_jax.pair_building import filters as curation
 from thinkpo_jax.pair_building.pairs_config import PairsConfig
-from thinkpo_jax.pair_building.short_answers import JoinedAnswers, ServerAnswers, ShortAnswer, short_answers
+from thinkpo_jax.pair_building.short_answers import (
+    DatasetAnswersConfig,
+    ServerAnswersConfig,
+    ShortAnswer,
+    collect_short_answers,
+)
 from thinkpo_jax.pairs import main
-from thinkpo_jax.runtime.cli import command
-from thinkpo_jax.runtime.config import parse
+from thinkpo_jax.runtime.cli import run_command
+from thinkpo_jax.runtime.config import parse_config
 
 pytestmark = pytest.mark.usefixtures("fast_retries")
 PAPER_SYSTEM = "You are a helpful and harmless assistant. Please reason step by step."
@@ -68,11 +73,11 @@ def _asked_once(verdicts: dict[tuple[str, str], bool], monkeypatch: pytest.Monke
     def remembered(responses: Sequence[str], references: Sequence[str]) -> list[bool]:
         asked = list(zip(responses, references, strict=True))
         new = [pair for pair in dict.fromkeys(asked) if pair not in verdicts]
-        found = boxed_answers([response for response, _ in new], [reference for _, reference in new])
+        found = grade_boxed([response for response, _ in new], [reference for _, reference in new])
         verdicts.update(zip(new, found, strict=True))
         return [verdicts[pair] for pair in asked]
 
-    monkeypatch.setattr(curation, "boxed_answers", remembered)
+    monkeypatch.setattr(curation, "grade_boxed", remembered)
 
 
 def write(path: Path, rows: Sequence[Any]) -> str:
@@ -114,7 +119,7 @@ def build(config: Config, *assignments: str) -> int:
     """The exit status of the command."""
     path = Path(config["out"]).parent / "pairs.yaml"
     path.write_text(yaml.safe_dump(config), encoding="utf-8")
-    return command(main, ["--config", str(path), *(["--set", *assignments] if assignments else [])])
+    return run_command(main, ["--config", str(path), *(["--set", *assignments] if assignments else [])])
 
 
 def built(config: Config, *assignments: str) -> list[dict[str, Any]]:
@@ -153,9 +158,9 @@ def test_each_long_answer_is_paired_with_each_short_one_to_its_question(joined: 
     assert found[0] == {
         "question": "What is\n 1+1?", "prompt": [{"role": "user", "content": "What is\n 1+1?"}], "reference": "2",
         "chosen": "<think>hm</think>\\boxed{2}", "rejected": "\\boxed{2}", "chosen_tokens": 26, "rejected_tokens": 9,
-        "agrees": True, "source": f"{tmp_path}/long.jsonl, line 1", "gap": 17,
+        "short_answer_is_correct": True, "source": f"{tmp_path}/long.jsonl, line 1", "gap": 17,
     }  # fmt: skip
-    texts = [(row["chosen"], row["rejected"], row["agrees"]) for row in found[1:]]
+    texts = [(row["chosen"], row["rejected"], row["short_answer_is_correct"]) for row in found[1:]]
     short = [(SHORT[1]["response"], True), (SHORT[2]["response"], False)]
     assert texts == [(LONG[i]["response"], *answer) for i in (1, 2) for answer in short]
     rows, answered, candidates = counts(joined)
@@ -167,7 +172,7 @@ def test_each_long_answer_is_paired_with_each_short_one_to_its_question(joined: 
 def test_columns_have_these_types_whatever_the_rows(joined: Config):
     types = {"question": "string", "prompt": "list<element: struct<role: string, content: string>>",
              "reference": "string", "chosen": "string", "rejected": "string", "chosen_tokens": "int64",
-             "rejected_tokens": "int64", "agrees": "bool", "source": "string", "gap": "int64"}  # fmt: skip
+             "rejected_tokens": "int64", "short_answer_is_correct": "bool", "source": "string", "gap": "int64"}  # fmt: skip
     assert build(joined) == 0
     assert {field.name: str(field.type) for field in table(joined).schema} == types
     del joined["long"]["reference"]
@@ -182,16 +187,18 @@ def test_the_settings_of_the_card_are_those_that_made_the_pairs(joined: Config):
     assert build(joined) == 0
     card = (Path(joined["out"]) / "README.md").read_text(encoding="utf-8")
     told = yaml.safe_load(card.partition("```yaml\n")[2].partition("```")[0])
-    assert parse(PairsConfig, told, source="card") == parse(PairsConfig, joined, source="given")
-    assert parse(PairsConfig, told, source="card").filters.disagreeing_share is None
+    assert parse_config(PairsConfig, told, source="card") == parse_config(PairsConfig, joined, source="given")
+    assert parse_config(PairsConfig, told, source="card").filters.disagreeing_share is None
 
 
 @pytest.mark.parametrize("name", ["pairs.parquet", ""], ids=["file", "folder"])
 def test_a_thinkpo_stage_reads_the_pairs_without_further_keys(name: str, joined: Config, tokenizer: str):
     joined["long"]["system"] = "Think."
-    found, chat = built(joined), Chat.load(Path(tokenizer))
-    examples = prepare([PairData(path=str(Path(joined["out"]) / name))], chat, row_length=200, seed=0)
-    read = [[chat.tokenizer.decode(segment.tokens) for segment in example] for example in examples]
+    found, chat = built(joined), ChatTokenizer.from_folder(Path(tokenizer))
+    examples = tokenize_sources(
+        [PreferenceDataConfig(path=str(Path(joined["out"]) / name))], chat, row_length=200, seed=0
+    )
+    read = [[chat.tokenizer.decode(segment.token_ids) for segment in example] for example in examples]
     prompts = [f"[system]Think.[user]{row['question']}[assistant]" for row in found]
     assert read == [
         [f"{prompt}{row[side]}<end>" for side in ("chosen", "rejected")]
@@ -313,16 +320,16 @@ def test_another_process_that_writes_to_the_folder_is_an_error(joined: Config, c
 
 def test_a_join_of_many_rows_takes_seconds(tmp_path: Path):
     rows = [{"prompt": f"What is {i}+{i}?", "response": str(2 * i)} for i in range(30_000)]
-    config = JoinedAnswers(by="join", path=write(tmp_path / "short.jsonl", rows))
+    config = DatasetAnswersConfig(by="join", path=write(tmp_path / "short.jsonl", rows))
     start = time.process_time()
-    found = short_answers(config, [row["prompt"] for row in reversed(rows)], tmp_path, seed=0, counts=Counter())
+    found = collect_short_answers(config, [row["prompt"] for row in reversed(rows)], tmp_path, seed=0, counts=Counter())
     assert time.process_time() - start < 10  # a step for each pair of rows takes half a minute
     assert found == [[ShortAnswer(row["response"])] for row in reversed(rows)]
 
 
 def test_tokens_are_those_of_each_answer_however_many(joined: Config, monkeypatch: pytest.MonkeyPatch):
     whole = built(joined)
-    monkeypatch.setattr(pairs, "COUNTED", 2)
+    monkeypatch.setattr(pairs, "ANSWERS_PER_CHUNK", 2)
     assert built(joined) == whole
     assert all(row["chosen_tokens"] == len(row["chosen"]) for row in whole)
 
@@ -347,7 +354,7 @@ def test_length_matched_and_correct_only_keep_what_they_say(joined: Config, tmp_
     assert len(plain) == 7
     assert len(matched) == 2
     assert built(joined, "filters.disagreeing_share=null", "control=length_matched") == matched
-    assert built(joined, "control=correct_only") == [row for row in plain if row["agrees"]]
+    assert built(joined, "control=correct_only") == [row for row in plain if row["short_answer_is_correct"]]
 
 
 def real(tokenizer: str, out: Path, **changes: Any) -> Config:
@@ -365,7 +372,7 @@ def real(tokenizer: str, out: Path, **changes: Any) -> Config:
 def test_real_answers_and_each_control_and_third(tokenizer: str, tmp_path: Path):
     config = real(tokenizer, tmp_path)
     plain = built(config)
-    assert Counter(row["agrees"] for row in plain) == {True: 150, False: 37}
+    assert Counter(row["short_answer_is_correct"] for row in plain) == {True: 150, False: 37}
     assert counts(config)[0] == {"read": 500, "bad row: no text": 1, "no short answer to the question": 0}
     thirds = [built(config, f"select.gap={gap}") for gap in ("short", "middle", "long")]
     assert list(map(len, thirds)) == [62, 62, 63]
@@ -375,7 +382,7 @@ def test_real_answers_and_each_control_and_third(tokenizer: str, tmp_path: Path)
     assert sorted(row["source"] for third in thirds for row in third) == sorted(row["source"] for row in plain)
     swapped = built(config, "select.gap=long", "control=swapped")
     assert [(row["chosen"], row["rejected"]) for row in swapped] == [(r["rejected"], r["chosen"]) for r in thirds[2]]
-    assert built(config, "control=correct_only") == [row for row in plain if row["agrees"]]
+    assert built(config, "control=correct_only") == [row for row in plain if row["short_answer_is_correct"]]
     assert min(row["gap"] / row["chosen_tokens"] for row in plain) > 0.2
     assert build(config, "control=length_matched") == 1  # real long answers are longer by far
 
@@ -408,8 +415,8 @@ def test_the_defaults_are_the_papers_whatever_else_is_given(joined: Config):
     server = {"url": "http://localhost:8000/v1", "model": "tiny"}
     for given in ({}, {"sampling": {"batch_size": 8}}):
         raw = joined | {"short": {"by": "request", "server": server, **given}}
-        short = parse(PairsConfig, raw, source="x").short
-        assert isinstance(short, ServerAnswers)
+        short = parse_config(PairsConfig, raw, source="x").short
+        assert isinstance(short, ServerAnswersConfig)
         sampling = short.sampling
         assert (short.system, sampling.temperature, sampling.top_p) == (PAPER_SYSTEM, 0.7, 0.9)
         assert (sampling.max_new_tokens, sampling.samples) == (1024, 1)

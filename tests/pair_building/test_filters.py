@@ -12,24 +12,24 @@ from hypothesis import strategies as st
 from support.checkpoints import needs_data
 from support.paths import DATA
 
-from thinkpo_jax.evaluation.decontamination import Hit, contaminated
-from thinkpo_jax.evaluation.grading import boxed
+from thinkpo_jax.evaluation.decontamination import ContaminationMatch, find_contamination
+from thinkpo_jax.evaluation.grading import extract_boxed
 from thinkpo_jax.pair_building import filters as curation
 from thinkpo_jax.pair_building.filters import (
-    Candidate,
-    Control,
+    ControlKind,
     FilterConfig,
-    Pair,
+    PairCandidate,
+    PreferencePair,
     SelectConfig,
     apply_control,
     filter_pairs,
-    join_key,
-    select,
+    normalize_question,
+    select_pairs,
 )
-from thinkpo_jax.runtime.config import UserError, parse
+from thinkpo_jax.runtime.config import UserError, parse_config
 
 LONG = "<|begin_of_thought|>hm, wait<|end_of_thought|><|begin_of_solution|>\\boxed{%s}<|end_of_solution|>"
-GOOD = Candidate(
+GOOD = PairCandidate(
     "What is 1+1?",
     ({"role": "user", "content": "What is 1+1?"},),
     "2",
@@ -47,7 +47,7 @@ def rows(name: str) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (DATA / name).read_text(encoding="utf-8").split("\n") if line]
 
 
-def left_out(candidates: Sequence[Candidate], config: FilterConfig) -> dict[str, int]:
+def left_out(candidates: Sequence[PairCandidate], config: FilterConfig) -> dict[str, int]:
     """The reasons that left something out, once it is seen that they and the pairs account for every candidate."""
     pairs, counts = filter_pairs(candidates, config, seed=0)
     assert len(pairs) + sum(counts.values()) == len(candidates)
@@ -127,22 +127,22 @@ def test_agreement_is_with_the_reference_or_else_with_the_long_answer():
         (replace(GOOD, short="no box"), None),
     ]
     pairs, _ = filter_pairs([candidate for candidate, _ in cases], ANY, seed=0)
-    assert [pair.agrees for pair in pairs] == [agrees for _, agrees in cases]
+    assert [pair.short_answer_is_correct for pair in pairs] == [agrees for _, agrees in cases]
 
 
 def test_a_pair_holds_the_long_answer_as_chosen():
     (pair,), _ = filter_pairs([GOOD], FilterConfig(), seed=0)
-    assert pair == Pair(GOOD.question, GOOD.prompt, "2", GOOD.long, GOOD.short, 90, 9, True, "a, line 1")
+    assert pair == PreferencePair(GOOD.question, GOOD.prompt, "2", GOOD.long, GOOD.short, 90, 9, True, "a, line 1")
     assert pair.gap == GOOD.gap == 81
 
 
 @pytest.mark.parametrize("change", [{}, {"long_agrees": False}, {"disagreeing_share": None}])
 def test_without_boxes_nothing_can_be_asked_to_agree(change: dict[str, Any]):
     with pytest.raises(UserError, match=r"long_agrees: false, disagreeing_share: null"):
-        parse(FilterConfig, {"boxed": False, **change}, source="pairs.yaml")
+        parse_config(FilterConfig, {"boxed": False, **change}, source="pairs.yaml")
 
 
-def candidates_with(agreeing: int, disagreeing: int) -> list[Candidate]:
+def candidates_with(agreeing: int, disagreeing: int) -> list[PairCandidate]:
     """Answers that agree as text, so that no process is started for them."""
     return [
         replace(GOOD, question=f"Question {i}?", reference=None, short="\\boxed{2}" if i < agreeing else "\\boxed{3}")
@@ -153,7 +153,9 @@ def candidates_with(agreeing: int, disagreeing: int) -> list[Candidate]:
 @pytest.fixture
 def text_answers(monkeypatch: pytest.MonkeyPatch):
     """Answers compared as text, which takes no processes: for tests of what is drawn, not of what is equal."""
-    monkeypatch.setattr(curation, "boxed_answers", lambda texts, refs: [boxed(a) == b for a, b in zip(texts, refs)])  # noqa: B905
+    monkeypatch.setattr(
+        curation, "grade_boxed", lambda texts, refs: [extract_boxed(a) == b for a, b in zip(texts, refs)]
+    )
 
 
 @pytest.mark.usefixtures("text_answers")
@@ -168,7 +170,7 @@ def test_the_share_is_filled_and_never_exceeded_and_ignores_the_order(data: st.D
     pairs, counts = filter_pairs(candidates, config, seed=seed)
     assert len(pairs) + sum(counts.values()) == len(candidates)
     assert [p.question for p in pairs] == [c.question for c in candidates if c.question in {p.question for p in pairs}]
-    wrong = sum(pair.agrees is False for pair in pairs)
+    wrong = sum(pair.short_answer_is_correct is False for pair in pairs)
     if share == 1:
         assert wrong == len(pairs) == disagreeing
     else:
@@ -182,7 +184,7 @@ def test_the_share_is_filled_and_never_exceeded_and_ignores_the_order(data: st.D
 @pytest.mark.usefixtures("text_answers")
 def test_the_default_share_is_that_of_the_paper():
     pairs, counts = filter_pairs(candidates_with(808, 400), FilterConfig(), seed=0)
-    assert (sum(pair.agrees is True for pair in pairs), len(pairs)) == (808, 1008)
+    assert (sum(pair.short_answer_is_correct is True for pair in pairs), len(pairs)) == (808, 1008)
     assert counts["disagreeing_share"] == 200
 
 
@@ -194,16 +196,17 @@ def test_another_seed_draws_others():
     assert len(drawn[0]) == len(drawn[2])
 
 
-def pairs_with(gaps: Sequence[int]) -> list[Pair]:
+def pairs_with(gaps: Sequence[int]) -> list[PreferencePair]:
     return [
-        Pair(f"{i}?", (), "2", f"long {i}", "short", 100 + gap, 100, True, f"line {i}") for i, gap in enumerate(gaps)
+        PreferencePair(f"{i}?", (), "2", f"long {i}", "short", 100 + gap, 100, True, f"line {i}")
+        for i, gap in enumerate(gaps)
     ]
 
 
 @given(st.lists(st.integers(0, 9), max_size=20), st.integers(0, 2))
 def test_thirds_by_gap_are_disjoint_cover_all_and_are_ordered(gaps: list[int], seed: int):
     pairs = pairs_with(gaps)
-    thirds = [select(pairs, SelectConfig(gap=gap), seed=seed) for gap in ("short", "middle", "long")]
+    thirds = [select_pairs(pairs, SelectConfig(gap=gap), seed=seed) for gap in ("short", "middle", "long")]
     chosen = [[pair.question for pair in third] for third, _ in thirds]
     assert sorted(itertools.chain.from_iterable(chosen)) == sorted(pair.question for pair in pairs)
     assert max(map(len, chosen)) - min(map(len, chosen)) <= 1
@@ -215,37 +218,41 @@ def test_thirds_by_gap_are_disjoint_cover_all_and_are_ordered(gaps: list[int], s
 
 
 @given(st.permutations(pairs_with([3, 3, 3, 5, 5, 8, 9, 9])), st.sampled_from(["all", "short", "middle", "long"]))
-def test_a_selection_depends_on_the_pairs_and_not_on_their_order(mixed: list[Pair], gap: Any):
+def test_a_selection_depends_on_the_pairs_and_not_on_their_order(mixed: list[PreferencePair], gap: Any):
     config = SelectConfig(gap=gap, pairs=2)
-    straight, _ = select(pairs_with([3, 3, 3, 5, 5, 8, 9, 9]), config, seed=1)
-    assert {pair.question for pair in select(mixed, config, seed=1)[0]} == {pair.question for pair in straight}
+    straight, _ = select_pairs(pairs_with([3, 3, 3, 5, 5, 8, 9, 9]), config, seed=1)
+    assert {pair.question for pair in select_pairs(mixed, config, seed=1)[0]} == {pair.question for pair in straight}
 
 
 def test_a_number_of_pairs_is_taken_from_each_place():
     pairs = pairs_with([7, 1, 6, 2, 5, 3, 4])
     found = {
-        gap: [p.gap for p in select(pairs, SelectConfig(gap=gap, pairs=3), seed=0)[0]]
+        gap: [p.gap for p in select_pairs(pairs, SelectConfig(gap=gap, pairs=3), seed=0)[0]]
         for gap in ("short", "middle", "long")
     }
     assert found == {"short": [1, 2, 3], "middle": [5, 3, 4], "long": [7, 6, 5]}
-    assert select(pairs, SelectConfig(), seed=0) == (pairs, {"not selected": 0})
-    assert select(pairs, SelectConfig(gap="long", pairs=99), seed=0) == (pairs, {"not selected": 0})
-    draws = [select(pairs, SelectConfig(pairs=3), seed=seed)[0] for seed in range(9)]
+    assert select_pairs(pairs, SelectConfig(), seed=0) == (pairs, {"not selected": 0})
+    assert select_pairs(pairs, SelectConfig(gap="long", pairs=99), seed=0) == (pairs, {"not selected": 0})
+    draws = [select_pairs(pairs, SelectConfig(pairs=3), seed=seed)[0] for seed in range(9)]
     assert {len(draw) for draw in draws} == {3}
     assert len({tuple(p.gap for p in draw) for draw in draws}) > 1
 
 
 def test_controls():
     pair = pairs_with([25])[0]
-    wider, wrong, unknown = pairs_with([26])[0], replace(pair, agrees=False), replace(pair, agrees=None)
+    wider, wrong, unknown = (
+        pairs_with([26])[0],
+        replace(pair, short_answer_is_correct=False),
+        replace(pair, short_answer_is_correct=None),
+    )
     pairs = [pair, wider, wrong, unknown]
-    controls: tuple[Control, ...] = ("none", "swapped", "length_matched", "correct_only")
+    controls: tuple[ControlKind, ...] = ("none", "swapped", "length_matched", "correct_only")
     found = {control: apply_control(pairs, control) for control in controls}
     assert found["none"] == (pairs, {})
     assert found["swapped"][0][0] == replace(
         pair, chosen="short", rejected="long 0", chosen_tokens=100, rejected_tokens=125
     )
-    assert [p.agrees for p in found["swapped"][0]] == [True, True, False, None]
+    assert [p.short_answer_is_correct for p in found["swapped"][0]] == [True, True, False, None]
     assert found["swapped"][0][1].gap == -26
     assert found["length_matched"] == ([pair, wrong, unknown], {"lengths differ by more than 20%": 1})
     assert found["length_matched"][0] == [p for p in pairs if p.gap <= 25]
@@ -255,19 +262,19 @@ def test_controls():
 
 @pytest.mark.parametrize("same", ["Find  caf\u00e9 $x$.", " Find caf\u00e9\n$x$. ", "Find cafe\u0301\u00a0$x$.\r\n"])
 def test_a_key_joins_spacing_and_composition(same: str):
-    assert join_key(same) == "Find caf\u00e9 $x$."
+    assert normalize_question(same) == "Find caf\u00e9 $x$."
 
 
 @pytest.mark.parametrize(("one", "other"), [("x²", "x2"), ("area of A", "area of a"), ("1 2", "12"), ("2-1", "2+1")])
 def test_a_key_keeps_questions_apart(one: str, other: str):
-    assert join_key(one) != join_key(other)
+    assert normalize_question(one) != normalize_question(other)
 
 
 QUESTION = "Let $a$ and $b$ be integers such that $a+b = \\frac{7}{2}$. What is the largest value of $ab$?"
 
 
 def shared_run(question: str, held_out: str, ngram: int = 8) -> list[str]:
-    return [hit.shared for hit in contaminated([question], {"test": [held_out]}, ngram=ngram)]
+    return [hit.shared for hit in find_contamination([question], {"test": [held_out]}, ngram=ngram)]
 
 
 @pytest.mark.parametrize(
@@ -313,9 +320,12 @@ def test_hits_name_the_benchmark_once_per_pair_of_questions():
         "a": ["Compute 2+3 and then 4+5 please"],
         "b": ["other words", "Compute 2+3 and then 4+5 please, twice"],
     }
-    found = contaminated(["nothing", "compute 2+3 and then 4+5 please"], held_out, ngram=4)
+    found = find_contamination(["nothing", "compute 2+3 and then 4+5 please"], held_out, ngram=4)
     run = "compute 2 + 3 and then 4 + 5 please"
-    assert found == [Hit(1, "a", held_out["a"][0], "the whole question"), Hit(1, "b", held_out["b"][1], run)]
+    assert found == [
+        ContaminationMatch(1, "a", held_out["a"][0], "the whole question"),
+        ContaminationMatch(1, "b", held_out["b"][1], run),
+    ]
 
 
 @given(
@@ -344,11 +354,11 @@ def questions() -> dict[str, list[str]]:
 @needs_data
 def test_real_questions_keep_different_keys_and_join_across_files(questions: dict[str, list[str]]):
     every = {question for of_one in questions.values() for question in of_one}
-    assert len({join_key(question) for question in every}) == len(every) == 9003
-    math = {join_key(question) for question in questions["math500"]}
-    assert {join_key(row["question"]) for row in rows("raw/math500_long.jsonl")} == math
-    assert {join_key(row["question"]) for row in rows("raw/math500_short.jsonl")} == math
-    assert {join_key(question) for question in questions["pairs"]} < math
+    assert len({normalize_question(question) for question in every}) == len(every) == 9003
+    math = {normalize_question(question) for question in questions["math500"]}
+    assert {normalize_question(row["question"]) for row in rows("raw/math500_long.jsonl")} == math
+    assert {normalize_question(row["question"]) for row in rows("raw/math500_short.jsonl")} == math
+    assert {normalize_question(question) for question in questions["pairs"]} < math
 
 
 # (questions, held out, how many questions are hit with runs of 8, 10 and 13 tokens); at 13 those of GSM8K are the same
@@ -367,21 +377,21 @@ MEASURED = [
 @pytest.mark.parametrize(("of", "held_out", "counts"), MEASURED, ids=[f"{m[0]}-{m[1]}" for m in MEASURED])
 def test_real_contamination(questions: dict[str, list[str]], of: str, held_out: str, counts: tuple[int, ...]):
     for ngram, expected in zip((8, 10, 13), counts, strict=True):
-        hits = contaminated(questions[of], {held_out: questions[held_out]}, ngram=ngram)
+        hits = find_contamination(questions[of], {held_out: questions[held_out]}, ngram=ngram)
         assert len({hit.index for hit in hits}) == expected
         assert len({(hit.index, hit.held_out) for hit in hits}) == len(hits)
 
 
 @needs_data
 def test_real_long_and_short_answers_become_pairs():
-    short = {join_key(row["question"]): row["response"] for row in rows("raw/math500_short.jsonl")}
+    short = {normalize_question(row["question"]): row["response"] for row in rows("raw/math500_short.jsonl")}
     candidates = [
-        Candidate(
+        PairCandidate(
             question=row["question"],
             prompt=({"role": "user", "content": row["question"]},),
             reference=row["reference"],
             long=row["response"],
-            short=(answer := short[join_key(row["question"])]),
+            short=(answer := short[normalize_question(row["question"])]),
             long_tokens=len(row["response"]) // 4,
             short_tokens=len(answer) // 4,
             short_finished=True,
@@ -400,7 +410,15 @@ def test_real_long_and_short_answers_become_pairs():
         "the long answer disagrees": 23,
         "disagreeing_share": 4,
     }
-    assert [sum(pair.agrees is agrees for pair in pairs) for agrees in (True, False, None)] == [150, 37, 0]
+    assert [sum(pair.short_answer_is_correct is agrees for pair in pairs) for agrees in (True, False, None)] == [
+        150,
+        37,
+        0,
+    ]
     assert len(pairs) + sum(counts.values()) == 500
     assert all(pair.gap > 0 for pair in pairs)
-    assert [len(select(pairs, SelectConfig(gap=gap), seed=0)[0]) for gap in ("short", "middle", "long")] == [62, 62, 63]
+    assert [len(select_pairs(pairs, SelectConfig(gap=gap), seed=0)[0]) for gap in ("short", "middle", "long")] == [
+        62,
+        62,
+        63,
+    ]

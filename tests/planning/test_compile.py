@@ -24,29 +24,29 @@ from support import small
 from support.plugins import LIBTPU_LIBRARY, needs_libtpu
 from support.selection import cases, combinations
 
-from thinkpo_jax.data.batches import BatchConfig, Batches, HostBatch
+from thinkpo_jax.data.batches import BatchConfig, BatchPlan, HostBatch
 from thinkpo_jax.models.architecture import Architecture
 from thinkpo_jax.models.compute_config import ComputeConfig
-from thinkpo_jax.models.rope import make_rope
+from thinkpo_jax.models.rope import build_rope
 from thinkpo_jax.models.weight_mapping import abstract_model
 from thinkpo_jax.planning import compile as compiled
-from thinkpo_jax.runtime.mesh import MeshConfig, data_shards, make_mesh
-from thinkpo_jax.runtime.sharding import BATCH, spec
-from thinkpo_jax.training.objectives import PreferenceConfig, sft, thinkpo
+from thinkpo_jax.runtime.mesh import MeshConfig, make_mesh, num_data_shards
+from thinkpo_jax.runtime.sharding import BATCH_AXES, partition_spec
+from thinkpo_jax.training.objectives import PreferenceConfig, make_thinkpo_objective, sft_objective
 from thinkpo_jax.training.optimizer import OptimizerConfig, make_optimizer
-from thinkpo_jax.training.token_log_probs import LOGITS, token_logprobs
-from thinkpo_jax.training.train_step import abstract_state, make_step
+from thinkpo_jax.training.token_log_probs import MAX_BLOCK_LOGITS, token_log_probs
+from thinkpo_jax.training.train_step import abstract_train_state, make_train_step
 
 V, D = 152_064, 3584
 QWEN2_7B = Architecture(
     vocab_size=V,
-    embed=D,
-    layers=2,  # they are scanned: more of them are compiled in the same way
-    heads=28,
-    kv_heads=4,
+    hidden_size=D,
+    num_layers=2,  # they are scanned: more of them are compiled in the same way
+    num_heads=28,
+    num_kv_heads=4,
     head_dim=128,
-    mlp=18_944,
-    rope=make_rope({"rope_theta": 1e6}, 128),
+    mlp_size=18_944,
+    rope=build_rope({"rope_theta": 1e6}, 128),
     norm_eps=1e-6,
     max_positions=32_768,
     qkv_bias=True,
@@ -71,7 +71,9 @@ def test_logprobs_take_one_block_of_logits(chip: str) -> None:
     assert found.returncode == 0, found.stderr[-4000:]
     memory = json.loads(found.stdout.splitlines()[-1])
     assert memory["ours"] <= memory["plain"] / 4
-    assert memory["ours"] <= LOGITS * 4 + TOKENS * D * 4  # a block, and the gradient of hidden states, in float32
+    assert (
+        memory["ours"] <= MAX_BLOCK_LOGITS * 4 + TOKENS * D * 4
+    )  # a block, and the gradient of hidden states, in float32
 
 
 @pytest.mark.parametrize(
@@ -81,7 +83,7 @@ def test_an_update_has_no_array_of_tokens_times_vocabulary(kind: str, chip: str,
     program, memory = _update(tmp_path, chip, kind)
     found = set(re.findall(r"\b(?:pred|[a-z]+\d+)\[([\d,]+)\]", program))
     arrays = {shape: math.prod(int(size) for size in shape.split(",")) for shape in found}
-    trained, columns = _batch(kind, shards=1).targets.shape[-1], V // MESHES[chip].get("tensor", 1)
+    trained, columns = _batch(kind, shards=1).target_ids.shape[-1], V // MESHES[chip].get("tensor", 1)
     assert trained > D  # else a row's logits are no larger than the table of embeddings
     assert f"{V},{D}" in arrays
     assert [shape for shape, size in arrays.items() if size > V * D] == []
@@ -137,24 +139,24 @@ def _memory_of_head(chip: str) -> dict[str, int]:
         memory: Any = both.lower(x, head, targets, weights).compile().memory_analysis()
         return memory.temp_size_in_bytes
 
-    return {"ours": temporary(token_logprobs), "plain": temporary(plain)}
+    return {"ours": temporary(token_log_probs), "plain": temporary(plain)}
 
 
 def _compile_update(chip: str, kind: str, folder: Path) -> None:
     """Compiles a whole update; the compiler writes what it makes of it to the folder."""
     topology = topologies.get_topology_desc(platform="tpu", topology_name=f"{chip}:2x2")
     mesh = make_mesh(MeshConfig(**MESHES[chip]), topology.devices)
-    host = _batch(kind, data_shards(mesh))
+    host = _batch(kind, num_data_shards(mesh))
 
     def rows(array: np.ndarray) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=NamedSharding(mesh, spec(BATCH)))
+        return jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=NamedSharding(mesh, partition_spec(BATCH_AXES)))
 
-    objective = {"sft": sft, "thinkpo": thinkpo(PreferenceConfig(), end_id=1)}[kind]
+    objective = {"sft": sft_objective, "thinkpo": make_thinkpo_objective(PreferenceConfig(), end_of_turn_id=1)}[kind]
     optimizer = make_optimizer(OptimizerConfig(learning_rate=1e-5), 100)
     compute = ComputeConfig(dtype="bfloat16", remat="full", attention="splash")
     with jax.set_mesh(mesh):
-        state = abstract_state(abstract_model(QWEN2_7B, compute), optimizer, mesh)
-        step: Any = make_step(objective, optimizer, mesh, state)
+        state = abstract_train_state(abstract_model(QWEN2_7B, compute), optimizer, mesh)
+        step: Any = make_train_step(objective, optimizer, mesh, state)
         written = {"xla_dump_to": str(folder), "xla_dump_hlo_as_text": True}
         step.lower(state, jax.tree.map(rows, host)).compile(compiler_options=written)
 
@@ -164,7 +166,7 @@ def _batch(kind: str, shards: int) -> HostBatch:
     rng = np.random.default_rng(0)
     examples = [tuple(small.segment(rng, 48, answer) for answer in ANSWERS[kind]) for _ in range(2 * shards)]
     config = BatchConfig.model_validate({"size": 2 * shards, "row_length": ROW, "rows_per_device": 1})
-    return Batches(examples, config, seed=0, shards=shards, steps=1, epochs=1.0)[0]
+    return BatchPlan(examples, config, seed=0, num_shards=shards, num_updates=1, epochs=1.0)[0]
 
 
 if __name__ == "__main__":

@@ -24,32 +24,32 @@ from thinkpo_jax.data.batches import BatchConfig
 from thinkpo_jax.models.architecture import read_architecture
 from thinkpo_jax.models.compute_config import ComputeConfig
 from thinkpo_jax.plan import main
-from thinkpo_jax.planning.compile import Program, _compiler
+from thinkpo_jax.planning.compile import CompiledProgram, _compiler_environment
 from thinkpo_jax.planning.estimates import (
-    Memory,
-    Shape,
+    BatchShape,
+    DeviceMemory,
     abstract_mesh,
     abstract_state,
-    bandwidth,
     batch_shape,
     bytes_per_device,
-    operations,
+    group_bandwidth,
+    max_update_flops,
     parameter_count,
     state_memory,
 )
-from thinkpo_jax.planning.hlo import exchanges, total_memory
-from thinkpo_jax.planning.search import candidates
-from thinkpo_jax.planning.topology import SLICES, Topology, topology
-from thinkpo_jax.run.run_config import RunConfig, load_config
-from thinkpo_jax.runtime.cli import command
-from thinkpo_jax.runtime.config import UserError, parse
-from thinkpo_jax.runtime.devices import DEVICES, compiler_options, of_kind
-from thinkpo_jax.runtime.mesh import MeshConfig, data_shards
+from thinkpo_jax.planning.hlo import find_collectives, total_memory
+from thinkpo_jax.planning.search import enumerate_layouts
+from thinkpo_jax.planning.topology import SLICES, Topology, parse_topology
+from thinkpo_jax.run.run_config import RunConfig, load_run_config
+from thinkpo_jax.runtime.cli import run_command
+from thinkpo_jax.runtime.config import UserError, parse_config
+from thinkpo_jax.runtime.devices import DEVICE_SPECS, compiler_options, find_device_spec
+from thinkpo_jax.runtime.mesh import MeshConfig, num_data_shards
 from thinkpo_jax.runtime.sharding import put_batch
-from thinkpo_jax.training.objectives import sft
+from thinkpo_jax.training.objectives import sft_objective
 from thinkpo_jax.training.optimizer import make_optimizer
-from thinkpo_jax.training.stage_config import Stage
-from thinkpo_jax.training.train_step import make_step
+from thinkpo_jax.training.stage_config import StageConfig
+from thinkpo_jax.training.train_step import make_train_step
 
 QWEN2_7B = {"vocab_size": 152_064, "hidden_size": 3584, "num_hidden_layers": 28, "num_attention_heads": 28}
 QWEN2_7B |= {"num_key_value_heads": 4, "intermediate_size": 18_944}
@@ -73,10 +73,10 @@ def _config(folder: Path, shape: dict[str, int], **batch: Any) -> Path:
 def test_names_of_topologies_give_their_devices() -> None:
     sizes = {"v5e:4x4": 16, "V6E:1x1": 1, "v4:2x2x1": 4, "v5p:2x2x2": 8, "tpu7x:2x2x1": 8}
     sizes |= {"a100:1": 1, "h100:8": 8, "h200:16": 16, "b200:6": 6}
-    assert {name: topology(name).size for name in sizes} == sizes
-    assert topology("h100:16").shape == (2, 8)
-    assert topology("h100:8").memory < topology("h100:8").device.memory  # the allocator gets a part
-    assert topology("v5e:4x4").memory == topology("v5e:4x4").device.memory
+    assert {name: parse_topology(name).size for name in sizes} == sizes
+    assert parse_topology("h100:16").shape == (2, 8)
+    assert parse_topology("h100:8").memory < parse_topology("h100:8").device.memory  # the allocator gets a part
+    assert parse_topology("v5e:4x4").memory == parse_topology("v5e:4x4").device.memory
 
 
 @pytest.mark.parametrize(
@@ -94,18 +94,18 @@ def test_names_of_topologies_give_their_devices() -> None:
 )
 def test_a_topology_that_there_is_not_names_those_that_there_are(name: str, told: list[str]) -> None:
     with pytest.raises(UserError) as raised:
-        topology(name)
+        parse_topology(name)
     assert [part for part in told if part not in str(raised.value)] == []
 
 
 def test_every_row_of_the_table_is_found_by_what_its_devices_call_themselves() -> None:
     kinds = {"v4": "TPU v4", "v5e": "TPU v5 lite", "v5p": "TPU v5", "v6e": "TPU v6 lite", "tpu7x": "TPU7x"}
-    kinds |= {row.name: row.gpu.description for row in DEVICES if row.gpu is not None}
-    assert kinds.keys() == {row.name for row in DEVICES}
-    found = {name: of_kind(kind) for name, kind in kinds.items()}
+    kinds |= {row.name: row.gpu.description for row in DEVICE_SPECS if row.gpu is not None}
+    assert kinds.keys() == {row.name for row in DEVICE_SPECS}
+    found = {name: find_device_spec(kind) for name, kind in kinds.items()}
     assert {name: row and row.name for name, row in found.items()} == {name: name for name in kinds}
-    assert SLICES.keys() == {row.name for row in DEVICES if row.gpu is None}
-    assert of_kind("cpu") is None
+    assert SLICES.keys() == {row.name for row in DEVICE_SPECS if row.gpu is None}
+    assert find_device_spec("cpu") is None
     assert compiler_options(small.mesh()) is None
 
 
@@ -114,12 +114,12 @@ def test_a_compiler_that_is_missing_is_named_with_its_remedy(monkeypatch: pytest
     monkeypatch.delenv("TPU_LIBRARY_PATH", raising=False)
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UserError, match=rf"pip install --no-deps --target {tmp_path}/libtpu 'libtpu==[0-9.*]+'"):
-        _compiler(topology("v5e:4x4"))
+        _compiler_environment(parse_topology("v5e:4x4"))
     with pytest.raises(UserError, match=rf"pip install .* jax-cuda13-plugin=={jax.__version__} jax-cuda13-pjrt=="):
-        _compiler(topology("h100:8"))
+        _compiler_environment(parse_topology("h100:8"))
     monkeypatch.setenv("TPU_LIBRARY_PATH", str(tmp_path / "gone.so"))
     with pytest.raises(UserError, match=r"gone\.so"):
-        _compiler(topology("v5e:4x4"))
+        _compiler_environment(parse_topology("v5e:4x4"))
 
 
 @pytest.mark.parametrize(
@@ -137,21 +137,21 @@ def test_errors_of_users_have_exit_status_2(
 ) -> None:
     path = _config(tmp_path, TINY)
     path.write_text(path.read_text().replace('"second"', '"third"'))
-    assert command(main, ["--config", str(path), *arguments]) == 2
+    assert run_command(main, ["--config", str(path), *arguments]) == 2
     assert told in capsys.readouterr().err
 
 
 def test_a_search_without_a_mesh_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Odd rows cannot be split, and one row is too few for sixteen devices of a data axis."""
     path = _config(tmp_path, TINY, rows=1, row_length=127)
-    assert command(main, ["--config", str(path), "--topology", "v5e:4x4", "--stage", "first", "--search"]) == 1
+    assert run_command(main, ["--config", str(path), "--topology", "v5e:4x4", "--stage", "first", "--search"]) == 1
     assert "no mesh of 16 devices" in capsys.readouterr().err
 
 
 def test_a_search_for_splash_tries_no_rows_that_it_does_not_take(tmp_path: Path) -> None:
-    config = load_config(_config(tmp_path, TINY, row_length=384), ["compute.attention=splash"])
+    config = load_run_config(_config(tmp_path, TINY, row_length=384), ["compute.attention=splash"])
     arch = read_architecture(tmp_path)
-    found = candidates(config, config.stages[0], arch, topology("v5e:2x2"), length=384)
+    found = enumerate_layouts(config, config.stages[0], arch, parse_topology("v5e:2x2"), length=384)
     assert found
     assert {one.mesh.context for one in found} == {1}
 
@@ -161,7 +161,7 @@ def test_a_failed_compiler_has_exit_status_2(
 ) -> None:
     monkeypatch.setenv("TPU_LIBRARY_PATH", "/bin/ls")
     arguments = ["--config", str(_config(tmp_path, TINY)), "--topology", "v5e:1x1", "--stage", "first"]
-    assert command(main, arguments) == 2
+    assert run_command(main, arguments) == 2
     told = capsys.readouterr().err
     assert "compiling for v5e:1x1 failed" in told
     assert "Failed to open /bin/ls" in told.splitlines()[-2]
@@ -194,12 +194,12 @@ def test_growth_takes_any_number_of_devices(
 ) -> None:
     seen: list[tuple[int, int]] = []
 
-    def compiled(config: RunConfig, stage: Stage, name: str, devices: Topology) -> Program:
+    def compiled(config: RunConfig, stage: StageConfig, name: str, devices: Topology) -> CompiledProgram:
         seen.append((devices.size, stage.batch.row_length))
-        return Program(name, {}, "splash", Shape(1, devices.size, 512), Memory(1, 2, 3), [], 0.0)
+        return CompiledProgram(name, {}, "splash", BatchShape(1, devices.size, 512), DeviceMemory(1, 2, 3), [], 0.0)
 
-    monkeypatch.setattr(bench_growth, "compiled", compiled)
-    config = load_config(_config(tmp_path, TINY))
+    monkeypatch.setattr(bench_growth, "compile_stage_program", compiled)
+    config = load_run_config(_config(tmp_path, TINY))
     bench_growth.bench_growth(config, "v6e", most=most, out=tmp_path / "plot.png")
     assert seen == [(size, 512) for size in sizes] + [(sizes[-1], length) for length in bench_growth.LENGTHS]
     with pytest.raises(UserError, match="--out"):
@@ -265,10 +265,10 @@ ENTRY %main (p: f32[8]) -> f32[8] {
 
 
 def test_exchanges_of_a_program_are_counted_with_its_loops() -> None:
-    listed = exchanges(LOOP, 4)
-    found = {(one.kind, one.times): one for one in listed}
+    listed = find_collectives(LOOP, 4)
+    found = {(one.kind, one.num_executions): one for one in listed}
     assert len(listed) == len(found)  # two steps of one channel are one exchange
-    received = {key: one.received for key, one in found.items()}
+    received = {key: one.bytes_received for key, one in found.items()}
     assert received == {
         ("all-gather", 28): 64 * 8 * 2 * 3 / 4,
         ("collective-permute", 28): 40,  # in a loop of unknown length
@@ -277,14 +277,14 @@ def test_exchanges_of_a_program_are_counted_with_its_loops() -> None:
         ("reduce-scatter", 1): 300,
         ("reduce-scatter", 5): 40 * 4 * 3 / 4,  # fused, on the channel of the all-reduce
     }
-    assert found[("all-gather", 1)].group == (0, 2)
-    assert found[("all-gather", 28)].group == (0, 1, 2, 3)
+    assert found[("all-gather", 1)].device_group == (0, 2)
+    assert found[("all-gather", 28)].device_group == (0, 1, 2, 3)
 
 
 def test_groups_of_a_mesh_with_several_axes() -> None:
     line = "  %x = f32[8] all-reduce(%p), replica_groups=mesh['a'=2,'b'=4] {'a'}, to_apply=%add"
-    (found,) = exchanges("ENTRY %main (p: f32[8]) -> f32[8] {\n" + line + "\n}\n", 8)
-    assert found.group == (0, 4)
+    (found,) = find_collectives("ENTRY %main (p: f32[8]) -> f32[8] {\n" + line + "\n}\n", 8)
+    assert found.device_group == (0, 4)
 
 
 def test_exchanges_of_a_compiled_program() -> None:
@@ -304,7 +304,10 @@ def test_exchanges_of_a_compiled_program() -> None:
     weights = jax.ShapeDtypeStruct((5, 64, 64), jnp.float32, sharding=split)
     text = jax.jit(program).lower(x, weights).compile().as_text()
     assert text is not None
-    found = {one.kind: (one.received * one.times, one.times, len(one.group)) for one in exchanges(text, 8)}
+    found = {
+        one.kind: (one.bytes_received * one.num_executions, one.num_executions, len(one.device_group))
+        for one in find_collectives(text, 8)
+    }
     assert found["all-gather"] == (5 * 64 * 64 * 4 * 7 / 8, 5, 8)
     assert found["all-reduce"] == (2 * 64 * 4 * 7 / 8, 1, 8)
 
@@ -321,20 +324,20 @@ def _stage(**batch: Any) -> Any:
     raw = {"run_dir": "x", "model": {"path": "x"}}
     stage = {"name": "s", "objective": "sft", "steps": 1, "data": {"path": "x"}, "optimizer": {"learning_rate": 1e-5}}
     batch = {"rows": 8, "row_length": 48, "rows_per_device": 1} | batch
-    return parse(RunConfig, raw | {"stages": [stage | {"batch": batch}]}, source="test").stages[0]
+    return parse_config(RunConfig, raw | {"stages": [stage | {"batch": batch}]}, source="test").stages[0]
 
 
 def test_sizes_of_the_state_are_those_of_the_compiled_update() -> None:
     mesh, stage = small.mesh(fsdp=4, tensor=2), _stage()
     abstract = abstract_state(small.ARCH, small.FLOAT32, stage, abstract_mesh(MeshConfig(fsdp=4, tensor=2)))
     memory = state_memory(abstract)
-    batches = small.batches(small.singles(12), shards=data_shards(mesh), steps=1)
+    batches = small.batches(small.singles(12), shards=num_data_shards(mesh), steps=1)
     batch, state = put_batch(batches[0], mesh), abstract_state(small.ARCH, small.FLOAT32, stage, mesh)
     with jax.set_mesh(mesh):
-        step: Any = make_step(sft, make_optimizer(stage.optimizer, 1), mesh, state)
+        step: Any = make_train_step(sft_objective, make_optimizer(stage.optimizer, 1), mesh, state)
         taken = step.lower(state, batch).compile().memory_analysis().argument_size_in_bytes
     given = jax.tree.map(lambda array: jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=array.sharding), batch)
-    unused = given.examples, given.reference  # which SFT does not read
+    unused = given.example_ids, given.reference_log_probs  # which SFT does not read
     assert memory.total == taken - bytes_per_device(given) + bytes_per_device(unused)
     assert memory.optimizer - 12 == 2 * memory.parameters  # two moments, and three counters
     whole = sum(leaf.nbytes for leaf in jax.tree.leaves(small.model()))
@@ -352,27 +355,27 @@ def test_shapes_of_batches_are_the_most_that_data_can_ask_for() -> None:
     assert shape(3, rows=8, rows_per_device=2) == (2, 6, 32)
     # What packing makes of examples that each fill a row.
     batches = small.batches(small.singles(40), shards=4, steps=4, size=10, pack=False, rows_per_device=1)
-    assert shape(4, size=10, rows_per_device=1)[:2] == (batches.micro_batches, batches.rows)
+    assert shape(4, size=10, rows_per_device=1)[:2] == (batches.num_micro_batches, batches.rows)
 
 
 def test_links_between_hosts_are_shared_by_the_gpus_of_a_host() -> None:
-    two, one = topology("h100:16"), topology("h100:8")
-    assert bandwidth(tuple(range(8)), one) == one.device.network
-    assert bandwidth((0, 8), two) == pytest.approx(50e9)
-    assert bandwidth(tuple(range(16)), two) == pytest.approx(400e9)
-    assert bandwidth((0, 8), topology("v5e:4x4")) == topology("v5e:4x4").device.network
+    two, one = parse_topology("h100:16"), parse_topology("h100:8")
+    assert group_bandwidth(tuple(range(8)), one) == one.device.interconnect_bandwidth
+    assert group_bandwidth((0, 8), two) == pytest.approx(50e9)
+    assert group_bandwidth(tuple(range(16)), two) == pytest.approx(400e9)
+    assert group_bandwidth((0, 8), parse_topology("v5e:4x4")) == parse_topology("v5e:4x4").device.interconnect_bandwidth
 
 
 def test_candidates_fit_the_devices_and_keep_the_work_of_an_update() -> None:
     stage = _stage(rows=16, row_length=128)
-    config = parse(RunConfig, {"run_dir": "x", "model": {"path": "x"}}, source="test")
-    found = candidates(config, stage, small.ARCH, topology("v5e:2x4"), length=256)
+    config = parse_config(RunConfig, {"run_dir": "x", "model": {"path": "x"}}, source="test")
+    found = enumerate_layouts(config, stage, small.ARCH, parse_topology("v5e:2x4"), length=256)
     assert {one.remat for one in found} == {"none", "projections", "attention", "full", "offload"}
     assert all(np.prod([*one.mesh.model_dump().values()]) == 8 for one in found)
     assert all(one.mesh.tensor in (1, 2) for one in found)  # of two key/value heads each device needs a whole one
     assert all(one.tokens == 16 * 128 for one in found)
     # An axis of a mesh of TPUs takes whole axes of their torus.
-    square = candidates(config, stage, small.ARCH, topology("v5e:4x4"), length=128)
+    square = enumerate_layouts(config, stage, small.ARCH, parse_topology("v5e:4x4"), length=128)
     assert {one.mesh.fsdp for one in square} | {one.mesh.data for one in square} == {1, 4, 16}
     speeds = [one.tokens_per_second for one in found]
     assert speeds == sorted(speeds, reverse=True)
@@ -381,7 +384,7 @@ def test_candidates_fit_the_devices_and_keep_the_work_of_an_update() -> None:
     sizes = [like[name].memory.temporary for name in ("full", "attention", "projections", "none")]
     assert sizes == sorted(sizes)
     whole, laid = found[0].config(config, stage)
-    shape = batch_shape(laid.batch, data_shards(abstract_mesh(whole.mesh)))
+    shape = batch_shape(laid.batch, num_data_shards(abstract_mesh(whole.mesh)))
     assert shape.tokens == 16 * 128
     assert "mesh.fsdp=" in found[0].settings(stage)
     assert f"stages.s.batch.rows={laid.batch.rows}" in found[0].settings(stage)
@@ -389,8 +392,10 @@ def test_candidates_fit_the_devices_and_keep_the_work_of_an_update() -> None:
 
 def test_operations_of_full_rows() -> None:
     shape = batch_shape(_stage(rows=4, row_length=64).batch, 2)
-    twice = operations(small.ARCH, ComputeConfig(remat="full"), shape._replace(micro_batches=2 * shape.micro_batches))
-    assert twice.model == 2 * operations(small.ARCH, ComputeConfig(), shape).model
+    twice = max_update_flops(
+        small.ARCH, ComputeConfig(remat="full"), shape._replace(num_micro_batches=2 * shape.num_micro_batches)
+    )
+    assert twice.model == 2 * max_update_flops(small.ARCH, ComputeConfig(), shape).model
     assert twice.hardware > twice.model
 
 
@@ -413,7 +418,7 @@ def _plan(path: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
 def test_a_small_model_fits(name: str, tmp_path: Path) -> None:
     found = _plan(_config(tmp_path, TINY, row_length=512), "--topology", name, "--stage", "first")
     assert found.returncode == 0, found.stderr
-    size = topology(name).size
+    size = parse_topology(name).size
     assert "stage first fits" in found.stdout
     assert f"{size} devices, mesh {{data: 1, fsdp: {size}, context: 1, tensor: 1" in found.stdout
     assert ("all-gather, received" in found.stdout) == (size > 1)
@@ -442,7 +447,7 @@ def test_a_model_that_does_not_fit_has_exit_status_1(tmp_path: Path) -> None:
 )
 def test_rows_of_32768_tokens_train_a_7b_model(name: str, fsdp: int, attention: str, tmp_path: Path) -> None:
     """The reference pass and the update, at full shape, all parameters; rows are split over what fsdp leaves."""
-    settings = [f"mesh.fsdp={fsdp}", f"mesh.context={topology(name).size // fsdp}", "compute.remat=full"]
+    settings = [f"mesh.fsdp={fsdp}", f"mesh.context={parse_topology(name).size // fsdp}", "compute.remat=full"]
     path = _config(tmp_path, QWEN2_7B, row_length=32_768)
     found = _plan(path, "--topology", name, "--stage", "second", "--set", *settings)
     assert found.returncode == 0, found.stderr

@@ -12,9 +12,9 @@ from support.byte_tokenizer import byte_tokenizer
 from support.checkpoints import needs_data
 from support.paths import DATA, ROOT
 
-from thinkpo_jax.run.data_preview import check_run
-from thinkpo_jax.run.run_config import load_config
-from thinkpo_jax.runtime.cli import command
+from thinkpo_jax.run.data_preview import preview_run_data
+from thinkpo_jax.run.run_config import load_run_config
+from thinkpo_jax.runtime.cli import run_command
 from thinkpo_jax.runtime.config import RunError, UserError
 from thinkpo_jax.train import main
 
@@ -53,13 +53,13 @@ def config(folder: Path, model: Path, *rows: object, objective: str = "thinkpo",
 
 def checked(path: Path, capsys: pytest.CaptureFixture[str]) -> str:
     capsys.readouterr()
-    check_run(load_config(path))
+    preview_run_data(load_run_config(path))
     return capsys.readouterr().out
 
 
 def problems(path: Path) -> str:
     with pytest.raises(RunError) as error:
-        check_run(load_config(path))
+        preview_run_data(load_run_config(path))
     return str(error.value)
 
 
@@ -177,7 +177,7 @@ def test_what_makes_a_run_pointless_is_exit_status_1(
 ) -> None:
     path = config(tmp_path, model, *rows)
     assert problems(path) == said
-    assert command(main, ["--config", str(path), "--check"]) == 1
+    assert run_command(main, ["--config", str(path), "--check"]) == 1
     assert capsys.readouterr().err.endswith(f"error: {said}\n")
 
 
@@ -192,7 +192,7 @@ def test_a_source_that_is_not_there_is_a_users_error(model: Path, tmp_path: Path
     path = config(tmp_path, model, PAIR)
     (tmp_path / "rows.jsonl").unlink()
     with pytest.raises(UserError, match="there is no such file"):
-        check_run(load_config(path))
+        preview_run_data(load_run_config(path))
 
 
 @needs_data

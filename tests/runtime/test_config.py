@@ -5,8 +5,8 @@ from pathlib import Path
 import pydantic
 import pytest
 
-from thinkpo_jax.run.run_config import RunConfig, load_config
-from thinkpo_jax.runtime.config import UserError, override
+from thinkpo_jax.run.run_config import RunConfig, load_run_config
+from thinkpo_jax.runtime.config import UserError, apply_overrides
 from thinkpo_jax.training.stage_config import SftStage, ThinkpoStage
 
 TEXT = """\
@@ -34,7 +34,7 @@ evaluation:
 def load(tmp_path: Path, text: str = TEXT, *assignments: str) -> RunConfig:
     path = tmp_path / "run.yaml"
     path.write_text(text, encoding="utf-8")
-    return load_config(path, assignments)
+    return load_run_config(path, assignments)
 
 
 def problems(tmp_path: Path, text: str = TEXT, *assignments: str) -> list[str]:
@@ -252,7 +252,7 @@ def test_a_file_that_is_no_mapping_is_an_error(text: str, said: str, tmp_path: P
     path = tmp_path / "run.yaml"
     path.write_text(text, encoding="utf-8")
     with pytest.raises(UserError) as error:
-        load_config(path)
+        load_run_config(path)
     assert str(error.value).startswith(f"{path}: {said}")
 
 
@@ -270,12 +270,12 @@ def test_a_merged_mapping_gives_keys_that_the_file_may_override(tmp_path: Path):
 
 def test_a_file_that_cannot_be_read_is_an_error_with_its_name(tmp_path: Path):
     with pytest.raises(UserError, match=r"absent\.yaml: there is no such file\. Give an existing YAML file"):
-        load_config(tmp_path / "absent.yaml")
+        load_run_config(tmp_path / "absent.yaml")
     with pytest.raises(UserError, match="cannot be read as UTF-8 text"):
-        load_config(tmp_path)
+        load_run_config(tmp_path)
     (tmp_path / "latin.yaml").write_bytes(b"title: caf\xe9\n")
     with pytest.raises(UserError, match=r"latin\.yaml: cannot be read as UTF-8 text"):
-        load_config(tmp_path / "latin.yaml")
+        load_run_config(tmp_path / "latin.yaml")
 
 
 # --set
@@ -298,7 +298,7 @@ def test_set_reads_values_as_yaml_and_adds_sections_that_the_file_lacks(tmp_path
 
 def test_later_assignments_win_and_the_mapping_given_is_not_changed():
     raw = {"a": {"b": 1}, "list": [{"name": "x", "c": 1}]}
-    assert override(raw, ["a.b=2", "a.b=3", "list.x.c=9"]) == {"a": {"b": 3}, "list": [{"name": "x", "c": 9}]}
+    assert apply_overrides(raw, ["a.b=2", "a.b=3", "list.x.c=9"]) == {"a": {"b": 3}, "list": [{"name": "x", "c": 9}]}
     assert raw == {"a": {"b": 1}, "list": [{"name": "x", "c": 1}]}
 
 

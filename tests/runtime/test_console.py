@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 
 from thinkpo_jax.runtime import console as log
-from thinkpo_jax.runtime.console import MetricsFile, Progress, read_metrics, say
+from thinkpo_jax.runtime.console import MetricsFile, ProgressReporter, log_info, read_metrics
 
 
 def steps(path: Path) -> list[float]:
@@ -70,8 +70,8 @@ def test_in_a_pipe_progress_is_plain_lines_and_its_last_line_is_the_end(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ):
     assert not sys.stderr.isatty()
-    monkeypatch.setattr(log, "PLAIN_LINE_SECONDS", 0.0)
-    progress = Progress("train", 4, done=1)
+    monkeypatch.setattr(log, "PROGRESS_LINE_INTERVAL_SECONDS", 0.0)
+    progress = ProgressReporter("train", 4, done=1)
     for done in (2, 3, 4):
         progress.update(done, {"loss": f"{done / 10}", "margin": "0.0"})
     progress.close()
@@ -91,7 +91,7 @@ def test_in_a_pipe_a_line_comes_every_few_seconds_and_not_at_every_update(
 ):
     now = [100.0]
     monkeypatch.setattr(log, "time", SimpleNamespace(monotonic=lambda: now[0]))
-    progress = Progress("evaluate", 100, unit="answer")
+    progress = ProgressReporter("evaluate", 100, unit="answer")
     for done in range(1, 51):
         now[0] += 1.0
         progress.update(done)
@@ -108,7 +108,7 @@ def test_a_run_that_goes_on_counts_its_time_from_where_it_went_on(
 ):
     now = [0.0]
     monkeypatch.setattr(log, "time", SimpleNamespace(monotonic=lambda: now[0]))
-    progress = Progress("train", 100, done=90)
+    progress = ProgressReporter("train", 100, done=90)
     now[0] = 20.0
     progress.update(92)
     assert capsys.readouterr().err == "train: step 92/100, 80 s left\n"
@@ -116,7 +116,7 @@ def test_a_run_that_goes_on_counts_its_time_from_where_it_went_on(
 
 def test_on_a_terminal_progress_is_a_bar(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
-    progress = Progress("train", 4, done=1)
+    progress = ProgressReporter("train", 4, done=1)
     assert "1/4" in capsys.readouterr().err
     progress.update(4, {"loss": "0.1"})
     progress.close()
@@ -128,5 +128,5 @@ def test_on_a_terminal_progress_is_a_bar(capsys: pytest.CaptureFixture[str], mon
 
 
 def test_what_is_said_goes_beside_the_results_not_among_them(capsys: pytest.CaptureFixture[str]):
-    say("stage sft is done")
+    log_info("stage sft is done")
     assert capsys.readouterr() == ("", "stage sft is done\n")

@@ -20,10 +20,10 @@ from support.selection import exhaustive
 
 from thinkpo_jax import train
 from thinkpo_jax.data.batches import Batch
-from thinkpo_jax.runtime.cli import command
+from thinkpo_jax.runtime.cli import run_command
 from thinkpo_jax.runtime.config import UserError
 from thinkpo_jax.runtime.console import read_metrics
-from thinkpo_jax.runtime.processes import detected
+from thinkpo_jax.runtime.processes import detect_cluster
 
 DEVICES, STEPS = 8, 5
 STEP = {"SLURM_STEP_NODELIST": "node[1-2]", "SLURM_STEP_NUM_NODES": "2"}
@@ -134,7 +134,7 @@ def _same(one: Path, other: Path) -> None:
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("hosts")
-    assert command(train.main, ["--config", _config(folder, "alone")]) == 0
+    assert run_command(train.main, ["--config", _config(folder, "alone")]) == 0
     return folder / "alone"
 
 
@@ -171,7 +171,7 @@ def test_a_process_that_dies_ends_the_other_and_one_process_goes_on(
         output = processes[1 - victim].communicate(timeout=400)[0]
     assert processes[1 - victim].returncode not in (0, None)
     assert "one of them has probably ended" in output or "another task died" in output, output
-    assert command(train.main, ["--config", config]) == 0  # eight devices of one process
+    assert run_command(train.main, ["--config", config]) == 0  # eight devices of one process
     _same(alone, run)
 
 
@@ -234,7 +234,9 @@ def test_each_process_reads_the_rows_of_its_own_devices() -> None:
     whole, *parts = (batches(own) for own in (None, [0, 1], [2, 3]))
     for index in range(2):
         (expected, *halves) = (each[index] for each in (whole, *parts))
-        assert len({each.work(half) for each, half in zip((whole, *parts), (expected, *halves), strict=True)}) == 1
+        assert (
+            len({each.count_work(half) for each, half in zip((whole, *parts), (expected, *halves), strict=True)}) == 1
+        )
         for field in Batch._fields:
             arrays = [getattr(half, field) for half in halves]
             middle = arrays[0].shape[1] // 2
@@ -269,13 +271,13 @@ def test_each_process_reads_the_rows_of_its_own_devices() -> None:
     ],
 )
 def test_a_cluster_is_recognised(environment: dict[str, str], expected: dict[str, Any] | None) -> None:
-    assert detected(environment) == expected
+    assert detect_cluster(environment) == expected
 
 
 @pytest.mark.parametrize("name", ["SLURM_NTASKS", "SLURM_STEP_NUM_NODES", "OMPI_COMM_WORLD_SIZE"])
 def test_a_bad_process_count_names_its_variable(name: str) -> None:
     with pytest.raises(UserError, match=f"{name}=many"):
-        detected({name: "many"})
+        detect_cluster({name: "many"})
 
 
 def test_a_port_that_is_taken_is_told_before_jax_crashes_on_it(
@@ -286,7 +288,7 @@ def test_a_port_that_is_taken_is_told_before_jax_crashes_on_it(
         taken.listen()
         address = f"localhost:{taken.getsockname()[1]}"
         arguments = ["--coordinator", address, "--processes", "2", "--process", "0"]
-        assert command(train.main, ["--config", _config(tmp_path, "never"), *arguments]) == 2
+        assert run_command(train.main, ["--config", _config(tmp_path, "never"), *arguments]) == 2
     assert f"--coordinator {address}: " in capsys.readouterr().err
 
 
@@ -306,6 +308,6 @@ def test_a_port_that_is_taken_is_told_before_jax_crashes_on_it(
 def test_options_that_make_no_sense_are_refused(
     arguments: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert command(train.main, ["--config", _config(tmp_path, "never"), *arguments]) == 2
+    assert run_command(train.main, ["--config", _config(tmp_path, "never"), *arguments]) == 2
     assert message in capsys.readouterr().err
     assert not (tmp_path / "never").exists()

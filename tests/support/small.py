@@ -6,29 +6,29 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from thinkpo_jax.data.batches import BatchConfig, Batches
+from thinkpo_jax.data.batches import BatchConfig, BatchPlan
 from thinkpo_jax.data.examples import Example, Segment
 from thinkpo_jax.models.architecture import Architecture
 from thinkpo_jax.models.compute_config import ComputeConfig
-from thinkpo_jax.models.rope import make_rope
+from thinkpo_jax.models.rope import build_rope
 from thinkpo_jax.models.transformer import Transformer
 from thinkpo_jax.runtime.mesh import MeshConfig, make_mesh
-from thinkpo_jax.runtime.sharding import put_batch, shardings
+from thinkpo_jax.runtime.sharding import put_batch, tree_shardings
 from thinkpo_jax.training.objectives import Objective
 from thinkpo_jax.training.optimizer import OptimizerConfig, make_optimizer
-from thinkpo_jax.training.reference_log_probs import reference_logprobs
-from thinkpo_jax.training.train_step import TrainState, initial_state, make_step
+from thinkpo_jax.training.reference_log_probs import compute_reference
+from thinkpo_jax.training.train_step import TrainState, init_train_state, make_train_step
 
 THETA = 10_000.0
 ARCH = Architecture(
     vocab_size=64,
-    embed=32,
-    layers=2,
-    heads=4,
-    kv_heads=2,
+    hidden_size=32,
+    num_layers=2,
+    num_heads=4,
+    num_kv_heads=2,
     head_dim=8,
-    mlp=48,
-    rope=make_rope({"rope_theta": THETA}, 8),
+    mlp_size=48,
+    rope=build_rope({"rope_theta": THETA}, 8),
     norm_eps=1e-6,
     max_positions=128,
     qkv_bias=True,
@@ -55,15 +55,15 @@ def model(compute: ComputeConfig = FLOAT32, seed: int = 0, arch: Architecture = 
 
 
 def trained(
-    batches: Batches, model: Transformer, objective: Objective, config: OptimizerConfig, mesh: Mesh
+    batches: BatchPlan, model: Transformer, objective: Objective, config: OptimizerConfig, mesh: Mesh
 ) -> tuple[list[dict[str, float]], TrainState]:
     """Metrics of each update of the batches, and the state after the last; pairs against the model that starts."""
-    model = jax.device_put(model, shardings(model, mesh))
-    if batches.answers > 1:
-        batches.reference = reference_logprobs(model, batches, mesh)
+    model = jax.device_put(model, tree_shardings(model, mesh))
+    if batches.answers_per_example > 1:
+        batches.reference_log_probs = compute_reference(model, batches, mesh)
     optimizer = make_optimizer(config, len(batches))
-    state = initial_state(model, optimizer, mesh)
-    step = make_step(objective, optimizer, mesh, state)
+    state = init_train_state(model, optimizer, mesh)
+    step = make_train_step(objective, optimizer, mesh, state)
     history: list[dict[str, float]] = []
     for index in range(len(batches)):
         state, metrics = step(state, put_batch(batches[index], mesh))
@@ -83,7 +83,7 @@ def pairs(count: int, seed: int = 0) -> list[Example]:
     for _ in range(count):
         prompt = int(rng.integers(2, 6))
         long, short = segment(rng, prompt, int(rng.integers(6, 20))), segment(rng, prompt, int(rng.integers(1, 5)))
-        short.tokens[:prompt] = long.tokens[:prompt]
+        short.token_ids[:prompt] = long.token_ids[:prompt]
         found.append((long, short))
     return found
 
@@ -101,7 +101,7 @@ def batches(
     steps: int = 4,
     size: int | None = 6,
     **batch: object,
-) -> Batches:
+) -> BatchPlan:
     """`steps` updates of about `size` examples, rows of 48 tokens unless said otherwise."""
     config = BatchConfig.model_validate({"size": size, "row_length": 48} | batch)
-    return Batches(examples, config, seed=0, shards=shards, own=own, steps=steps, epochs=1.0)
+    return BatchPlan(examples, config, seed=0, num_shards=shards, local_shards=own, num_updates=steps, epochs=1.0)

@@ -11,11 +11,11 @@ import numpy as np
 from support import small
 
 from thinkpo_jax.models.architecture import Architecture
-from thinkpo_jax.models.model_folder import find_model
+from thinkpo_jax.models.model_folder import resolve_model_folder
 from thinkpo_jax.models.transformer import Transformer
 from thinkpo_jax.models.weight_mapping import abstract_model
 
-MINIATURE = find_model("builtin:miniature")
+MINIATURE = resolve_model_folder("builtin:miniature")
 TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
 
 
@@ -23,12 +23,12 @@ def hf_config(arch: Architecture) -> dict[str, Any]:
     return {
         "model_type": "qwen2" if arch.qkv_bias else "qwen3" if arch.qk_norm else "llama",
         "vocab_size": arch.vocab_size,
-        "hidden_size": arch.embed,
-        "num_hidden_layers": arch.layers,
-        "num_attention_heads": arch.heads,
-        "num_key_value_heads": arch.kv_heads,
+        "hidden_size": arch.hidden_size,
+        "num_hidden_layers": arch.num_layers,
+        "num_attention_heads": arch.num_heads,
+        "num_key_value_heads": arch.num_kv_heads,
         "head_dim": arch.head_dim,
-        "intermediate_size": arch.mlp,
+        "intermediate_size": arch.mlp_size,
         "rms_norm_eps": arch.norm_eps,
         "max_position_embeddings": arch.max_positions,
         "rope_theta": small.THETA,

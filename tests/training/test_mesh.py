@@ -15,20 +15,23 @@ from support.selection import cases
 from thinkpo_jax.models.attention import blockwise as attention
 from thinkpo_jax.models.compute_config import ComputeConfig
 from thinkpo_jax.models.transformer import Transformer
-from thinkpo_jax.models.weight_mapping import named
+from thinkpo_jax.models.weight_mapping import flatten_by_name
 from thinkpo_jax.runtime.config import UserError
-from thinkpo_jax.runtime.context_parallel import check_row_length
-from thinkpo_jax.runtime.mesh import MESH_AXES, data_shards
-from thinkpo_jax.runtime.sharding import shardings
-from thinkpo_jax.training.objectives import Objective, PreferenceConfig, sft, thinkpo
+from thinkpo_jax.runtime.context_parallel import check_row_divides_context
+from thinkpo_jax.runtime.mesh import MESH_AXES, num_data_shards
+from thinkpo_jax.runtime.sharding import tree_shardings
+from thinkpo_jax.training.objectives import Objective, PreferenceConfig, make_thinkpo_objective, sft_objective
 from thinkpo_jax.training.optimizer import OptimizerConfig
 from thinkpo_jax.training.train_step import TrainState
 
 DEVICES, STEPS = 8, 5
-ARCH = dataclasses.replace(small.ARCH, heads=16, kv_heads=8)
+ARCH = dataclasses.replace(small.ARCH, num_heads=16, num_kv_heads=8)
 ADAM = OptimizerConfig(learning_rate=3e-3, warmup_ratio=0.0, weight_decay=0.1)
 EXAMPLES = {"sft": small.singles(200), "thinkpo": small.pairs(200)}
-OBJECTIVES: dict[str, Objective] = {"sft": sft, "thinkpo": thinkpo(PreferenceConfig(beta=0.5), end_id=1)}
+OBJECTIVES: dict[str, Objective] = {
+    "sft": sft_objective,
+    "thinkpo": make_thinkpo_objective(PreferenceConfig(beta=0.5), end_of_turn_id=1),
+}
 # Every way to write 8 as a product of four sizes, in order.
 MESHES = [sizes for sizes in itertools.product((1, 2, 4, 8), repeat=len(MESH_AXES)) if math.prod(sizes) == DEVICES]
 SHORT = {(2, 2, 1, 2), (1, 2, 2, 2), (2, 1, 4, 1), (1, 1, 1, 8)}  # every pair of axes occurs
@@ -38,14 +41,14 @@ Trained = tuple[list[dict[str, float]], TrainState]
 
 def _train(kind: str, mesh: Mesh, compute: ComputeConfig = small.FLOAT32) -> Trained:
     """Metrics of each update on packed rows in two micro-batches, and the state after the last."""
-    shards = data_shards(mesh)
+    shards = num_data_shards(mesh)
     with pytest.MonkeyPatch.context() as patch, jax.set_mesh(mesh):
         if mesh.shape["context"] > 1:
-            patch.setattr(attention, "BLOCK", 16)  # rows that are split are attended to by blocks
+            patch.setattr(attention, "BLOCK_SIZE", 16)  # rows that are split are attended to by blocks
         batches = small.batches(
             EXAMPLES[kind], shards=shards, steps=STEPS, size=None, rows=16, rows_per_device=DEVICES // shards
         )
-        assert batches.micro_batches == 2
+        assert batches.num_micro_batches == 2
         assert batches.examples_per_row > 1
         return small.trained(batches, small.model(compute, arch=ARCH), OBJECTIVES[kind], ADAM, mesh)
 
@@ -96,7 +99,7 @@ def _every_device_holds_its_share(state: TrainState, mesh: Mesh) -> None:
     assert len(moments) == 2
     for tree in (state.model, *moments):
         variables = jax.tree.leaves(tree, is_leaf=lambda x: isinstance(x, nnx.Variable))
-        for (name, array), variable in zip(named(tree).items(), variables, strict=True):
+        for (name, array), variable in zip(flatten_by_name(tree).items(), variables, strict=True):
             axes = set(variable.get_metadata()["axes"])
             parts = mesh.shape["fsdp"] * mesh.shape["context"] if "embed" in axes else 1
             parts *= mesh.shape["tensor"] if {"vocab", "heads", "kv_heads", "mlp"} & axes else 1
@@ -116,14 +119,14 @@ def test_a_row_that_the_context_axis_does_not_divide_is_refused(
     sizes: dict[str, int], length: int, message: str
 ) -> None:
     with pytest.raises(UserError, match=message):
-        check_row_length(small.mesh(**sizes), length, "stages.sft.batch.row_length")
-    check_row_length(small.mesh(context=4), 48, "row_length")
-    check_row_length(small.mesh(fsdp=4), 51, "row_length")
+        check_row_divides_context(small.mesh(**sizes), length, "stages.sft.batch.row_length")
+    check_row_divides_context(small.mesh(context=4), 48, "row_length")
+    check_row_divides_context(small.mesh(fsdp=4), 51, "row_length")
 
 
 def test_a_size_that_the_mesh_does_not_divide_names_the_parameter() -> None:
     with pytest.raises(UserError, match=r"parameter blocks\.k.* has 2 along its axis 'kv_heads'.*\(tensor 8\)"):
-        shardings(small.model(), small.mesh(tensor=8))
-    odd = small.model(arch=dataclasses.replace(ARCH, embed=36))
+        tree_shardings(small.model(), small.mesh(tensor=8))
+    odd = small.model(arch=dataclasses.replace(ARCH, hidden_size=36))
     with pytest.raises(UserError, match=r"parameter .* has 36 along its axis 'embed'.*\(fsdp 4 x context 2\)"):
-        shardings(odd, small.mesh(fsdp=4, context=2))
+        tree_shardings(odd, small.mesh(fsdp=4, context=2))

@@ -14,11 +14,11 @@ from support import small
 from support.checkpoints import needs_trl
 
 from thinkpo_jax.data.examples import Example, Segment
-from thinkpo_jax.runtime.config import UserError, parse
+from thinkpo_jax.runtime.config import UserError, parse_config
 from thinkpo_jax.training import objectives as objectives
-from thinkpo_jax.training.objectives import PreferenceConfig, thinkpo
-from thinkpo_jax.training.preference_losses import LOSSES, robust_loss, sigmoid_loss
-from thinkpo_jax.training.preference_metrics import readable
+from thinkpo_jax.training.objectives import PreferenceConfig, make_thinkpo_objective
+from thinkpo_jax.training.preference_losses import PREFERENCE_LOSSES, robust_loss, sigmoid_loss
+from thinkpo_jax.training.preference_metrics import finalize_metrics
 
 PAIRS = small.pairs(24)
 END = 1
@@ -31,24 +31,24 @@ class FakeLogprobs:
         rng = np.random.default_rng(0)
         self.examples = examples
         self.policy, self.reference = (
-            [[-rng.exponential(1.5, len(s.tokens) - s.answer_start) for s in example] for example in examples]
+            [[-rng.exponential(1.5, len(s.token_ids) - s.answer_start) for s in example] for example in examples]
             for _ in range(2)
         )
 
     def ours(self, row_length: int = 48) -> tuple[Any, jax.Array]:
         """A batch of packed rows [R, ...] that holds the reference, and the policy's log-probs [R, T]."""
         batches = small.batches(self.examples, steps=1, size=len(self.examples), row_length=row_length)
-        for values, example, into in zip(self.reference, self.examples, batches.reference, strict=True):
-            shortest = min(len(s.tokens) - s.answer_start for s in example)
+        for values, example, into in zip(self.reference, self.examples, batches.reference_log_probs, strict=True):
+            shortest = min(len(s.token_ids) - s.answer_start for s in example)
             for answer, side in zip(values, into, strict=True):
                 head = min(128, shortest)
                 side[:] = answer[:head].sum(), answer[head:shortest].sum(), answer[shortest:].sum()
         batch = jax.tree.map(lambda array: jnp.array(array[0]), batches[0])
-        logprobs = np.zeros(batch.targets.shape, np.float32)
-        for row, indices in enumerate(np.asarray(batch.examples)):
+        logprobs = np.zeros(batch.target_ids.shape, np.float32)
+        for row, indices in enumerate(np.asarray(batch.example_ids)):
             answers = [answer for index in indices if index >= 0 for answer in self.policy[index]]
             for number, answer in enumerate(answers, 1):
-                segments = np.append(batch.segments[row], [0] * batch.targets.shape[1])[batch.trained[row]]
+                segments = np.append(batch.segment_ids[row], [0] * batch.target_ids.shape[1])[batch.loss_positions[row]]
                 logprobs[row, segments == number] = answer
         return batch, jnp.array(logprobs)
 
@@ -114,7 +114,7 @@ class FakeLogprobs:
 @pytest.mark.parametrize(
     "config",
     [
-        *({"loss": name} for name in LOSSES),
+        *({"loss": name} for name in PREFERENCE_LOSSES),
         {"loss": "robust", "label_smoothing": 0.2},
         {"ld_alpha": 0.3},
         {"ld_alpha": 0.0, "loss": "ipo"},
@@ -126,8 +126,8 @@ def test_loss_and_metrics_are_trls(config: dict[str, Any], monkeypatch: pytest.M
     preference = PreferenceConfig.model_validate({"beta": 0.1} | config)
     given = FakeLogprobs(PAIRS)
     batch, logprobs = given.ours()
-    monkeypatch.setattr(objectives, "answer_logprobs", lambda model, batch: logprobs)
-    sums = thinkpo(preference, end_id=END)(small.model(), batch)
+    monkeypatch.setattr(objectives, "answer_token_log_probs", lambda model, batch: logprobs)
+    sums = make_thinkpo_objective(preference, end_of_turn_id=END)(small.model(), batch)
     expected, metrics = given.loss_of_trl(preference)
     assert float(sums.weight) == len(PAIRS)
     assert float(sums.loss / sums.weight) == pytest.approx(expected, rel=1e-5)
@@ -144,9 +144,9 @@ def test_the_nll_term_is_trls_for_one_pair(monkeypatch: pytest.MonkeyPatch) -> N
     """TRL averages over the tokens of a batch, we over each answer's (arXiv 2404.19733): the same for one pair."""
     given = FakeLogprobs(PAIRS[:1])
     batch, logprobs = given.ours()
-    monkeypatch.setattr(objectives, "answer_logprobs", lambda model, batch: logprobs)
+    monkeypatch.setattr(objectives, "answer_token_log_probs", lambda model, batch: logprobs)
     preference = PreferenceConfig(beta=0.1, nll_weight=0.7)
-    sums = thinkpo(preference, end_id=END)(small.model(), batch)
+    sums = make_thinkpo_objective(preference, end_of_turn_id=END)(small.model(), batch)
     assert float(sums.loss / sums.weight) == pytest.approx(given.loss_of_trl(preference)[0], rel=1e-5)
 
 
@@ -162,13 +162,13 @@ def test_label_smoothing_is_the_mean_over_both_orders() -> None:
 
 
 def test_an_option_without_effect_is_an_error() -> None:
-    for name, loss in LOSSES.items():
+    for name, loss in PREFERENCE_LOSSES.items():
         given = {"loss": name, "label_smoothing": 0.1}
-        if loss.smoothed:
-            assert parse(PreferenceConfig, given, source="x").label_smoothing == 0.1
+        if loss.supports_label_smoothing:
+            assert parse_config(PreferenceConfig, given, source="x").label_smoothing == 0.1
         else:
             with pytest.raises(UserError, match=f"`label_smoothing` has no effect on the loss '{name}'"):
-                parse(PreferenceConfig, given, source="x")
+                parse_config(PreferenceConfig, given, source="x")
 
 
 def test_metrics_by_region_gap_and_end(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -178,15 +178,15 @@ def test_metrics_by_region_gap_and_end(monkeypatch: pytest.MonkeyPatch) -> None:
     for long, short in ((700, 20), (300, 200), (150, 140), (30, 60), (900, 5)):
         pair = (small.segment(rng, 3, long), small.segment(rng, 3, short))
         for segment, ended in zip(pair, (long != 150, True), strict=True):
-            segment.tokens[segment.tokens == END] = END + 1
-            segment.tokens[-1] = END if ended else END + 1
+            segment.token_ids[segment.token_ids == END] = END + 1
+            segment.token_ids[-1] = END if ended else END + 1
         examples.append(pair)
     given = FakeLogprobs(examples)
     batch, logprobs = given.ours(row_length=1024)
-    monkeypatch.setattr(objectives, "answer_logprobs", lambda model, batch: logprobs)
+    monkeypatch.setattr(objectives, "answer_token_log_probs", lambda model, batch: logprobs)
     beta = 0.05
-    sums = thinkpo(PreferenceConfig(beta=beta), end_id=END)(small.model(), batch)
-    found = readable({name: float(value / sums.weight) for name, value in sums.metrics.items()})
+    sums = make_thinkpo_objective(PreferenceConfig(beta=beta), end_of_turn_id=END)(small.model(), batch)
+    found = finalize_metrics({name: float(value / sums.weight) for name, value in sums.metrics.items()})
     regions, margins, gaps, ends = [], [], [], []
     for policy, reference, example in zip(given.policy, given.reference, examples, strict=True):
         ratios = [a - b for a, b in zip(policy, reference, strict=True)]
@@ -195,7 +195,7 @@ def test_metrics_by_region_gap_and_end(monkeypatch: pytest.MonkeyPatch) -> None:
         regions.append([beta * (ratios[0][cut].sum() - ratios[1][cut].sum()) for cut in cuts])
         margins.append(beta * (ratios[0].sum() - ratios[1].sum()))
         gaps.append(len(ratios[0]) - len(ratios[1]))
-        ends += [values[-1] for values, s in zip(policy, example, strict=True) if s.tokens[-1] == END]
+        ends += [values[-1] for values, s in zip(policy, example, strict=True) if s.token_ids[-1] == END]
     means = np.mean(regions, axis=0)
     for name, mean in zip(("first_128", "shared", "tail"), means, strict=True):
         assert found[f"margins/{name}"] == pytest.approx(mean, rel=1e-4), name
@@ -213,13 +213,13 @@ def test_metrics_by_region_gap_and_end(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not any(name.startswith("_") for name in found)
 
 
-@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize("loss", PREFERENCE_LOSSES)
 def test_no_sum_of_log_probs_is_a_matrix_product(loss: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """On accelerators those are rounded to bfloat16 by default, which near -4,000 steps by 16."""
     batch, logprobs = FakeLogprobs(PAIRS).ours()
-    monkeypatch.setattr(objectives, "answer_logprobs", lambda model, batch: logprobs)
+    monkeypatch.setattr(objectives, "answer_token_log_probs", lambda model, batch: logprobs)
     config = PreferenceConfig.model_validate({"loss": loss, "ld_alpha": 0.5, "nll_weight": 0.1})
-    objective = thinkpo(config, end_id=END)
+    objective = make_thinkpo_objective(config, end_of_turn_id=END)
     assert "dot_general" not in str(jax.make_jaxpr(lambda batch: objective(small.model(), batch))(batch))
 
 
@@ -243,9 +243,11 @@ def test_the_tag_that_ends_a_thought_is_found_whatever_its_ids(monkeypatch: pyte
         places.append(([[20 - 4, 21 - 4], [30 - 4]], [[8 - 4]] if pair % 2 else []))
     given = FakeLogprobs(examples)
     batch, logprobs = given.ours(row_length=256)
-    assert batch.tokens.shape[0] < len(examples)  # answers do stand beside each other
-    monkeypatch.setattr(objectives, "answer_logprobs", lambda model, batch: logprobs)
-    sums = thinkpo(PreferenceConfig(), end_id=END, thought_ends=tags)(small.model(), batch)
+    assert batch.token_ids.shape[0] < len(examples)  # answers do stand beside each other
+    monkeypatch.setattr(objectives, "answer_token_log_probs", lambda model, batch: logprobs)
+    sums = make_thinkpo_objective(PreferenceConfig(), end_of_turn_id=END, thought_end_token_ids=tags)(
+        small.model(), batch
+    )
     expected = [
         given.policy[pair][side][place].sum()
         for pair, sides in enumerate(places)
@@ -253,7 +255,7 @@ def test_the_tag_that_ends_a_thought_is_found_whatever_its_ids(monkeypatch: pyte
         for place in found
     ]
     assert float(sums.metrics["_thought_end/count"]) == len(expected) == 15
-    found = readable({name: float(value / sums.weight) for name, value in sums.metrics.items()})
+    found = finalize_metrics({name: float(value / sums.weight) for name, value in sums.metrics.items()})
     assert found["logps/thought_end"] == pytest.approx(np.mean(expected), rel=1e-5)
-    without = thinkpo(PreferenceConfig(), end_id=END)(small.model(), batch)
+    without = make_thinkpo_objective(PreferenceConfig(), end_of_turn_id=END)(small.model(), batch)
     assert "_thought_end/count" not in without.metrics

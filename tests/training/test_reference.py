@@ -11,39 +11,45 @@ import numpy as np
 import pytest
 from support import small
 
-from thinkpo_jax.data.batches import Batches
+from thinkpo_jax.data.batches import BatchPlan
 from thinkpo_jax.data.examples import Example
 from thinkpo_jax.training import reference_log_probs as reference
-from thinkpo_jax.training.reference_cache import RECORDS, Store, example_digest, store_folder
-from thinkpo_jax.training.reference_log_probs import reference_logprobs, stored_logprobs
+from thinkpo_jax.training.reference_cache import RECORDS_FILE, ReferenceCache, example_digest, reference_cache_folder
+from thinkpo_jax.training.reference_log_probs import compute_reference, load_or_compute_reference
 
 IDENTITY = {"weights": "w0", "dtype": "float32", "device": "cpu"}
 PAIRS = small.pairs(24)
 
 
-def _batches(examples: Sequence[Example] = PAIRS, *, row_length: int = 48) -> Batches:
+def _batches(examples: Sequence[Example] = PAIRS, *, row_length: int = 48) -> BatchPlan:
     return small.batches(examples, steps=2, size=6, row_length=row_length)
 
 
-def _stored(batches: Batches, capsys: pytest.CaptureFixture[str], **identity: str) -> tuple[np.ndarray, str, list[int]]:
+def _stored(
+    batches: BatchPlan, capsys: pytest.CaptureFixture[str], **identity: str
+) -> tuple[np.ndarray, str, list[int]]:
     """The log-probs, what was said, and after how many batches something was told."""
     capsys.readouterr()
     seen: list[int] = []
-    found = stored_logprobs(
-        small.model(), batches, small.mesh(), identity=IDENTITY | identity, watch=lambda done, _: seen.append(done)
+    found = load_or_compute_reference(
+        small.model(),
+        batches,
+        small.mesh(),
+        identity=IDENTITY | identity,
+        on_progress=lambda done, _: seen.append(done),
     )
     return found, capsys.readouterr().err, seen
 
 
 def test_it_is_computed_once_and_comes_back_bit_by_bit(capsys: pytest.CaptureFixture[str]) -> None:
-    expected = reference_logprobs(small.model(), _batches(), small.mesh())
+    expected = compute_reference(small.model(), _batches(), small.mesh())
     first, said, seen = _stored(_batches(), capsys)
     np.testing.assert_array_equal(first, expected)
     assert "computing the log-probs of 24 examples (nothing is kept yet)" in said
     assert seen
     again, said, seen = _stored(_batches(), capsys)
     assert again.tobytes() == first.tobytes()
-    assert f"the log-probs of all 24 examples are kept in {store_folder()}" in said
+    assert f"the log-probs of all 24 examples are kept in {reference_cache_folder()}" in said
     assert not seen
 
 
@@ -55,9 +61,9 @@ def test_other_rows_of_the_same_data_find_it_and_only_new_examples_are_computed(
     examples = [*PAIRS[::-1], PAIRS[20]]
     found, said, seen = _stored(_batches(examples, row_length=80), capsys)
     assert "computing the log-probs of 8 examples (16 others are kept)" in said
-    assert 0 < len(seen) < len(_batches(examples, row_length=80).over(range(25)))
+    assert 0 < len(seen) < len(_batches(examples, row_length=80).batches_of(range(25)))
     np.testing.assert_array_equal(found[:-1][::-1][:16], first)
-    np.testing.assert_allclose(found[:-1][::-1], reference_logprobs(small.model(), _batches(), small.mesh()), rtol=1e-5)
+    np.testing.assert_allclose(found[:-1][::-1], compute_reference(small.model(), _batches(), small.mesh()), rtol=1e-5)
     np.testing.assert_array_equal(found[-1], found[3])
 
 
@@ -73,9 +79,9 @@ def test_another_identity_computes_again_and_says_why(name: str, capsys: pytest.
 
 def test_ids_and_where_the_answer_begins_make_an_example() -> None:
     (long, short), other = PAIRS[0], PAIRS[1]
-    moved = long.__class__(long.tokens, long.answer_start + 1)
+    moved = long.__class__(long.token_ids, long.answer_start + 1)
     changed = long.__class__(
-        np.append(long.tokens[:-1], (long.tokens[-1] + 1) % 64).astype(np.int32), long.answer_start
+        np.append(long.token_ids[:-1], (long.token_ids[-1] + 1) % 64).astype(np.int32), long.answer_start
     )
     examples = [(long, short), (moved, short), (changed, short), (short, long), other]
     assert len({example_digest(example) for example in examples}) == 5
@@ -85,7 +91,7 @@ def test_ids_and_where_the_answer_begins_make_an_example() -> None:
 @pytest.mark.parametrize("damage", ["flip", "cut", "append", "empty"])
 def test_damage_is_noticed_and_computed_again(damage: str, capsys: pytest.CaptureFixture[str]) -> None:
     expected, _, _ = _stored(_batches(), capsys)
-    path = next(store_folder().glob(f"*/{RECORDS}"))
+    path = next(reference_cache_folder().glob(f"*/{RECORDS_FILE}"))
     content = bytearray(path.read_bytes())
     if damage == "flip":
         content[100] ^= 4
@@ -101,10 +107,10 @@ def test_damage_is_noticed_and_computed_again(damage: str, capsys: pytest.Captur
 
 
 def test_every_flipped_byte_of_a_record_is_noticed() -> None:
-    store = Store(IDENTITY, answers=2)
+    store = ReferenceCache(IDENTITY, answers=2)
     with store.writing():
         store.add([b"0123456789abcdef"], np.arange(6, dtype=np.float32).reshape(1, 2, 3))
-        path = store.folder / RECORDS
+        path = store.folder / RECORDS_FILE
         whole = path.read_bytes()
         assert len(store.read()) == 1
         for place in range(len(whole)):
@@ -118,14 +124,14 @@ def test_a_pass_that_is_killed_goes_on_where_it_was(tmp_path: Path, capsys: pyte
         textwrap.dedent("""
         import os, signal, sys
         from support import small
-        from thinkpo_jax.training.reference_log_probs import stored_logprobs
-        def watch(done, total):
+        from thinkpo_jax.training.reference_log_probs import load_or_compute_reference
+        def on_progress(done, total):
             print(done, total, flush=True)
             if done == 2:
                 os.kill(os.getpid(), signal.SIGKILL)
         identity = {"weights": "w0", "dtype": "float32", "device": "cpu"}
         batches = small.batches(small.pairs(24), steps=2, size=6)
-        stored_logprobs(small.model(), batches, small.mesh(), identity=identity, watch=watch)
+        load_or_compute_reference(small.model(), batches, small.mesh(), identity=identity, on_progress=on_progress)
         """)
     )
     killed = subprocess.run(
@@ -137,7 +143,7 @@ def test_a_pass_that_is_killed_goes_on_where_it_was(tmp_path: Path, capsys: pyte
     found, said, seen = _stored(_batches(), capsys)
     assert "others are kept" in said
     assert len(seen) <= total - 2 + 1
-    np.testing.assert_allclose(found, reference_logprobs(small.model(), _batches(), small.mesh()), rtol=1e-5)
+    np.testing.assert_allclose(found, compute_reference(small.model(), _batches(), small.mesh()), rtol=1e-5)
 
 
 def test_a_second_process_waits_and_finds_it(tmp_path: Path) -> None:
@@ -146,14 +152,14 @@ def test_a_second_process_waits_and_finds_it(tmp_path: Path) -> None:
         textwrap.dedent("""
         import sys, time
         from support import small
-        from thinkpo_jax.training.reference_cache import Store
-        from thinkpo_jax.training.reference_log_probs import stored_logprobs
+        from thinkpo_jax.training.reference_cache import ReferenceCache
+        from thinkpo_jax.training.reference_log_probs import load_or_compute_reference
         identity = {"weights": "w0", "dtype": "float32", "device": "cpu"}
         batches = small.batches(small.pairs(24), steps=2, size=6)
-        def watch(done, total):
+        def on_progress(done, total):
             print("computed", done, flush=True)
             time.sleep(1)
-        stored_logprobs(small.model(), batches, small.mesh(), identity=identity, watch=watch)
+        load_or_compute_reference(small.model(), batches, small.mesh(), identity=identity, on_progress=on_progress)
         """)
     )
     both = [
@@ -172,4 +178,4 @@ def test_log_probs_that_are_not_finite_name_the_example(monkeypatch: pytest.Monk
     model = small.model()
     model = jax.tree.map(lambda leaf: leaf * np.nan, model)
     with pytest.raises(reference.RunError, match=r"log-probs of example \d+ are \[nan, nan\]"):
-        reference_logprobs(model, _batches(), small.mesh())
+        compute_reference(model, _batches(), small.mesh())

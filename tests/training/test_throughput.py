@@ -5,13 +5,13 @@ import jax.numpy as jnp
 import pytest
 from support import small
 
-from thinkpo_jax.data.batches import Work
-from thinkpo_jax.models.attention.dense import Places
+from thinkpo_jax.data.batches import BatchWork
+from thinkpo_jax.models.attention.dense import TokenPositions
 from thinkpo_jax.models.compute_config import ComputeConfig
-from thinkpo_jax.models.rope import make_rope
+from thinkpo_jax.models.rope import build_rope
 from thinkpo_jax.models.transformer import Transformer
-from thinkpo_jax.runtime.devices import peak
-from thinkpo_jax.training.throughput import throughput, update_operations
+from thinkpo_jax.runtime.devices import peak_flops
+from thinkpo_jax.training.throughput import count_update_flops, throughput_metrics
 
 BFLOAT16 = ComputeConfig(dtype="bfloat16")
 
@@ -20,10 +20,10 @@ def test_the_work_of_a_batch_is_that_of_a_plain_loop() -> None:
     examples = small.pairs(20)
     batches = small.batches(examples, steps=1, size=20)
     segments = [segment for example in examples for segment in example]
-    found = batches.work(batches[0])
-    assert found.tokens == sum(len(segment.tokens) for segment in segments)
-    assert found.trained == sum(len(segment.tokens) - segment.answer_start for segment in segments)
-    assert found.attended == sum(n * (n + 1) // 2 for n in (len(segment.tokens) for segment in segments))
+    found = batches.count_work(batches[0])
+    assert found.tokens == sum(len(segment.token_ids) for segment in segments)
+    assert found.loss_tokens == sum(len(segment.token_ids) - segment.answer_start for segment in segments)
+    assert found.attention_pairs == sum(n * (n + 1) // 2 for n in (len(segment.token_ids) for segment in segments))
 
 
 @pytest.mark.parametrize(
@@ -41,18 +41,18 @@ def test_operations_per_token_of_known_models(
 ) -> None:  # fmt: skip
     """6 (layers + head) + 6 L N H T: Qwen2.5 0.5B, 7B at 8k and 32k, Llama 3.1 8B."""
     arch = small.ARCH.__class__(
-        **{**small.ARCH.__dict__, "layers": layers, "embed": embed, "mlp": mlp, "heads": heads, "kv_heads": kv_heads,
+        **{**small.ARCH.__dict__, "num_layers": layers, "hidden_size": embed, "mlp_size": mlp, "num_heads": heads, "num_kv_heads": kv_heads,
            "head_dim": head_dim, "vocab_size": vocab}
     )  # fmt: skip
-    one_row = Work(tokens=length, attended=length * (length + 1) // 2, trained=length)
-    found = update_operations(arch, BFLOAT16, one_row)
+    one_row = BatchWork(tokens=length, attention_pairs=length * (length + 1) // 2, loss_tokens=length)
+    found = count_update_flops(arch, BFLOAT16, one_row)
     assert found.model / length / 1e9 == pytest.approx(gigaflops, abs=0.06)
     # Remat computes the layers' forward pass a second time; the head's logits are always computed twice.
-    full = update_operations(arch, ComputeConfig(dtype="bfloat16", remat="full"), one_row)
-    scores = 2 * layers * heads * head_dim * one_row.attended
+    full = count_update_flops(arch, ComputeConfig(dtype="bfloat16", remat="full"), one_row)
+    scores = 2 * layers * heads * head_dim * one_row.attention_pairs
     assert found.hardware - found.model == pytest.approx(2 * embed * vocab * length + scores)
     assert full.hardware - scores == pytest.approx(full.model * 4 / 3)
-    kept = {name: update_operations(arch, ComputeConfig.model_validate({"remat": name}), one_row).hardware
+    kept = {name: count_update_flops(arch, ComputeConfig.model_validate({"remat": name}), one_row).hardware
             for name in ("none", "projections", "attention")}  # fmt: skip
     assert kept["projections"] == kept["none"] == found.hardware
     assert full.hardware - kept["attention"] == pytest.approx(2 * scores)
@@ -63,23 +63,23 @@ def test_the_forward_pass_is_what_xla_counts() -> None:
     arch = small.ARCH.__class__(
         **{
             **small.ARCH.__dict__,
-            "layers": 1,
-            "embed": 256,
-            "mlp": 512,
+            "num_layers": 1,
+            "hidden_size": 256,
+            "mlp_size": 512,
             "head_dim": 64,
-            "rope": make_rope({"rope_theta": 1e4}, 64),
+            "rope": build_rope({"rope_theta": 1e4}, 64),
         }
     )
     model, length = Transformer(arch, small.FLOAT32, jax.random.key(0)), 128
     tokens = jnp.zeros((1, length), jnp.int32)
-    places = Places(tokens + 1, jnp.arange(length)[None])
+    places = TokenPositions(tokens + 1, jnp.arange(length)[None])
 
     def forward(model: Transformer) -> jax.Array:
-        return model(tokens, places)[0] @ model.head()
+        return model(tokens, places)[0] @ model.lm_head()
 
     cost = jax.jit(forward).lower(model).compile().cost_analysis()
     assert cost is not None
-    counted = update_operations(arch, small.FLOAT32, Work(length, length * length, length)).model / 3
+    counted = count_update_flops(arch, small.FLOAT32, BatchWork(length, length * length, length)).model / 3
     assert counted == pytest.approx(cost["flops"], rel=0.1)  # norms, RoPE and the softmax are not counted
 
 
@@ -91,18 +91,18 @@ def test_use_of_a_device_is_told_where_its_peak_is_known(monkeypatch: pytest.Mon
         "TPU v6 lite": 918e12,
         "cpu": None,
     }
-    assert {kind: peak(kind) for kind in kinds} == kinds
+    assert {kind: peak_flops(kind) for kind in kinds} == kinds
     batches = small.batches(small.pairs(20), steps=1, size=20)
-    work, slots = batches.work(batches[0]), batches.slots()
-    found = throughput(work, slots, small.ARCH, BFLOAT16, 2.0)
+    work, slots = batches.count_work(batches[0]), batches.tokens_per_update()
+    found = throughput_metrics(work, slots, small.ARCH, BFLOAT16, 2.0)
     assert "mfu" not in found
     assert found["tokens_per_second"] == pytest.approx(found["tokens"] / 2, abs=0.1)
     assert found["padded_tokens_per_second"] == pytest.approx(slots / 2)
     assert found["packing_efficiency"] == pytest.approx(found["tokens"] / slots, abs=1e-4)
-    monkeypatch.setattr("thinkpo_jax.training.throughput.peak", lambda _: 1e6)
-    found = throughput(work, slots, small.ARCH, BFLOAT16, 2.0)
-    operations = update_operations(small.ARCH, BFLOAT16, work)
+    monkeypatch.setattr("thinkpo_jax.training.throughput.peak_flops", lambda _: 1e6)
+    found = throughput_metrics(work, slots, small.ARCH, BFLOAT16, 2.0)
+    operations = count_update_flops(small.ARCH, BFLOAT16, work)
     available = 1e6 * len(jax.devices()) * 2.0
     assert found["mfu"] == pytest.approx(operations.model / available, abs=1e-4)
     assert found["hfu"] == pytest.approx(operations.hardware / available, abs=1e-4)
-    assert "mfu" not in throughput(work, slots, small.ARCH, small.FLOAT32, 2.0)
+    assert "mfu" not in throughput_metrics(work, slots, small.ARCH, small.FLOAT32, 2.0)

@@ -13,9 +13,9 @@ import pytest
 from jax.sharding import Mesh, NamedSharding
 from support import small
 
-from thinkpo_jax.runtime.sharding import spec
+from thinkpo_jax.runtime.sharding import partition_spec
 from thinkpo_jax.training import token_log_probs as logprobs
-from thinkpo_jax.training.token_log_probs import block_width, token_logprobs
+from thinkpo_jax.training.token_log_probs import token_log_probs, vocab_block_width
 
 R, D = 8, 16  # rows, width of a hidden state
 
@@ -43,7 +43,7 @@ def _case(vocabulary: int, tokens: int, borders: list[int], dtype: str = "float3
 
 
 def _loss(x: jax.Array, head: jax.Array, targets: jax.Array, weights: jax.Array) -> tuple[jax.Array, jax.Array]:
-    values = token_logprobs(x, head, targets)
+    values = token_log_probs(x, head, targets)
     return (values * weights).sum(), values
 
 
@@ -85,8 +85,8 @@ def test_values_and_gradients_equal_float64(
     vocabulary: int, width: int | None, dtype: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if width is not None:
-        monkeypatch.setattr(logprobs, "block_width", lambda tokens, vocabulary: width)
-    width = width or block_width(R * 3, vocabulary)
+        monkeypatch.setattr(logprobs, "vocab_block_width", lambda tokens, vocabulary: width)
+    width = width or vocab_block_width(R * 3, vocabulary)
     # The borders of blocks, where a column is easily counted twice or not at all.
     starts = [*range(0, vocabulary - width, width), vocabulary - width]
     borders = [0, vocabulary - 1, width - 1, *starts[-2:], max(starts[-1] - 1, 0), min(starts[-1] + 1, vocabulary - 1)]
@@ -102,17 +102,17 @@ def test_values_and_gradients_equal_float64(
 def test_zero_hidden_states_give_minus_ln_of_the_vocabulary(
     vocabulary: int, sizes: dict[str, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(logprobs, "block_width", lambda tokens, vocabulary: min(2048, vocabulary - 1))
+    monkeypatch.setattr(logprobs, "vocab_block_width", lambda tokens, vocabulary: min(2048, vocabulary - 1))
     with jax.set_mesh(small.mesh(**sizes)):
         targets = jnp.array([[0, 5, vocabulary - 1]])
-        found = jax.jit(token_logprobs)(jnp.zeros((1, 3, D)), jnp.ones((D, vocabulary)), targets)
+        found = jax.jit(token_log_probs)(jnp.zeros((1, 3, D)), jnp.ones((D, vocabulary)), targets)
     np.testing.assert_allclose(found, -np.log(vocabulary), rtol=1e-6)
 
 
 @pytest.mark.parametrize("tokens", [1, 8192, 20_000, 32_768, 300_000])
 @pytest.mark.parametrize("vocabulary", [151_936, 152_064, 128_256, 152_064 // 8, 128_256 // 4])
 def test_blocks_are_as_few_and_as_even_as_memory_allows(tokens: int, vocabulary: int) -> None:
-    width = block_width(tokens, vocabulary)
+    width = vocab_block_width(tokens, vocabulary)
     count = math.ceil(vocabulary / width)
     assert width % 128 == 0
     assert width <= 8192
@@ -122,7 +122,7 @@ def test_blocks_are_as_few_and_as_even_as_memory_allows(tokens: int, vocabulary:
 
 
 def test_a_small_vocabulary_is_one_block() -> None:
-    assert block_width(10, 64) == 64
+    assert vocab_block_width(10, 64) == 64
 
 
 MESHES: list[dict[str, int]] = [
@@ -138,7 +138,9 @@ MESHES: list[dict[str, int]] = [
 
 
 def _on(mesh: Mesh, case: Case, axes: tuple[tuple[str | None, ...], ...] = AXES) -> Case:
-    return Case(*(jax.device_put(a, NamedSharding(mesh, spec(axis))) for a, axis in zip(case, axes, strict=True)))
+    return Case(
+        *(jax.device_put(a, NamedSharding(mesh, partition_spec(axis))) for a, axis in zip(case, axes, strict=True))
+    )
 
 
 @functools.cache
@@ -151,13 +153,13 @@ def _on_one_device(dtype: str) -> tuple[Case, jax.Array, tuple[jax.Array, jax.Ar
 @pytest.mark.parametrize(("sizes", "dtype"), [*((sizes, "float32") for sizes in MESHES), (MESHES[-1], "bfloat16")])
 def test_a_mesh_changes_nothing(sizes: dict[str, int], dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
     # 4224 / 8 = 528: on every mesh the last block of each device is moved back.
-    monkeypatch.setattr(logprobs, "block_width", lambda tokens, vocabulary: 256)
+    monkeypatch.setattr(logprobs, "vocab_block_width", lambda tokens, vocabulary: 256)
     case, expected, (expected_x, expected_head) = _on_one_device(dtype)
     mesh = small.mesh(**sizes)
     with jax.set_mesh(mesh):
         values, (x_gradient, head_gradient) = jax.jit(_both_passes)(_on(mesh, case))
-    assert head_gradient.sharding.is_equivalent_to(NamedSharding(mesh, spec(("embed", "vocab"))), 2)
-    assert x_gradient.sharding.is_equivalent_to(NamedSharding(mesh, spec(("batch", "length", None))), 3)
+    assert head_gradient.sharding.is_equivalent_to(NamedSharding(mesh, partition_spec(("embed", "vocab"))), 2)
+    assert x_gradient.sharding.is_equivalent_to(NamedSharding(mesh, partition_spec(("batch", "length", None))), 3)
     _assert_equal(values, np.asarray(expected))
     _assert_equal(x_gradient, np.asarray(expected_x, np.float64))
     # Every sum of parts that are bfloat16 rounds.
@@ -168,7 +170,7 @@ def test_a_mesh_changes_nothing(sizes: dict[str, int], dtype: str, monkeypatch: 
 @pytest.mark.parametrize("sizes", [{}, {"tensor": 8}, {"data": 2, "fsdp": 2, "tensor": 2}])
 def test_micro_batches_and_a_tied_head(sizes: dict[str, int], monkeypatch: pytest.MonkeyPatch) -> None:
     """The gradient of a tied head, summed by a scan over micro-batches, is that of all rows at once."""
-    monkeypatch.setattr(logprobs, "block_width", lambda tokens, vocabulary: 256)
+    monkeypatch.setattr(logprobs, "vocab_block_width", lambda tokens, vocabulary: 256)
     case = _case(4224, 6, [0, 4223])
     expected, (expected_x, expected_head) = _both_passes(case)
     mesh = small.mesh(**sizes)
@@ -226,13 +228,13 @@ def _collectives(function: Callable[..., Any], *arguments: Any) -> list[Collecti
 
 
 def test_three_numbers_per_token_cross_the_vocabulary_axis(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(logprobs, "block_width", lambda tokens, vocabulary: 256)
+    monkeypatch.setattr(logprobs, "vocab_block_width", lambda tokens, vocabulary: 256)
     case = _case(4224, 50, [])
     mesh = small.mesh(data=2, fsdp=2, tensor=2)
     tokens, part_of_head = R * 50 // 4, D * 4224 // 2  # on one device, its embed axis gathered
     with jax.set_mesh(mesh):
         x, head, targets, _ = _on(mesh, case)
-        forward = _collectives(token_logprobs, x, head, targets)
+        forward = _collectives(token_log_probs, x, head, targets)
         both = _collectives(_both_passes, _on(mesh, case))
     assert not any(collective.in_loop for collective in forward + both)
     assert [found.elements for found in forward if found.kind == "all-gather"] == [[part_of_head]]

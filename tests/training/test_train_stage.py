@@ -10,8 +10,8 @@ import pytest
 import safetensors.numpy
 import yaml
 
-from thinkpo_jax.models.model_folder import find_model
-from thinkpo_jax.runtime.cli import command
+from thinkpo_jax.models.model_folder import resolve_model_folder
+from thinkpo_jax.runtime.cli import run_command
 from thinkpo_jax.runtime.console import read_metrics
 from thinkpo_jax.train import main
 from thinkpo_jax.training import train_stage as train
@@ -51,7 +51,7 @@ def _config(folder: Path, *, run: str = "run", compute: dict[str, Any] | None = 
 
 
 def _run(config: str, *assignments: str) -> int:
-    return command(main, ["--config", config, *(["--set", *assignments] if assignments else [])])
+    return run_command(main, ["--config", config, *(["--set", *assignments] if assignments else [])])
 
 
 def _weights(folder: Path) -> dict[str, np.ndarray]:
@@ -77,7 +77,7 @@ def test_held_out_pairs_that_cannot_be_are_an_error_before_any_stage(
     monkeypatch.setitem(globals(), "ROWS", [row | {"prompt": "1?"} for row in ROWS])
     config = _config(tmp_path, validation={"share": 0.25})
     for arguments in (["--config", config], ["--config", config, "--check"]):
-        assert command(main, arguments) == 2
+        assert run_command(main, arguments) == 2
         assert "stage thinkpo: validation: all examples have the same prompt" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
 
@@ -92,15 +92,15 @@ def test_looking_at_held_out_pairs_changes_nothing(tmp_path: Path) -> None:
 
 def _poisoned(monkeypatch: pytest.MonkeyPatch, *, update: int) -> None:
     """Makes the loss of one update NaN: the reference of an example that it reads and the first update does not."""
-    genuine = train.stored_logprobs
+    genuine = train.load_or_compute_reference
 
     def poisoned(model: Any, batches: Any, *args: Any, **kwargs: Any) -> np.ndarray:
         found = genuine(model, batches, *args, **kwargs)
-        examples = batches[update - 1].examples
+        examples = batches[update - 1].example_ids
         found[examples[examples >= 0][0]] = np.nan
         return found
 
-    monkeypatch.setattr(train, "stored_logprobs", poisoned)
+    monkeypatch.setattr(train, "load_or_compute_reference", poisoned)
 
 
 def test_an_update_that_is_not_finite_stops_the_run_and_the_last_good_checkpoint_stays(
@@ -190,15 +190,15 @@ def test_a_sweep_computes_the_reference_once(tmp_path: Path, capsys: pytest.Capt
 def test_a_stage_goes_on_with_the_reference_that_it_was_begun_with(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    genuine = train.stored_logprobs
+    genuine = train.load_or_compute_reference
     # As if they came from other rows: another last bit.
     other = lambda *args, **kwargs: np.nextafter(genuine(*args, **kwargs), np.float32(0))  # noqa: E731
-    monkeypatch.setattr(train, "stored_logprobs", other)
+    monkeypatch.setattr(train, "load_or_compute_reference", other)
     assert _run(_config(tmp_path)) == 0
     straight = _weights(tmp_path)
     folder = tmp_path / "run" / "thinkpo"
     record = json.loads((folder / "stage.json").read_text())
-    monkeypatch.setattr(train, "stored_logprobs", genuine)
+    monkeypatch.setattr(train, "load_or_compute_reference", genuine)
     for damage in (False, True):
         shutil.rmtree(folder / "checkpoints")
         (folder / "stage.json").write_text(json.dumps(record | {"summary": None}))
@@ -216,8 +216,10 @@ def test_a_stage_goes_on_with_the_reference_that_it_was_begun_with(
 def test_a_reference_of_other_weights_is_refused_before_the_first_update(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    genuine = train.stored_logprobs
-    monkeypatch.setattr(train, "stored_logprobs", lambda *args, **kwargs: genuine(*args, **kwargs) + np.float32(0.3))
+    genuine = train.load_or_compute_reference
+    monkeypatch.setattr(
+        train, "load_or_compute_reference", lambda *args, **kwargs: genuine(*args, **kwargs) + np.float32(0.3)
+    )
     assert _run(_config(tmp_path)) == 1
     error = capsys.readouterr().err
     assert "before the first update the model's log-probs differ from the cached reference by" in error
@@ -227,7 +229,7 @@ def test_a_reference_of_other_weights_is_refused_before_the_first_update(
 def test_a_learning_rate_of_1e_7_moves_bfloat16_computed_weights(tmp_path: Path) -> None:
     slow = {"learning_rate": 1e-7, "schedule": "constant", "warmup_ratio": 0.0, "moment_dtype": "bfloat16"}
     assert _run(_config(tmp_path, compute={"dtype": "bfloat16"}, optimizer=slow, steps=2)) == 0
-    builtin = find_model("builtin:miniature") / "model.safetensors"
+    builtin = resolve_model_folder("builtin:miniature") / "model.safetensors"
     before, after = safetensors.numpy.load_file(builtin), _weights(tmp_path)
     moved = {name: np.abs(after[name].astype(np.float32) - before[name].astype(np.float32)) for name in before}
     share = np.mean(np.concatenate([(change > 0).ravel() for change in moved.values()]))

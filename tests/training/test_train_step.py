@@ -13,25 +13,34 @@ from jax.sharding import Mesh
 from support import small
 from support.selection import cases
 
-from thinkpo_jax.data.batches import Batches
+from thinkpo_jax.data.batches import BatchPlan
 from thinkpo_jax.data.examples import Example
 from thinkpo_jax.models.compute_config import ComputeConfig
 from thinkpo_jax.models.transformer import Transformer
-from thinkpo_jax.models.weight_mapping import named
+from thinkpo_jax.models.weight_mapping import flatten_by_name
 from thinkpo_jax.runtime.config import RunError
-from thinkpo_jax.runtime.mesh import data_shards
+from thinkpo_jax.runtime.mesh import num_data_shards
 from thinkpo_jax.runtime.sharding import put_batch
-from thinkpo_jax.training.objectives import Objective, PreferenceConfig, comparison, sft, thinkpo
-from thinkpo_jax.training.optimizer import OptimizerConfig, learning_rate, make_optimizer
-from thinkpo_jax.training.reference_log_probs import check_start, reference_logprobs
-from thinkpo_jax.training.train_step import TrainState, initial_state, make_step
+from thinkpo_jax.training.objectives import (
+    Objective,
+    PreferenceConfig,
+    make_preference_loss,
+    make_thinkpo_objective,
+    sft_objective,
+)
+from thinkpo_jax.training.optimizer import OptimizerConfig, learning_rate_schedule, make_optimizer
+from thinkpo_jax.training.reference_log_probs import check_initial_loss, compute_reference
+from thinkpo_jax.training.train_step import TrainState, init_train_state, make_train_step
 
 STEPS = 4
 ADAM = OptimizerConfig(learning_rate=3e-3, warmup_ratio=0.25, weight_decay=0.1)
 EXAMPLES = {"sft": small.singles(24), "thinkpo": small.pairs(24)}
 PREFERENCE = PreferenceConfig(beta=0.5)
-COMPARE = comparison(PREFERENCE, end_id=1)
-OBJECTIVES: dict[str, Objective] = {"sft": sft, "thinkpo": thinkpo(PREFERENCE, end_id=1)}
+COMPARE = make_preference_loss(PREFERENCE, end_of_turn_id=1)
+OBJECTIVES: dict[str, Objective] = {
+    "sft": sft_objective,
+    "thinkpo": make_thinkpo_objective(PREFERENCE, end_of_turn_id=1),
+}
 
 
 def _train(
@@ -39,7 +48,7 @@ def _train(
 ) -> tuple[list[dict[str, float]], TrainState]:
     """Metrics of each update, and the state after the last."""
     with jax.set_mesh(mesh):
-        batches = small.batches(EXAMPLES[kind], shards=data_shards(mesh), steps=STEPS, size=12, **batch)
+        batches = small.batches(EXAMPLES[kind], shards=num_data_shards(mesh), steps=STEPS, size=12, **batch)
         return small.trained(batches, small.model(compute), OBJECTIVES[kind], ADAM, mesh)
 
 
@@ -83,7 +92,7 @@ def test_the_trajectory_does_not_depend_on_layout(straight: tuple, variant: str)
 def test_training_learns(straight: tuple) -> None:
     kind, _, state = straight
     batches = small.batches(EXAMPLES[kind], steps=1, size=24)
-    batches.reference = reference_logprobs(small.model(), batches, small.mesh())
+    batches.reference_log_probs = compute_reference(small.model(), batches, small.mesh())
     rows = jax.tree.map(lambda array: jnp.array(array[0]), batches[0])
     objective = jax.jit(OBJECTIVES[kind])
     before, after = (objective(model, rows) for model in (small.model(), state.model))
@@ -100,11 +109,11 @@ def test_a_start_that_is_not_the_reference_is_refused() -> None:
     mesh = small.mesh()
     with jax.set_mesh(mesh):
         batches = small.batches(EXAMPLES["thinkpo"])
-        batches.reference = reference_logprobs(small.model(seed=1), batches, mesh)
+        batches.reference_log_probs = compute_reference(small.model(seed=1), batches, mesh)
         with pytest.raises(RunError, match=r"not 0\.693147"):
-            check_start(PREFERENCE, COMPARE, small.model(), batches[0], mesh)
-        batches.reference = reference_logprobs(small.model(), batches, mesh)
-        found = check_start(PREFERENCE, COMPARE, small.model(), batches[0], mesh)
+            check_initial_loss(PREFERENCE, COMPARE, small.model(), batches[0], mesh)
+        batches.reference_log_probs = compute_reference(small.model(), batches, mesh)
+        found = check_initial_loss(PREFERENCE, COMPARE, small.model(), batches[0], mesh)
         assert found == pytest.approx(math.log(2), abs=1e-6)
 
 
@@ -112,20 +121,20 @@ def test_errors_of_both_signs_do_not_hide_from_the_start_check() -> None:
     mesh = small.mesh()
     with jax.set_mesh(mesh):
         batches = small.batches(EXAMPLES["thinkpo"])
-        batches.reference = reference_logprobs(small.model(), batches, mesh)
-        batches.reference[::2, 0] += 0.05
-        batches.reference[1::2, 0] -= 0.05
+        batches.reference_log_probs = compute_reference(small.model(), batches, mesh)
+        batches.reference_log_probs[::2, 0] += 0.05
+        batches.reference_log_probs[1::2, 0] -= 0.05
         with pytest.raises(RunError, match="differ from the cached reference"):
-            check_start(PREFERENCE, COMPARE, small.model(), batches[0], mesh)
+            check_initial_loss(PREFERENCE, COMPARE, small.model(), batches[0], mesh)
 
 
 def test_a_stage_of_one_update_has_a_learning_rate() -> None:
     for steps in (1, 2, 20):
-        rate = learning_rate(OptimizerConfig(learning_rate=1.0), steps)
+        rate = learning_rate_schedule(OptimizerConfig(learning_rate=1.0), steps)
         assert max(float(np.asarray(rate(index))) for index in range(steps)) == 1.0
 
 
-def _loss_and_gradient(kind: str, batches: Batches) -> tuple[float, dict[str, float], list[np.ndarray]]:
+def _loss_and_gradient(kind: str, batches: BatchPlan) -> tuple[float, dict[str, float], list[np.ndarray]]:
     """Loss, metrics and gradient of one update over all examples."""
     model, objective = small.model(), OBJECTIVES[kind]
 
@@ -144,10 +153,12 @@ def _loss_and_gradient(kind: str, batches: Batches) -> tuple[float, dict[str, fl
 @pytest.mark.parametrize("kind", ["sft", "thinkpo"])
 @pytest.mark.parametrize("row_length", cases([48, 80], short=(48).__eq__))
 def test_packed_rows_equal_one_example_per_row(kind: str, row_length: int) -> None:
-    def whole(examples: Sequence[Example], **batch: Any) -> Batches:
+    def whole(examples: Sequence[Example], **batch: Any) -> BatchPlan:
         found = small.batches(examples, steps=1, size=len(examples), row_length=row_length, **batch)
         # A reference of its own for each example, so that a mix-up of pairs shows.
-        found.reference = np.random.default_rng(1).normal(-30, 5, found.reference.shape).astype(np.float32)
+        found.reference_log_probs = (
+            np.random.default_rng(1).normal(-30, 5, found.reference_log_probs.shape).astype(np.float32)
+        )
         return found
 
     packed, unpacked = whole(EXAMPLES[kind]), whole(EXAMPLES[kind], pack=False)
@@ -169,12 +180,14 @@ def test_batches_are_split_over_the_data_axes() -> None:
 def test_an_update_that_is_not_finite_is_not_applied() -> None:
     mesh = small.mesh()
     batches = small.batches(EXAMPLES["thinkpo"], steps=1)
-    batches.reference = np.full_like(batches.reference, np.nan)
+    batches.reference_log_probs = np.full_like(batches.reference_log_probs, np.nan)
     optimizer = make_optimizer(ADAM, 1)
     model = small.model()
     with jax.set_mesh(mesh):
-        state = initial_state(small.model(), optimizer, mesh)
-        state, metrics = make_step(OBJECTIVES["thinkpo"], optimizer, mesh, state)(state, put_batch(batches[0], mesh))
+        state = init_train_state(small.model(), optimizer, mesh)
+        state, metrics = make_train_step(OBJECTIVES["thinkpo"], optimizer, mesh, state)(
+            state, put_batch(batches[0], mesh)
+        )
     assert not metrics["finite"]
     assert int(state.step) == 1  # the next update reads the next batch
     for before, after in zip(jax.tree.leaves(model), jax.tree.leaves(state.model), strict=True):
@@ -187,7 +200,7 @@ def test_weight_decay_spares_norms_and_biases() -> None:
     optimizer = make_optimizer(config, 1)
     zeros = jax.tree.map(jnp.zeros_like, model)
     updates, _ = jax.jit(optimizer.update)(zeros, jax.jit(optimizer.init)(model), model)
-    moved = {name: bool(jnp.any(value != 0)) for name, value in named(updates).items()}
+    moved = {name: bool(jnp.any(value != 0)) for name, value in flatten_by_name(updates).items()}
     spared = {name for name, value in moved.items() if not value}
     assert spared == {name for name in moved if "norm" in name or "bias" in name}
     assert len(spared) == 6

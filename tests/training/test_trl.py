@@ -14,19 +14,19 @@ from support.byte_tokenizer import byte_tokenizer
 from support.checkpoints import needs_trl, tiny_checkpoint
 from support.selection import combinations
 
-from thinkpo_jax.data.batches import BatchConfig, Batches
-from thinkpo_jax.data.chat_tokenizer import Chat
-from thinkpo_jax.data.record_formats import PairData, SftData
-from thinkpo_jax.data.tokenization import prepare
+from thinkpo_jax.data.batches import BatchConfig, BatchPlan
+from thinkpo_jax.data.chat_tokenizer import ChatTokenizer
+from thinkpo_jax.data.record_formats import PreferenceDataConfig, SftDataConfig
+from thinkpo_jax.data.tokenization import tokenize_sources
 from thinkpo_jax.models.compute_config import ComputeConfig
 from thinkpo_jax.models.weight_loading import load_model
 from thinkpo_jax.models.weight_saving import save_model
 from thinkpo_jax.runtime.sharding import put_batch
-from thinkpo_jax.training.objectives import PreferenceConfig, sft, thinkpo
+from thinkpo_jax.training.objectives import PreferenceConfig, make_thinkpo_objective, sft_objective
 from thinkpo_jax.training.optimizer import OptimizerConfig, make_optimizer
-from thinkpo_jax.training.preference_metrics import readable
-from thinkpo_jax.training.reference_log_probs import reference_logprobs
-from thinkpo_jax.training.train_step import initial_state, make_step
+from thinkpo_jax.training.preference_metrics import finalize_metrics
+from thinkpo_jax.training.reference_log_probs import compute_reference
+from thinkpo_jax.training.train_step import init_train_state, make_train_step
 
 pytestmark = [pytest.mark.slow, needs_trl, pytest.mark.filterwarnings("ignore")]  # warnings of torch and TRL
 STEPS, SIZE = 30, 4
@@ -50,30 +50,37 @@ def rows(seed: int = 0) -> list[dict[str, str]]:
 
 def ours(kind: str, folder: Path, out: Path) -> tuple[list[dict[str, float]], list[int]]:
     """The metrics of each update, and the order in which the rows were read; the end is saved in `out`."""
-    chat, mesh = Chat.load(folder), small.mesh()
+    chat, mesh = ChatTokenizer.from_folder(folder), small.mesh()
     data = (
-        PairData(path=str(out / "rows.jsonl"))
+        PreferenceDataConfig(path=str(out / "rows.jsonl"))
         if kind == "dpo"
-        else SftData(path=str(out / "rows.jsonl"), response="chosen")
+        else SftDataConfig(path=str(out / "rows.jsonl"), response="chosen")
     )
-    examples = prepare([data], chat, row_length=512, seed=0)
+    examples = tokenize_sources([data], chat, row_length=512, seed=0)
     with jax.set_mesh(mesh):
         config = BatchConfig(size=SIZE, row_length=512, pack=False)
-        batches = Batches(examples, config, seed=0, shards=1, steps=STEPS, epochs=1.0)
+        batches = BatchPlan(examples, config, seed=0, num_shards=1, num_updates=STEPS, epochs=1.0)
         model = load_model(folder, ComputeConfig(dtype="float32"), mesh)
-        objective = sft
+        objective = sft_objective
         if kind == "dpo":
-            objective = thinkpo(PreferenceConfig(beta=BETA), end_id=chat.end_id)
-            batches.reference = reference_logprobs(model, batches, mesh)
+            objective = make_thinkpo_objective(PreferenceConfig(beta=BETA), end_of_turn_id=chat.end_of_turn_id)
+            batches.reference_log_probs = compute_reference(model, batches, mesh)
         optimizer = make_optimizer(OptimizerConfig(learning_rate=RATE, warmup_ratio=0.1, max_grad_norm=1.0), STEPS)
-        state = initial_state(model, optimizer, mesh)
-        step = make_step(objective, optimizer, mesh, state)
+        state = init_train_state(model, optimizer, mesh)
+        step = make_train_step(objective, optimizer, mesh, state)
         history, order = [], []
         for index in range(STEPS):
             state, metrics = step(state, put_batch(batches[index], mesh))
-            history.append(readable({name: float(value) for name, value in jax.device_get(metrics).items()}))
-            order += batches[index].examples[batches[index].examples >= 0].tolist()
-        save_model(state.model, out / "ours", like=folder, dtype="float32", stops=chat.stop_ids, card="")
+            history.append(finalize_metrics({name: float(value) for name, value in jax.device_get(metrics).items()}))
+            order += batches[index].example_ids[batches[index].example_ids >= 0].tolist()
+        save_model(
+            state.model,
+            out / "ours",
+            template_folder=folder,
+            dtype="float32",
+            stop_token_ids=chat.stop_token_ids,
+            model_card="",
+        )
     return history, order
 
 

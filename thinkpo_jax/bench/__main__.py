@@ -8,10 +8,10 @@ from thinkpo_jax.bench.growth import bench_growth
 from thinkpo_jax.bench.load import bench_load
 from thinkpo_jax.bench.step import bench_step
 from thinkpo_jax.bench.workload import SHAPE as LLAMA
-from thinkpo_jax.run.run_config import load_config
-from thinkpo_jax.runtime.cli import config_arguments, program
-from thinkpo_jax.runtime.devices import DEVICES
-from thinkpo_jax.runtime.files import versions
+from thinkpo_jax.run.run_config import load_run_config
+from thinkpo_jax.runtime.cli import add_config_arguments, run_and_exit
+from thinkpo_jax.runtime.devices import DEVICE_SPECS
+from thinkpo_jax.runtime.files import software_versions
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -32,14 +32,14 @@ def main(arguments: Sequence[str]) -> None:
     step.add_argument("--row-length", type=int, help="tokens of our packed rows (default: 2.125 times --max-length)")
     step.add_argument("--repeats", type=int, default=3, help="rounds, in which the sides take turns (default: 3)")
     growth = what.add_parser("growth", help="memory and exchanges of an update by devices and row length, compiled")
-    config_arguments(growth)
+    add_config_arguments(growth)
     growth.add_argument("--kind", default="v6e", help="of device, as in plan's --topology (default: v6e)")
     growth.add_argument("--most", type=int, default=256, help="devices, at most (default: 256)")
     growth.add_argument("--out", type=Path, required=True, metavar="FILE", help="where the plot goes")
     parsed = parser.parse_args(arguments)
     if parsed.what == "growth":
-        config = load_config(parsed.config, parsed.assignments)
-        if parsed.kind not in (kinds := [device.name for device in DEVICES]):
+        config = load_run_config(parsed.config, parsed.assignments)
+        if parsed.kind not in (kinds := [device.name for device in DEVICE_SPECS]):
             parser.error(f"--kind is one of {', '.join(kinds)}")
         if not config.stages or parsed.most < 1:
             parser.error("--config has a stage, --most is at least 1")
@@ -54,7 +54,7 @@ def main(arguments: Sequence[str]) -> None:
         parsed.row_length = parsed.row_length or 17 * parsed.max_length // 8
         if parsed.pairs < 2 or parsed.pairs % 2 or not 16 <= 2 * parsed.max_length <= parsed.row_length:
             parser.error("--pairs is even, --max-length at least 8, --row-length at least twice --max-length")
-    print("; ".join(f"{name} {version}" for name, version in versions().items()))
+    print("; ".join(f"{name} {version}" for name, version in software_versions().items()))
     if parsed.what == "load":
         bench_load(parsed.gib, parsed.repeats)
     else:
@@ -63,4 +63,4 @@ def main(arguments: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-    program(main)
+    run_and_exit(main)

@@ -21,9 +21,9 @@ from safetensors.numpy import save_file
 
 from thinkpo_jax.models.architecture import read_architecture
 from thinkpo_jax.models.compute_config import ComputeConfig
-from thinkpo_jax.models.safetensors_files import WEIGHTS
+from thinkpo_jax.models.safetensors_files import WEIGHTS_FILE
 from thinkpo_jax.models.weight_loading import load_model
-from thinkpo_jax.models.weight_mapping import expected_shapes
+from thinkpo_jax.models.weight_mapping import expected_tensor_shapes
 from thinkpo_jax.runtime.mesh import MeshConfig, make_mesh
 
 LAYER_BYTES = 31_461_376  # of the model below, in bfloat16
@@ -51,7 +51,7 @@ def bench_load(gib: float, repeats: int) -> None:
         seconds(lambda: load_model(folder, ComputeConfig(), mesh), folder)
         ratios: list[float] = []
         for _ in range(repeats):
-            reading = seconds(lambda: read_through(folder / WEIGHTS), folder)
+            reading = seconds(lambda: read_through(folder / WEIGHTS_FILE), folder)
             loading = seconds(lambda: load_model(folder, ComputeConfig(), mesh), folder)
             ratios.append(reading / loading)
             rates = f"read {size / reading / 2**30:.2f} GiB/s, load {size / loading / 2**30:.2f} GiB/s"
@@ -65,9 +65,9 @@ def write_checkpoint(folder: Path, gib: float) -> int:
     layers = max(1, round((gib * 2**30 - head) / LAYER_BYTES))
     (folder / "config.json").write_text(json.dumps(SHAPE | {"num_hidden_layers": layers}), encoding="utf-8")
     rng = np.random.default_rng(0)
-    shapes = expected_shapes(read_architecture(folder))
+    shapes = expected_tensor_shapes(read_architecture(folder))
     tensors = {name: rng.random(shape, np.float32).astype(ml_dtypes.bfloat16) for name, shape in shapes.items()}
-    save_file(tensors, folder / WEIGHTS)
+    save_file(tensors, folder / WEIGHTS_FILE)
     return sum(tensor.nbytes for tensor in tensors.values())
 
 
@@ -83,7 +83,7 @@ def seconds(function: Callable[[], object], folder: Path) -> float:
     """How long a call takes, its arrays included, after the weights in the folder are put out of the page cache."""
     gc.collect()
     if hasattr(os, "posix_fadvise"):
-        with (folder / WEIGHTS).open("rb") as opened:
+        with (folder / WEIGHTS_FILE).open("rb") as opened:
             os.fsync(opened.fileno())
             os.posix_fadvise(opened.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
     began = time.perf_counter()

@@ -24,26 +24,26 @@ from thinkpo_jax.bench.workload import (
     BETA,
     LEARNING_RATE,
     SEED,
-    Folder,
-    Measured,
-    cores,
+    BenchFolder,
+    SideResult,
+    available_cores,
     peak_memory,
-    side,
+    run_side_process,
     write_folder,
 )
-from thinkpo_jax.data.batches import BatchConfig, Batches
-from thinkpo_jax.data.chat_tokenizer import Chat
-from thinkpo_jax.data.record_formats import PairData
-from thinkpo_jax.data.tokenization import prepare
+from thinkpo_jax.data.batches import BatchConfig, BatchPlan
+from thinkpo_jax.data.chat_tokenizer import ChatTokenizer
+from thinkpo_jax.data.record_formats import PreferenceDataConfig
+from thinkpo_jax.data.tokenization import tokenize_sources
 from thinkpo_jax.models.compute_config import ComputeConfig
 from thinkpo_jax.models.weight_loading import load_model
 from thinkpo_jax.runtime.config import RunError, UserError
 from thinkpo_jax.runtime.mesh import MeshConfig, make_mesh
 from thinkpo_jax.runtime.sharding import put_batch
-from thinkpo_jax.training.objectives import PreferenceConfig, thinkpo
+from thinkpo_jax.training.objectives import PreferenceConfig, make_thinkpo_objective
 from thinkpo_jax.training.optimizer import OptimizerConfig, make_optimizer
-from thinkpo_jax.training.reference_log_probs import reference_logprobs
-from thinkpo_jax.training.train_step import initial_state, make_step
+from thinkpo_jax.training.reference_log_probs import compute_reference
+from thinkpo_jax.training.train_step import init_train_state, make_train_step
 
 OURS = "thinkpo_jax"
 REFERENCE_TOLERANCE = 1e-4  # of the log-probs, relative: both sides read the same tokens with the same weights
@@ -51,33 +51,33 @@ LOSS_TOLERANCE = 1e-3  # of ln 2 before the first update: log-probs of thousands
 EPOCHS = 1  # that are timed
 
 
-def measure(folder: Folder, *, row_length: int, epochs: int) -> Measured:
+def measure(folder: BenchFolder, *, row_length: int, epochs: int) -> SideResult:
     """Trains one update that is not timed, then `epochs` epochs of one packed row an update."""
-    chat, mesh = Chat.load(folder.model), make_mesh(MeshConfig(fsdp=1), jax.devices()[:1])
-    examples = prepare([PairData(path=str(folder.pairs))], chat, row_length=row_length, seed=SEED)
+    chat, mesh = ChatTokenizer.from_folder(folder.model), make_mesh(MeshConfig(fsdp=1), jax.devices()[:1])
+    examples = tokenize_sources([PreferenceDataConfig(path=str(folder.pairs))], chat, row_length=row_length, seed=SEED)
     with jax.set_mesh(mesh):
         config = BatchConfig(rows=1, row_length=row_length)
-        batches = Batches(examples, config, seed=SEED, shards=1, steps=None, epochs=epochs)
+        batches = BatchPlan(examples, config, seed=SEED, num_shards=1, num_updates=None, epochs=epochs)
         model = load_model(folder.model, ComputeConfig(dtype="float32"), mesh)
         loaded = peak_memory()
-        objective = thinkpo(PreferenceConfig(beta=BETA), end_id=chat.end_id)
-        batches.reference = reference_logprobs(model, batches, mesh)
+        objective = make_thinkpo_objective(PreferenceConfig(beta=BETA), end_of_turn_id=chat.end_of_turn_id)
+        batches.reference_log_probs = compute_reference(model, batches, mesh)
         settings = OptimizerConfig(learning_rate=LEARNING_RATE, schedule="constant", warmup_ratio=0.0)
         optimizer = make_optimizer(settings, len(batches))
-        state = initial_state(model, optimizer, mesh)
+        state = init_train_state(model, optimizer, mesh)
         del model
-        step = make_step(objective, optimizer, mesh, state)
+        step = make_train_step(objective, optimizer, mesh, state)
         state, first = step(state, put_batch(batches[0], mesh))
         told = [jax.device_get(first)]
         began = time.perf_counter()
-        for batch in batches.stream(0):
+        for batch in batches.prefetch_from(0):
             state, metrics = step(state, put_batch(batch, mesh))
             told.append(jax.device_get(metrics))
         seconds = time.perf_counter() - began
     weight = sum(float(line["weight"]) for line in told[1:])
-    chosen, rejected = batches.reference.sum(axis=-1).mean(axis=0).tolist()
-    return Measured(
-        tokens=sum(len(segment.tokens) for example in examples for segment in example),
+    chosen, rejected = batches.reference_log_probs.sum(axis=-1).mean(axis=0).tolist()
+    return SideResult(
+        tokens=sum(len(segment.token_ids) for example in examples for segment in example),
         seconds=seconds,
         first_loss=float(told[0]["loss"]),
         mean_loss=sum(float(line["loss"]) * float(line["weight"]) for line in told[1:]) / weight,
@@ -95,15 +95,15 @@ def bench_step(shape: Mapping[str, Any], *, pairs: int, max_length: int, row_len
     """
     if absent := bench_trl.missing():
         raise UserError(f'{" and ".join(absent)} not installed. Run: pip install -e ".[test]"')
-    rounds: list[tuple[Measured, Measured]] = []
+    rounds: list[tuple[SideResult, SideResult]] = []
     best = ""
     with tempfile.TemporaryDirectory() as name:
-        folder = Folder(Path(name))
+        folder = BenchFolder(Path(name))
         tokens = write_folder(folder, shape, pairs=pairs, max_length=max_length)
         print(
             f"{pairs} pairs, prompt + answer up to {max_length:,} tokens, {tokens:,} useful tokens in all; "
             f"Llama's shape: {shape['hidden_size']} wide, {shape['num_hidden_layers']} layers, "
-            f"vocabulary {shape['vocab_size']:,}; float32, {cores()} core(s)"
+            f"vocabulary {shape['vocab_size']:,}; float32, {available_cores()} core(s)"
         )
         variants = dict(bench_trl.VARIANTS)
         for number in range(repeats):
@@ -119,17 +119,17 @@ def bench_step(shape: Mapping[str, Any], *, pairs: int, max_length: int, row_len
     print(f"median of {repeats} round(s): {_ratios(rounds)} of TRL, {best}")
 
 
-def run_side(folder: Folder, module: str, settings: Mapping[str, Any], title: str) -> Measured:
+def run_side(folder: BenchFolder, module: str, settings: Mapping[str, Any], title: str) -> SideResult:
     """Runs one side as a process of its own, and prints what it measured. Raises `RunError` where it fails."""
     out = folder.path / "measured.json"
     own = {"XDG_CACHE_HOME": str(folder.path / "cache"), "HF_DATASETS_CACHE": str(folder.path / "datasets")}
-    own |= {"JAX_PLATFORMS": "cpu", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": str(cores())}
+    own |= {"JAX_PLATFORMS": "cpu", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": str(available_cores())}
     arguments = [str(folder.path), json.dumps({**settings, "epochs": EPOCHS}), str(out)]
     command = [sys.executable, "-m", f"thinkpo_jax.bench.{module}", *arguments]
     ended = subprocess.run(command, env=os.environ | own, capture_output=True, text=True, errors="replace", check=False)
     if ended.returncode:
         raise RunError(f"{title} ended with status {ended.returncode}:\n{ended.stderr[-2000:]}")
-    found = Measured(**json.loads(out.read_text(encoding="utf-8")))
+    found = SideResult(**json.loads(out.read_text(encoding="utf-8")))
     print(
         f"  {title}: {EPOCHS * found.tokens / found.seconds:,.0f} useful tokens/s, peak {found.peak / 2**30:.2f} GiB "
         f"({found.loaded / 2**30:.2f} with the model loaded), loss {found.first_loss:.4f} before training, "
@@ -139,7 +139,7 @@ def run_side(folder: Folder, module: str, settings: Mapping[str, Any], title: st
     return found
 
 
-def check_same_work(tokens: int, ours: Measured, theirs: Measured) -> None:
+def check_same_work(tokens: int, ours: SideResult, theirs: SideResult) -> None:
     """Raises `RunError` where the two sides did not read the same tokens with the same weights."""
     if not ours.tokens == theirs.tokens == tokens:
         raise RunError(f"the pairs have {tokens} tokens, the two sides read {ours.tokens} and {theirs.tokens}")
@@ -151,7 +151,7 @@ def check_same_work(tokens: int, ours: Measured, theirs: Measured) -> None:
             raise RunError(f"the loss before training is {found.first_loss:.6f}, not ln 2 = {math.log(2):.6f}")
 
 
-def _ratios(rounds: Sequence[tuple[Measured, Measured]]) -> str:
+def _ratios(rounds: Sequence[tuple[SideResult, SideResult]]) -> str:
     """How many times TRL's speed and memory ours are: medians over the rounds."""
     speed = statistics.median(theirs.seconds / ours.seconds for ours, theirs in rounds)
     memory = statistics.median(ours.peak / theirs.peak for ours, theirs in rounds)
@@ -159,4 +159,4 @@ def _ratios(rounds: Sequence[tuple[Measured, Measured]]) -> str:
 
 
 if __name__ == "__main__":
-    side(measure, sys.argv[1:])
+    run_side_process(measure, sys.argv[1:])

@@ -10,7 +10,7 @@ import sys
 import time
 from typing import Any
 
-from thinkpo_jax.bench.workload import BETA, LEARNING_RATE, SEED, Folder, Measured, peak_memory, side
+from thinkpo_jax.bench.workload import BETA, LEARNING_RATE, SEED, BenchFolder, SideResult, peak_memory, run_side_process
 
 # How TRL can be given two pairs an update: side by side as they come, side by side ordered by length (what
 # `train_sampling_strategy: group_by_length` does), or one after the other, which pads least.
@@ -27,8 +27,8 @@ def missing() -> list[str]:
 
 
 def measure(
-    folder: Folder, *, at_once: int, ordered: bool, epochs: int, extra: dict[str, Any] | None = None
-) -> Measured:
+    folder: BenchFolder, *, at_once: int, ordered: bool, epochs: int, extra: dict[str, Any] | None = None
+) -> SideResult:
     """Trains one update that is not timed, then `epochs` epochs of two pairs an update."""
     from datasets import Dataset
     from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
@@ -69,7 +69,7 @@ def measure(
     once = trainer.train_dataset[2 : 2 + len(rows)]
     answers = [len(ids) for name in ("chosen_ids", "rejected_ids") for ids in once[name]]
     warm = 2 // at_once
-    return Measured(
+    return SideResult(
         tokens=2 * sum(map(len, once["prompt_ids"])) + sum(answers),
         seconds=ends[-1] - ends[0],
         first_loss=sum(losses[:warm]) / warm,
@@ -80,7 +80,7 @@ def measure(
     )
 
 
-def settings(folder: Folder, at_once: int) -> dict[str, Any]:
+def settings(folder: BenchFolder, at_once: int) -> dict[str, Any]:
     """TRL's settings for two pairs an update, `at_once` of them side by side."""
     return {
         "output_dir": str(folder.path / "trl"),
@@ -108,4 +108,4 @@ def settings(folder: Folder, at_once: int) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    side(measure, sys.argv[1:])
+    run_side_process(measure, sys.argv[1:])

@@ -16,8 +16,8 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from thinkpo_jax.models.architecture import read_architecture
-from thinkpo_jax.models.safetensors_files import WEIGHTS
-from thinkpo_jax.models.weight_mapping import expected_shapes
+from thinkpo_jax.models.safetensors_files import WEIGHTS_FILE
+from thinkpo_jax.models.weight_mapping import expected_tensor_shapes
 
 # What both sides train with. The learning rate is small, so that the losses stay comparable although packing and
 # padding put different pairs into an update.
@@ -46,7 +46,7 @@ TEMPLATE = (
 CAP, LENGTHS = 2048, {"prompt": (67, 0.5), "chosen": (1625, 0.5), "rejected": (427, 0.6)}
 
 
-class Measured(NamedTuple):
+class SideResult(NamedTuple):
     """What one side tells. Losses are means over pairs, memory is in bytes."""
 
     tokens: int  # of prompt + chosen and prompt + rejected of all pairs, without padding
@@ -58,7 +58,7 @@ class Measured(NamedTuple):
     peak: int  # ... at the end
 
 
-class Folder(NamedTuple):
+class BenchFolder(NamedTuple):
     """Where the two sides find model and pairs."""
 
     path: Path
@@ -74,19 +74,19 @@ class Folder(NamedTuple):
         return self.path / "pairs.jsonl"
 
 
-def write_folder(folder: Folder, shape: Mapping[str, Any], *, pairs: int, max_length: int) -> int:
+def write_folder(folder: BenchFolder, shape: Mapping[str, Any], *, pairs: int, max_length: int) -> int:
     """Writes model, tokenizer and pairs; gives the number of useful tokens of one epoch."""
     folder.model.mkdir(parents=True)
     rng = np.random.default_rng(SEED)
     _write_tokenizer(folder.model, shape["vocab_size"])
     limit = {"max_position_embeddings": max_length, "eos_token_id": SPECIAL.index("<end>"), "pad_token_id": 0}
     (folder.model / "config.json").write_text(json.dumps({**shape, **limit}), encoding="utf-8")
-    shapes = expected_shapes(read_architecture(folder.model))
+    shapes = expected_tensor_shapes(read_architecture(folder.model))
     tensors = {
         name: (0.02 * rng.standard_normal(size, np.float32) if len(size) > 1 else np.ones(size, np.float32))
         for name, size in shapes.items()
     }
-    save_file(tensors, folder.model / WEIGHTS, metadata={"format": "pt"})
+    save_file(tensors, folder.model / WEIGHTS_FILE, metadata={"format": "pt"})
     rows = [_row(rng, shape["vocab_size"], max_length) for _ in range(pairs)]
     folder.pairs.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     # A prompt is framed by two special tokens, an answer is closed by one.
@@ -130,13 +130,13 @@ def peak_memory() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
-def cores() -> int:
+def available_cores() -> int:
     """How many processor cores this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def side(measure: Callable[..., Measured], arguments: list[str]) -> None:
+def run_side_process(measure: Callable[..., SideResult], arguments: list[str]) -> None:
     """One side as a program: a folder, a JSON object of settings, and the file for what it measured."""
     folder, settings, out = arguments
-    found = measure(Folder(Path(folder)), **json.loads(settings))
+    found = measure(BenchFolder(Path(folder)), **json.loads(settings))
     Path(out).write_text(json.dumps(found._asdict()), encoding="utf-8")

@@ -20,34 +20,34 @@ from thinkpo_jax.runtime.config import UserError
 TEMPLATE_DATE = "26 Jul 2024"
 _MARK = "ANSWER"
 _QUESTION = "QUESTION"
-TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json")
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 _THINK = "<think>"
-EMPTY_THINKING = "<think>\n\n</think>\n\n"  # as Qwen3's template writes it
+EMPTY_THOUGHT = "<think>\n\n</think>\n\n"  # as Qwen3's template writes it
 # How thoughts open and close: R1's and Qwen3's, and Sky-T1's and Bespoke-Stratos', which mark the solution too.
-THOUGHTS = (("<think>", "</think>"), ("<|begin_of_thought|>", "<|end_of_thought|>"))
-SECTIONS = (*THOUGHTS, ("<|begin_of_solution|>", "<|end_of_solution|>"))
+THOUGHT_TAGS = (("<think>", "</think>"), ("<|begin_of_thought|>", "<|end_of_thought|>"))
+ANSWER_SECTION_TAGS = (*THOUGHT_TAGS, ("<|begin_of_solution|>", "<|end_of_solution|>"))
 
 
-class Prompt(NamedTuple):
+class RenderedPrompt(NamedTuple):
     """A rendered conversation, and its ids."""
 
     text: str
     ids: list[int]
 
     @property
-    def opening(self) -> str:
+    def open_thought_tag(self) -> str:
         """`<think>` where the prompt ends in it, so that every answer to it begins in a thought."""
         return _THINK if self.text.rstrip().endswith(_THINK) else ""
 
 
-def left_open(answer: str, tags: Sequence[tuple[str, str]] = THOUGHTS) -> bool:
+def has_unclosed_tag(answer: str, tags: Sequence[tuple[str, str]] = THOUGHT_TAGS) -> bool:
     """Whether an answer opens something and does not close it. One that closes only is whole: its prompt opened."""
     return any(answer.rfind(opening) > answer.rfind(closing) for opening, closing in tags)
 
 
-def thinks(answer: str) -> bool:
+def contains_thought(answer: str) -> bool:
     """Whether an answer holds a thought, or the end of one."""
-    return any(tag in answer for tags in THOUGHTS for tag in tags)
+    return any(tag in answer for tags in THOUGHT_TAGS for tag in tags)
 
 
 class Message(TypedDict):
@@ -58,22 +58,22 @@ class Message(TypedDict):
 
 
 @dataclass(frozen=True)
-class Chat:
+class ChatTokenizer:
     """A tokenizer with its chat template. `end_id` closes an answer; `stop_ids` end a generation.
 
     `special_ids` are the tokens that structure a conversation and have no place within a text.
     """
 
     tokenizer: Any
-    end_id: int
-    stop_ids: tuple[int, ...]
-    special_ids: frozenset[int]
+    end_of_turn_id: int
+    stop_token_ids: tuple[int, ...]
+    special_token_ids: frozenset[int]
 
     @classmethod
-    def load(cls, folder: Path, *, stop_ids: Sequence[int] = ()) -> "Chat":
+    def from_folder(cls, folder: Path, *, stop_ids: Sequence[int] = ()) -> "ChatTokenizer":
         """The tokenizer of a Hugging Face folder. Raises `UserError` where it or its chat template is missing."""
-        if not any((folder / name).is_file() for name in TOKENIZERS):
-            raise UserError(f"{folder}: no tokenizer: expected {' or '.join(TOKENIZERS)}.")
+        if not any((folder / name).is_file() for name in TOKENIZER_FILES):
+            raise UserError(f"{folder}: no tokenizer: expected {' or '.join(TOKENIZER_FILES)}.")
         try:
             tokenizer = AutoTokenizer.from_pretrained(
                 folder, trust_remote_code=False, clean_up_tokenization_spaces=False
@@ -89,7 +89,7 @@ class Chat:
         special_ids = {token_id for token_id, token in tokenizer.added_tokens_decoder.items() if token.special}
         return cls(tokenizer, end_id, tuple(sorted({end_id, *stop_ids})), frozenset(special_ids | {end_id}))
 
-    def prompt(self, messages: Sequence[Message]) -> Prompt:
+    def encode_prompt(self, messages: Sequence[Message]) -> RenderedPrompt:
         """The conversation as the template renders it, up to where the assistant's answer begins.
 
         Raises `UserError` where a turn holds a special token as text, and where the text has no ids that give it back.
@@ -101,9 +101,9 @@ class Chat:
                     "would end the turn, or begin one. Remove it from the data."
                 )
         rendered = _render(self.tokenizer, messages, add_generation_prompt=True)
-        return Prompt(rendered, _ids(self.tokenizer, rendered, "prompt"))
+        return RenderedPrompt(rendered, _ids(self.tokenizer, rendered, "prompt"))
 
-    def answer_ids(self, prompt: Prompt, answer: str) -> list[int]:
+    def encode_answer(self, prompt: RenderedPrompt, answer: str) -> list[int]:
         """Ids of an answer to a prompt with its end token: what is trained.
 
         Raises `UserError` where the text has no ids that give it back, and where it holds a special token as text: the
@@ -112,27 +112,27 @@ class Chat:
         ids = _ids(self.tokenizer, _without_opening(answer, prompt), "answer")
         if not ids:
             raise UserError(f"the answer {answer!r:.60} gives no token to train; remove the row from the data.")
-        if special := self.special_ids.intersection(ids):
+        if special := self.special_token_ids.intersection(ids):
             found = ", ".join(repr(token) for token in self.tokenizer.convert_ids_to_tokens(sorted(special)))
             raise UserError(
                 f"the answer holds {found}, special to this tokenizer. Remove it from the data: the end token is added "
                 "by itself."
             )
-        return [*ids, self.end_id]
+        return [*ids, self.end_of_turn_id]
 
-    def empty_thinking(self, prompt: Prompt) -> list[int]:
+    def encode_empty_thought(self, prompt: RenderedPrompt) -> list[int]:
         """Ids of a thinking block without content, as far as the prompt does not open it already: read, not trained."""
-        return _ids(self.tokenizer, _without_opening(EMPTY_THINKING, prompt), "empty thinking block")
+        return _ids(self.tokenizer, _without_opening(EMPTY_THOUGHT, prompt), "empty thinking block")
 
-    def thought_ends(self) -> list[list[int]]:
+    def thought_end_token_ids(self) -> list[list[int]]:
         """For each tag that ends a thought the ids that it has wherever a line begins with it.
 
         A tag that is no token of its own is told by all ids but its last, which can be one with what follows it.
         """
-        found = (self.tokenizer.encode(closing, add_special_tokens=False) for _, closing in THOUGHTS)
+        found = (self.tokenizer.encode(closing, add_special_tokens=False) for _, closing in THOUGHT_TAGS)
         return [ids[:-1] if len(ids) > 1 else ids for ids in found]
 
-    def keeps_thinking(self) -> bool:
+    def template_keeps_thoughts(self) -> bool:
         """Whether the template would keep the thinking of an answer that is handed to it as a message."""
         answer = f"<think>\n{_MARK}\n</think>\n\n4"
         messages: list[Message] = [{"role": "user", "content": _QUESTION}, {"role": "assistant", "content": answer}]
@@ -141,18 +141,18 @@ class Chat:
     @functools.cached_property
     def special_tokens(self) -> list[str]:
         """The tokens of `special_ids`."""
-        return self.tokenizer.convert_ids_to_tokens(sorted(self.special_ids))
+        return self.tokenizer.convert_ids_to_tokens(sorted(self.special_token_ids))
 
     @functools.cached_property
-    def longest_token(self) -> int:
+    def max_token_characters(self) -> int:
         """Characters of the longest token: no text of n tokens has more than n times as many."""
         return max(map(len, self.tokenizer.get_vocab()))
 
-    def lengths(self, texts: Sequence[str]) -> list[int]:
+    def count_tokens(self, texts: Sequence[str]) -> list[int]:
         """How many tokens each text has, without any that a template adds."""
         return [len(ids) for ids in self.tokenizer(list(texts), add_special_tokens=False)["input_ids"]] if texts else []
 
-    def text(self, ids: Sequence[int]) -> str:
+    def decode(self, ids: Sequence[int]) -> str:
         """The text of generated ids, without special tokens."""
         return self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
@@ -182,10 +182,10 @@ def _render(tokenizer: Any, messages: Sequence[Message], *, add_generation_promp
         raise UserError(f"the chat template refuses a conversation with the roles {roles}: {error}") from None
 
 
-def _without_opening(answer: str, prompt: Prompt) -> str:
+def _without_opening(answer: str, prompt: RenderedPrompt) -> str:
     """The answer without the `<think>`, and the gap after it, that the prompt already ends in."""
-    if prompt.opening and answer.startswith(prompt.opening):
-        return answer.removeprefix(prompt.opening).removeprefix(prompt.text[len(prompt.text.rstrip()) :])
+    if prompt.open_thought_tag and answer.startswith(prompt.open_thought_tag):
+        return answer.removeprefix(prompt.open_thought_tag).removeprefix(prompt.text[len(prompt.text.rstrip()) :])
     return answer
 
 

@@ -15,7 +15,7 @@ from thinkpo_jax.runtime.config import UserError
 class Segment:
     """Token ids of a prompt and its answer; the answer, which alone is trained, starts at `answer_start`."""
 
-    tokens: np.ndarray
+    token_ids: np.ndarray
     answer_start: int
 
 
@@ -33,21 +33,21 @@ class SourceReport:
 
     name: str
     rows: int
-    kept: int
+    num_used: int
     dropped: dict[str, int]
-    bad: dict[str, str]
-    fatal: dict[str, str]
-    cut: int
-    open_thinking: int
+    first_error_by_reason: dict[str, str]
+    stopping_error_by_reason: dict[str, str]
+    num_truncated: int
+    num_unclosed_thoughts: int
 
     def __str__(self) -> str:
         left_out = "".join(f"; {count} left out: {reason}" for reason, count in self.dropped.items())
-        cut = f"; {self.cut} answers cut" if self.cut else ""
-        return f"{self.kept} of {self.rows} rows of {self.name}{left_out}{cut}"
+        cut = f"; {self.num_truncated} answers cut" if self.num_truncated else ""
+        return f"{self.num_used} of {self.rows} rows of {self.name}{left_out}{cut}"
 
 
 @dataclass(frozen=True)
-class Part:
+class TokenizedSource:
     """The examples of one source: all ids in a row, and where the segments lie in them."""
 
     tokens: np.ndarray  # int32 [total], perhaps on the disk
@@ -67,10 +67,10 @@ class Part:
         return found.hexdigest()[:16]
 
 
-class Examples(Sequence[Example]):
+class TokenizedDataset(Sequence[Example]):
     """The examples of a stage: those of each source in their order, each as often as the source's weight says."""
 
-    def __init__(self, parts: Sequence[Part], weights: Sequence[float], *, seed: int) -> None:
+    def __init__(self, parts: Sequence[TokenizedSource], weights: Sequence[float], *, seed: int) -> None:
         self.parts, self.weights = tuple(parts), tuple(weights)
         places: list[np.ndarray] = []
         for number, (part, weight) in enumerate(zip(parts, weights, strict=True)):
@@ -79,10 +79,10 @@ class Examples(Sequence[Example]):
                 few = f"a weight of {weight:g} reads none of its {len(part.segments)} rows"
                 raise UserError(f"{part.report.name}: {few}. Raise it, or leave the source out.")
             places.append(np.stack([np.full(len(rows), number), rows], axis=-1))
-        self.places = np.concatenate(places)  # int64 [examples, 2]: part, example of it
+        self.source_and_index = np.concatenate(places)  # int64 [examples, 2]: part, example of it
 
     def __len__(self) -> int:
-        return len(self.places)
+        return len(self.source_and_index)
 
     @overload
     def __getitem__(self, index: int) -> Example: ...
@@ -91,7 +91,7 @@ class Examples(Sequence[Example]):
     def __getitem__(self, index: int | slice) -> Example | list[Example]:
         if isinstance(index, slice):
             return [self[i] for i in range(*index.indices(len(self)))]
-        part, row = self.places[index].tolist()
+        part, row = self.source_and_index[index].tolist()
         return self.parts[part][row]
 
     @property
@@ -99,30 +99,30 @@ class Examples(Sequence[Example]):
         """What became of the rows of each source."""
         return tuple(part.report for part in self.parts)
 
-    def notes(self) -> list[str]:
+    def describe_sources(self) -> list[str]:
         """For each source, what became of its rows and how often an epoch reads them."""
         return [
             str(part.report) + (f"; each read {weight:g} times an epoch" if weight != 1 else "")
             for part, weight in zip(self.parts, self.weights, strict=True)
         ]
 
-    def names(self, indices: Sequence[int]) -> str:
+    def describe_examples(self, indices: Sequence[int]) -> str:
         """Examples as a person can find them: which of the kept rows of which source."""
         found: dict[str, list[int]] = {}
-        for part, row in self.places[sorted(indices)].tolist():
+        for part, row in self.source_and_index[sorted(indices)].tolist():
             found.setdefault(self.parts[part].report.name, []).append(row + 1)
         return "; ".join(f"{name}: {', '.join(map(str, rows))}" for name, rows in found.items())
 
     def digest(self) -> str:
         """A digest of all ids and answer spans: whether a resumed stage still reads the same data."""
         parts = " ".join(part.digest for part in self.parts)
-        return hashlib.sha256(parts.encode() + self.places.tobytes()).hexdigest()[:16]
+        return hashlib.sha256(parts.encode() + self.source_and_index.tobytes()).hexdigest()[:16]
 
-    def spans(self) -> np.ndarray:
+    def prompt_and_answer_lengths(self) -> np.ndarray:
         """Tokens of the prompt and of the answer of each segment: int64 [examples, segments, 2]."""
         found = [np.diff(part.segments, axis=-1) for part in self.parts]
         starts = np.cumsum([0, *map(len, found)])[:-1]
-        return np.concatenate(found)[starts[self.places[:, 0]] + self.places[:, 1]]
+        return np.concatenate(found)[starts[self.source_and_index[:, 0]] + self.source_and_index[:, 1]]
 
 
 def _weighted(count: int, weight: float, *, seed: tuple[int, int]) -> np.ndarray:

@@ -17,14 +17,14 @@ from pathlib import Path
 import numpy as np
 import pydantic
 
-from thinkpo_jax.runtime.config import Section
+from thinkpo_jax.runtime.config import ConfigSection
 
 DIGITS = 6
 MARKS = "?!."
 RIGHT_SHORT_ANSWERS = 0.8  # the paper's share: 8,080 right and 2,000 wrong rejected answers
 
 
-class MiniatureData(Section):
+class MiniatureData(ConfigSection):
     """Generated questions. Held-out questions and training questions never overlap, whatever the seed.
 
     `marks` are taken in turn. `short_share` holds for each of `?`, `!`, `.` how many of the `mixed` answers are short.

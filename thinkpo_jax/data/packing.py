@@ -7,10 +7,10 @@ import numpy as np
 import pydantic
 
 from thinkpo_jax.data.examples import Example
-from thinkpo_jax.runtime.config import Section, UserError
+from thinkpo_jax.runtime.config import ConfigSection, UserError
 
 
-class ValidationConfig(Section):
+class ValidationConfig(ConfigSection):
     """Examples that are not trained, for the loss and the metrics on what the model has not seen.
 
     `share` of the examples are held out, all examples of a prompt together; they are computed before the first update,
@@ -21,7 +21,7 @@ class ValidationConfig(Section):
     every: int = pydantic.Field(default=50, ge=1)
 
 
-def pack(sizes: np.ndarray, limits: Sequence[int], order: np.ndarray) -> list[list[int]]:
+def pack_best_fit(sizes: np.ndarray, limits: Sequence[int], order: np.ndarray) -> list[list[int]]:
     """Rows of example indices: best fit, longest first; among equal lengths the given order decides.
 
     Every index of `order` stands in exactly one row. `sizes` [n, k] are what an example takes of each of the k things
@@ -47,7 +47,7 @@ def pack(sizes: np.ndarray, limits: Sequence[int], order: np.ndarray) -> list[li
     return rows
 
 
-def held_out(examples: Sequence[Example], share: float, *, seed: int) -> np.ndarray:
+def split_held_out(examples: Sequence[Example], fraction: float, *, seed: int) -> np.ndarray:
     """The indices of about `share` of the examples, drawn by prompt: one prompt is never on both sides.
 
     Prompts that would go far beyond the share are passed over; where that leaves none, it is the one with the fewest
@@ -55,12 +55,12 @@ def held_out(examples: Sequence[Example], share: float, *, seed: int) -> np.ndar
     """
     groups: dict[bytes, list[int]] = {}
     for index, example in enumerate(examples):
-        groups.setdefault(example[0].tokens[: example[0].answer_start].tobytes(), []).append(index)
+        groups.setdefault(example[0].token_ids[: example[0].answer_start].tobytes(), []).append(index)
     prompts = list(groups.values())
     if len(prompts) < 2:
         raise UserError("validation: all examples have the same prompt. Leave `validation` out, or add data.")
     drawn: list[int] = []
     for number in np.random.default_rng((seed, len(examples))).permutation(len(prompts)).tolist():
-        if len(drawn) + len(prompts[number]) / 2 <= share * len(examples):
+        if len(drawn) + len(prompts[number]) / 2 <= fraction * len(examples):
             drawn += prompts[number]
     return np.sort(np.array(drawn or min(prompts, key=len)))

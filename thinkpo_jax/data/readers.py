@@ -15,22 +15,33 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from thinkpo_jax.data.sources import FILES, BadRow, Row, Source, is_file
-from thinkpo_jax.runtime.config import UserError, nearest
-from thinkpo_jax.runtime.console import warn
+from thinkpo_jax.data.sources import DATA_FILE_SUFFIXES, DataSourceConfig, Record, RecordError, has_data_file_suffix
+from thinkpo_jax.runtime.config import UserError, did_you_mean
+from thinkpo_jax.runtime.console import log_warning
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 
-OTHER_FILES = (".json", ".csv", ".tsv", ".txt", ".gz", ".zst", ".arrow")  # other dots belong to a Hub id: owner/v1.5
-SAVED = ("state.json", "dataset_dict.json")  # what Dataset.save_to_disk and DatasetDict.save_to_disk write
-LONGEST_LINE = 2**28  # bytes; a file without line ends is no JSONL, and must not fill the memory
+UNSUPPORTED_FILE_SUFFIXES = (
+    ".json",
+    ".csv",
+    ".tsv",
+    ".txt",
+    ".gz",
+    ".zst",
+    ".arrow",
+)  # other dots belong to a Hub id: owner/v1.5
+SAVE_TO_DISK_MARKERS = (
+    "state.json",
+    "dataset_dict.json",
+)  # what Dataset.save_to_disk and DatasetDict.save_to_disk write
+MAX_LINE_BYTES = 2**28  # bytes; a file without line ends is no JSONL, and must not fill the memory
 
 PARQUET_ROWS = 64
 # How an Arrow stream and an Arrow file end; what ends otherwise was cut short, which a reader may not notice.
-ARROW_ENDS = (b"\xff\xff\xff\xff\0\0\0\0", b"ARROW1")
+ARROW_END_MARKERS = (b"\xff\xff\xff\xff\0\0\0\0", b"ARROW1")
 
 
-def read_rows(source: Source, *, seed: int) -> Iterator[tuple[str, Row | BadRow]]:
+def iterate_records(source: DataSourceConfig, *, seed: int) -> Iterator[tuple[str, Record | RecordError]]:
     """(place, row) for each row, at most `limit`; the place is what an error names. A row that is none is a `BadRow`.
 
     Raises `UserError` where the source as a whole cannot be read, and where it has no rows.
@@ -43,15 +54,15 @@ def read_rows(source: Source, *, seed: int) -> Iterator[tuple[str, Row | BadRow]
         raise UserError(f"{source.name}: there are no rows, expected at least one.")
 
 
-def good_rows(source: Source, *, seed: int) -> Iterator[tuple[str, Row]]:
+def iterate_valid_records(source: DataSourceConfig, *, seed: int) -> Iterator[tuple[str, Record]]:
     """As `read_rows`, but a `BadRow` is raised."""
-    for place, row in read_rows(source, seed=seed):
-        if isinstance(row, BadRow):
+    for place, row in iterate_records(source, seed=seed):
+        if isinstance(row, RecordError):
             raise row
         yield place, row
 
 
-def identity(source: Source, *, seed: int) -> str:
+def source_fingerprint(source: DataSourceConfig, *, seed: int) -> str:
     """A text that changes when the rows of the source do: digests of its files, or the commit of its data set."""
     if source.generate is not None:
         return f"{source.generate.model_dump_json()} seed {seed}"
@@ -75,7 +86,7 @@ def _file_digest(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _all_rows(source: Source, seed: int) -> Iterator[tuple[str, Row | BadRow]]:
+def _all_rows(source: DataSourceConfig, seed: int) -> Iterator[tuple[str, Record | RecordError]]:
     if source.generate is not None:
         yield from ((f"generated question {i}", row) for i, row in enumerate(source.generate.rows(seed)))
         return
@@ -88,15 +99,15 @@ def _all_rows(source: Source, seed: int) -> Iterator[tuple[str, Row | BadRow]]:
         yield from _jsonl_rows(path)
 
 
-def _checked(source: Source) -> Path:
+def _checked(source: DataSourceConfig) -> Path:
     """The path of a source, once it is seen that it may be one. Raises `UserError`."""
     path = source.location
-    expected = f"expected a file ({', '.join(FILES)}), a folder or a Hub id (owner/name)"
+    expected = f"expected a file ({', '.join(DATA_FILE_SUFFIXES)}), a folder or a Hub id (owner/name)"
     try:
         folder, exists, empty = path.is_dir(), path.exists(), path.is_dir() and not any(path.iterdir())
     except OSError as error:
         raise UserError(f"{source.name}: cannot be read: {error}. Take a path that you may read.") from None
-    if is_file(path.name):
+    if has_data_file_suffix(path.name):
         if not path.is_file():
             found = "found a folder" if folder else "found no plain file" if exists else "there is no such file"
             raise UserError(f"{path}: {found}; {expected}.")
@@ -105,7 +116,7 @@ def _checked(source: Source) -> Path:
             raise UserError(f"{source.name}: {expected}, found an empty folder.")
         if source.revision is not None:
             raise UserError(f"{source.name}: `revision` is for a data set of the Hub, a folder has none. Leave it out.")
-    elif exists or path.name.endswith(OTHER_FILES) or not HUB_ID.fullmatch(str(source.path)):
+    elif exists or path.name.endswith(UNSUPPORTED_FILE_SUFFIXES) or not HUB_ID.fullmatch(str(source.path)):
         raise UserError(f"{source.name}: {expected}, found {'another kind of' if exists else 'no such'} file.")
     elif str(source.path) in _formats():
         raise UserError(f"{source.name}: {expected}, found the name of a format. Name the file or its folder.")
@@ -119,15 +130,15 @@ def _formats() -> set[str]:
     return {module.name for module in pkgutil.iter_modules(datasets.packaged_modules.__path__)}
 
 
-def _jsonl_rows(path: Path) -> Iterator[tuple[str, Row | BadRow]]:
+def _jsonl_rows(path: Path) -> Iterator[tuple[str, Record | RecordError]]:
     number = 0
     try:
         with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
             # Bytes end a line at \n alone; a text may hold U+2028.
-            for number, line in enumerate(iter(lambda: file.readline(LONGEST_LINE), b""), 1):
-                if len(line) == LONGEST_LINE:
+            for number, line in enumerate(iter(lambda: file.readline(MAX_LINE_BYTES), b""), 1):
+                if len(line) == MAX_LINE_BYTES:
                     raise UserError(
-                        f"{path}, line {number}: longer than {LONGEST_LINE} bytes; expected one row per line."
+                        f"{path}, line {number}: longer than {MAX_LINE_BYTES} bytes; expected one row per line."
                     )
                 if line.strip():
                     place = f"{path}, line {number}"
@@ -137,18 +148,18 @@ def _jsonl_rows(path: Path) -> Iterator[tuple[str, Row | BadRow]]:
         raise UserError(f"{path}{after}: cannot be read: {error}. Write the file again.") from None
 
 
-def _json_object(line: bytes, place: str) -> Row | BadRow:
+def _json_object(line: bytes, place: str) -> Record | RecordError:
     try:
         row = json.loads(line.decode("utf-8-sig"), object_pairs_hook=_unique)
     except UnicodeDecodeError as error:
-        return BadRow("not UTF-8", f"{place}: not valid UTF-8: {error}. Convert the file to UTF-8.")
+        return RecordError("not UTF-8", f"{place}: not valid UTF-8: {error}. Convert the file to UTF-8.")
     except json.JSONDecodeError as error:
         problem = f"not valid JSON: {error.msg}, at character {error.pos + 1}. Expected one object per line."
-        return BadRow("not JSON", f"{place}: {problem}")
+        return RecordError("not JSON", f"{place}: {problem}")
     except (ValueError, RecursionError) as error:  # a number of thousands of digits, or thousands of brackets
-        return BadRow("not JSON", f"{place}: cannot be read as JSON: {error}.")
+        return RecordError("not JSON", f"{place}: cannot be read as JSON: {error}.")
     if not isinstance(row, dict):
-        return BadRow("not an object", f"{place}: expected a JSON object, found {type(row).__name__}.")
+        return RecordError("not an object", f"{place}: expected a JSON object, found {type(row).__name__}.")
     return row
 
 
@@ -160,7 +171,7 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
-def _parquet_rows(path: Path) -> Iterator[tuple[str, Row | BadRow]]:
+def _parquet_rows(path: Path) -> Iterator[tuple[str, Record | RecordError]]:
     import pyarrow
     from pyarrow import parquet
 
@@ -183,20 +194,22 @@ def _parquet_rows(path: Path) -> Iterator[tuple[str, Row | BadRow]]:
         raise UserError(f"{path}: cannot be read as Parquet, after {number} rows: {reason}. Write it again.") from None
 
 
-def _plain_row(read: Callable[[], Row], place: str) -> Row | BadRow:
+def _plain_row(read: Callable[[], Record], place: str) -> Record | RecordError:
     """What `read` gives, of values that Python has."""
     try:
         return read()
     except UnicodeDecodeError as error:
-        return BadRow("not UTF-8", f"{place}: holds a text that is not valid UTF-8: {error}.")
+        return RecordError("not UTF-8", f"{place}: holds a text that is not valid UTF-8: {error}.")
     except (ValueError, OverflowError) as error:  # such as a date of the year 5,000,000, or a time zone of nowhere
         reason = str(error).rstrip(".")
-        return BadRow("not readable", f"{place}: holds a value that cannot be read: {reason}. Leave the column out.")
+        return RecordError(
+            "not readable", f"{place}: holds a value that cannot be read: {reason}. Leave the column out."
+        )
 
 
-def _dataset_rows(source: Source, path: Path) -> Iterator[tuple[str, Row | BadRow]]:
+def _dataset_rows(source: DataSourceConfig, path: Path) -> Iterator[tuple[str, Record | RecordError]]:
     with _loading(source):
-        reads: Iterator[Callable[[], Row]] = _reads(_saved(source, path) if _is_saved(path) else _load(source))
+        reads: Iterator[Callable[[], Record]] = _reads(_saved(source, path) if _is_saved(path) else _load(source))
     for number in itertools.count():
         place = f"{source.name}, row {number}"
         with _loading(source, f", after {number} rows" if number else ""):
@@ -207,7 +220,7 @@ def _dataset_rows(source: Source, path: Path) -> Iterator[tuple[str, Row | BadRo
         yield place, row
 
 
-def _reads(rows: Any) -> Iterator[Callable[[], Row]]:
+def _reads(rows: Any) -> Iterator[Callable[[], Record]]:
     """What gives each row, so that a bad one leaves the others readable where they have numbers."""
     import datasets  # slow to import, and only this branch needs it
 
@@ -216,7 +229,7 @@ def _reads(rows: Any) -> Iterator[Callable[[], Row]]:
     return (lambda row=row: row for row in rows)
 
 
-def _load(source: Source) -> Any:
+def _load(source: DataSourceConfig) -> Any:
     import datasets
 
     local = source.location.is_dir()
@@ -231,10 +244,10 @@ def _load(source: Source) -> Any:
 
 
 def _is_saved(path: Path) -> bool:
-    return any((path / name).is_file() for name in SAVED)
+    return any((path / name).is_file() for name in SAVE_TO_DISK_MARKERS)
 
 
-def _saved(source: Source, path: Path) -> Any:
+def _saved(source: DataSourceConfig, path: Path) -> Any:
     import datasets
 
     if source.subset is not None:
@@ -249,7 +262,7 @@ def _saved(source: Source, path: Path) -> Any:
         return found
     if source.split not in found:
         splits = [str(name) for name in found]
-        raise UserError(f"{path}: no split {source.split!r}{nearest(source.split, splits)}; there are: {splits}.")
+        raise UserError(f"{path}: no split {source.split!r}{did_you_mean(source.split, splits)}; there are: {splits}.")
     return found[source.split]
 
 
@@ -258,24 +271,24 @@ def _check_arrow(folder: Path) -> None:
     for path in sorted(folder.rglob("*.arrow")):
         with path.open("rb") as file:
             file.seek(-min(path.stat().st_size, 8), io.SEEK_END)
-            if not file.read().endswith(ARROW_ENDS):
+            if not file.read().endswith(ARROW_END_MARKERS):
                 raise UserError(f"{path}: not Arrow, or cut short. Write it again.")
 
 
-def _check_files(source: Source, builder: Any) -> None:
+def _check_files(source: DataSourceConfig, builder: Any) -> None:
     """Raises `UserError` for a file outside the folder, which no identity tells; warns of one that is in no split."""
     root = source.location.resolve()
     named = {Path(os.path.normpath(file)) for files in (builder.config.data_files or {}).values() for file in files}
     if outside := sorted(str(file) for file in named if not file.is_relative_to(root)):
         raise UserError(f"{source.name}: its README.md names {outside[0]}, which is not in the folder. Move it there.")
-    files = {file for file in root.rglob("*") if file.name.endswith(FILES)}
+    files = {file for file in root.rglob("*") if file.name.endswith(DATA_FILE_SUFFIXES)}
     if len(builder.builder_configs) < 2 and (left := sorted(files - named)):  # what other subsets have is not lost
         advice = "Name them under `configs:` in its README.md, or give all the same kind and no split in their names."
-        warn(f"{source.name}: {len(left)} files are in no split and are not read, such as {left[0]}. {advice}")
+        log_warning(f"{source.name}: {len(left)} files are in no split and are not read, such as {left[0]}. {advice}")
 
 
 @contextlib.contextmanager
-def _loading(source: Source, after: str = "") -> Iterator[None]:
+def _loading(source: DataSourceConfig, after: str = "") -> Iterator[None]:
     """Whatever goes wrong within `datasets` becomes a `UserError` that names the source."""
     try:
         yield

@@ -7,30 +7,32 @@ from typing import Any
 import pydantic
 
 from thinkpo_jax.data.miniature import MiniatureData
-from thinkpo_jax.runtime.config import PathText, Section, UserError
+from thinkpo_jax.runtime.config import ConfigPath, ConfigSection, UserError
 
-Row = Mapping[str, Any]
+Record = Mapping[str, Any]
 
-FILES = (".jsonl", ".jsonl.gz", ".parquet")
+DATA_FILE_SUFFIXES = (".jsonl", ".jsonl.gz", ".parquet")
 
-LONGEST_MESSAGE = 2000  # characters; it may quote the keys of a row, of which some have millions
+MAX_MESSAGE_CHARACTERS = 2000  # characters; it may quote the keys of a row, of which some have millions
 
 
-class BadRow(UserError):  # noqa: N818 -- it is a value more often than it is raised
+class RecordError(UserError):
     """A row that cannot be used: `reason` is the kind of fault, the message says where and what."""
 
     def __init__(self, reason: str, message: str) -> None:
         printable = message.encode(errors="backslashreplace").decode()  # a key may be half of a character
-        super().__init__(printable if len(printable) <= LONGEST_MESSAGE else f"{printable[:LONGEST_MESSAGE]} ...")
+        super().__init__(
+            printable if len(printable) <= MAX_MESSAGE_CHARACTERS else f"{printable[:MAX_MESSAGE_CHARACTERS]} ..."
+        )
         self.reason = reason
 
 
-def is_file(path: str) -> bool:
+def has_data_file_suffix(path: str) -> bool:
     """Whether a `path` names a file, not a folder or a data set of the Hub."""
-    return path.endswith(FILES)
+    return path.endswith(DATA_FILE_SUFFIXES)
 
 
-class Source(Section):
+class DataSourceConfig(ConfigSection):
     """Where rows come from: `path` (a file, a folder, or a data set of the Hub) or `generate`.
 
     Files: .jsonl, .jsonl.gz, .parquet. Folders: what `Dataset.save_to_disk` wrote, or a data set as it lies on the Hub.
@@ -38,7 +40,7 @@ class Source(Section):
     keeping all of it on the disk first. At most `limit` rows are read.
     """
 
-    path: PathText | None = None
+    path: ConfigPath | None = None
     split: str = "train"
     subset: str | None = None
     revision: str | None = None
@@ -47,11 +49,11 @@ class Source(Section):
     limit: int | None = pydantic.Field(default=None, ge=1)
 
     @pydantic.model_validator(mode="after")
-    def _one_source(self) -> "Source":
+    def _one_source(self) -> "DataSourceConfig":
         if (self.path is None) == (self.generate is None):
             raise ValueError("give either `path` or `generate`, one of the two")
         within = (self.split != "train", self.subset is not None, self.revision is not None, self.streaming)
-        if any(within) and (self.path is None or is_file(self.path)):
+        if any(within) and (self.path is None or has_data_file_suffix(self.path)):
             raise ValueError(
                 "`split`, `subset`, `revision` and `streaming` are for a data set; a file has none of them"
             )

@@ -23,46 +23,61 @@ from typing import BinaryIO
 
 import numpy as np
 
-from thinkpo_jax.data.chat_tokenizer import Chat, Prompt, left_open, thinks
-from thinkpo_jax.data.examples import Example, Examples, Part, Segment, SourceReport
-from thinkpo_jax.data.readers import identity, read_rows
-from thinkpo_jax.data.record_formats import Asked, Columns, Data, PairData, asked, detected
-from thinkpo_jax.data.sources import BadRow, Row
+from thinkpo_jax.data.chat_tokenizer import ChatTokenizer, RenderedPrompt, contains_thought, has_unclosed_tag
+from thinkpo_jax.data.examples import Example, Segment, SourceReport, TokenizedDataset, TokenizedSource
+from thinkpo_jax.data.readers import iterate_records, source_fingerprint
+from thinkpo_jax.data.record_formats import (
+    ColumnConfig,
+    PreferenceDataConfig,
+    PromptAnswers,
+    StageDataConfig,
+    infer_columns,
+    parse_record,
+)
+from thinkpo_jax.data.sources import Record, RecordError
 from thinkpo_jax.runtime.config import UserError
-from thinkpo_jax.runtime.console import Progress, warn
-from thinkpo_jax.runtime.files import cache_folder
+from thinkpo_jax.runtime.console import ProgressReporter, log_warning
+from thinkpo_jax.runtime.files import token_cache_folder
 
-FORMAT = 1  # of what is kept on disk; raised whenever the same rows give other ids, or the files another layout
-CHUNK = 256  # rows that are tokenised at a time
+CACHE_FORMAT_VERSION = (
+    1  # of what is kept on disk; raised whenever the same rows give other ids, or the files another layout
+)
+RECORDS_PER_CHUNK = 256  # rows that are tokenised at a time
 TOKENS, SEGMENTS, REPORT = "tokens.int32", "segments.npy", "report.json"
-SHRINK = 4  # as many characters a tokenizer's normalisation may make one of
+MAX_NORMALIZATION_SHRINK = 4  # as many characters a tokenizer's normalisation may make one of
 
 
-def prepare(
-    configs: Sequence[Data], chat: Chat, *, row_length: int, seed: int, title: str = "data", keep_going: bool = False
-) -> Examples:
+def tokenize_sources(
+    configs: Sequence[StageDataConfig],
+    chat: ChatTokenizer,
+    *,
+    row_length: int,
+    seed: int,
+    title: str = "data",
+    keep_going: bool = False,
+) -> TokenizedDataset:
     """The tokenised examples of several sources; there may be none left.
 
     Raises `UserError` for a source that cannot be read, and with the place of the first row for which the config says
     that the run stops; with `keep_going` such rows are only counted. What comes from files and data sets is kept below
     `cache_folder()` by content, so that the same rows, tokenizer and settings are prepared once.
     """
-    parts: list[Part] = []
+    parts: list[TokenizedSource] = []
     for config in configs:
         work = _Work(config, chat, row_length, seed, title, keep_going)
         part = _generated(work) if config.generate is not None else _kept_or_made(work)
-        if part.report.fatal and not keep_going:
-            raise UserError(next(iter(part.report.fatal.values())))
+        if part.report.stopping_error_by_reason and not keep_going:
+            raise UserError(next(iter(part.report.stopping_error_by_reason.values())))
         parts.append(part)
-    return Examples(parts, [config.weight for config in configs], seed=seed)
+    return TokenizedDataset(parts, [config.weight for config in configs], seed=seed)
 
 
 @dataclass(frozen=True)
 class _Work:
     """The rows of one source, and what to make of them."""
 
-    config: Data
-    chat: Chat
+    config: StageDataConfig
+    chat: ChatTokenizer
     row_length: int
     seed: int
     title: str
@@ -75,28 +90,28 @@ class _Work:
             tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast else sorted(tokenizer.get_vocab().items())
         )
         found = {
-            "format": FORMAT,
+            "format": CACHE_FORMAT_VERSION,
             "tokenizers": importlib.metadata.version("tokenizers"),
             "tokenizer": hashlib.sha256(
                 repr((vocabulary, tokenizer.chat_template, tokenizer.special_tokens_map)).encode()
             ).hexdigest(),
-            "end": self.chat.end_id,
-            "special": sorted(self.chat.special_ids),
-            "rows": identity(self.config, seed=self.seed),
+            "end": self.chat.end_of_turn_id,
+            "special": sorted(self.chat.special_token_ids),
+            "rows": source_fingerprint(self.config, seed=self.seed),
             "config": self.config.model_dump(mode="json", exclude={"weight"}),
             "row_length": self.row_length,
         }
         return hashlib.sha256(json.dumps(found, sort_keys=True).encode()).hexdigest()[:32]
 
 
-def _generated(work: _Work) -> Part:
+def _generated(work: _Work) -> TokenizedSource:
     buffer = io.BytesIO()
     segments, report = _write(work, buffer)
-    return Part(np.frombuffer(buffer.getvalue(), np.int32), segments, report)
+    return TokenizedSource(np.frombuffer(buffer.getvalue(), np.int32), segments, report)
 
 
-def _kept_or_made(work: _Work) -> Part:
-    place = cache_folder() / work.key()
+def _kept_or_made(work: _Work) -> TokenizedSource:
+    place = token_cache_folder() / work.key()
     try:
         if (kept := _kept(place)) is not None:
             return kept
@@ -107,7 +122,7 @@ def _kept_or_made(work: _Work) -> Part:
             with (entry / TOKENS).open("wb") as file:
                 segments, report = _write(work, file)
             np.save(entry / SEGMENTS, segments)
-            part = Part(_mapped(entry / TOKENS), segments, report)
+            part = TokenizedSource(_mapped(entry / TOKENS), segments, report)
             (entry / REPORT).write_text(json.dumps({"digest": part.digest, "report": asdict(report)}), encoding="utf-8")
             if not place.exists():
                 with contextlib.suppress(OSError):  # another process was first: its entry is as good
@@ -118,19 +133,19 @@ def _kept_or_made(work: _Work) -> Part:
         raise UserError(f"{place.parent}: {problem}. Set XDG_CACHE_HOME to a folder with room.") from None
 
 
-def _kept(place: Path) -> Part | None:
+def _kept(place: Path) -> TokenizedSource | None:
     """What was prepared before, once it is seen that it is whole."""
     if not place.exists():
         return None
     try:
         record = json.loads((place / REPORT).read_text(encoding="utf-8"))
         segments = np.load(place / SEGMENTS, allow_pickle=False)
-        part = Part(_mapped(place / TOKENS), segments, SourceReport(**record["report"]))
+        part = TokenizedSource(_mapped(place / TOKENS), segments, SourceReport(**record["report"]))
         if part.digest == record["digest"]:
             return part
     except (OSError, ValueError, KeyError, TypeError, EOFError):
         pass
-    warn(f"{place}: damaged; the tokens are prepared again.")
+    log_warning(f"{place}: damaged; the tokens are prepared again.")
     shutil.rmtree(place)
     return None
 
@@ -143,20 +158,20 @@ def _mapped(path: Path) -> np.ndarray:
 def _write(work: _Work, file: BinaryIO) -> tuple[np.ndarray, SourceReport]:
     """Tokenises all rows of a source, in their order; ids are written as they come. Segments as in `Part`."""
     config = work.config
-    rows = read_rows(config, seed=work.seed)
-    form: Columns | None = None
+    rows = iterate_records(config, seed=work.seed)
+    form: ColumnConfig | None = None
     spans: list[list[tuple[int, int, int]]] = []
     dropped, bad, fatal = Counter[str](), dict[str, str](), dict[str, str]()
     read = end = cut = open_thinking = 0
     with (
         ThreadPoolExecutor(os.cpu_count()) as pool,
-        contextlib.closing(Progress(work.title, None, unit="row")) as progress,
+        contextlib.closing(ProgressReporter(work.title, None, unit="row")) as progress,
     ):
-        while chunk := list(itertools.islice(rows, CHUNK)):
+        while chunk := list(itertools.islice(rows, RECORDS_PER_CHUNK)):
             form = form or _form(config, chunk)
             for found in pool.map(functools.partial(_example, work, form or config), chunk):
                 read += 1
-                if isinstance(found, BadRow):
+                if isinstance(found, RecordError):
                     dropped[found.reason] += 1
                     stops = (config.over_length if isinstance(found, _TooLong) else config.on_bad_row) == "raise"
                     if stops and not work.keep_going:
@@ -168,30 +183,30 @@ def _write(work: _Work, file: BinaryIO) -> tuple[np.ndarray, SourceReport]:
                     continue
                 spans.append([])
                 for segment in found.segments:
-                    file.write(segment.tokens.tobytes())
-                    spans[-1].append((end, end + segment.answer_start, end + len(segment.tokens)))
-                    end += len(segment.tokens)
+                    file.write(segment.token_ids.tobytes())
+                    spans[-1].append((end, end + segment.answer_start, end + len(segment.token_ids)))
+                    end += len(segment.token_ids)
                 cut += found.cut
                 open_thinking += found.open_thinking
             progress.update(read, {"left out": str(dropped.total())} if dropped else None)
     file.flush()
-    answers = 2 if isinstance(config, PairData) else 1
+    answers = 2 if isinstance(config, PreferenceDataConfig) else 1
     report = SourceReport(config.name, read, len(spans), dict(dropped), bad, fatal, cut, open_thinking)
     return np.array(spans, np.int64).reshape(-1, answers, 3), report
 
 
-def _form(config: Data, rows: Iterable[tuple[str, Row | BadRow]]) -> Columns | None:
+def _form(config: StageDataConfig, rows: Iterable[tuple[str, Record | RecordError]]) -> ColumnConfig | None:
     """The config with its columns, as the first row that tells has them."""
     for place, row in rows:
-        if not isinstance(row, BadRow):
+        if not isinstance(row, RecordError):
             try:
-                return detected(config, row, place)
-            except BadRow:
+                return infer_columns(config, row, place)
+            except RecordError:
                 continue
     return None
 
 
-class _TooLong(BadRow):
+class _TooLong(RecordError):
     """A row that does not fit `row_length`."""
 
 
@@ -202,14 +217,16 @@ class _Tokenised:
     open_thinking: bool
 
 
-def _example(work: _Work, form: Columns, placed: tuple[str, Row | BadRow]) -> _Tokenised | BadRow:
+def _example(work: _Work, form: ColumnConfig, placed: tuple[str, Record | RecordError]) -> _Tokenised | RecordError:
     """The segments of a row, or why there are none."""
     place, row = placed
-    if isinstance(row, BadRow):
+    if isinstance(row, RecordError):
         return row
     try:
-        found = asked(detected(form, row, place), row, place)
-        most = SHRINK * work.row_length * work.chat.longest_token  # characters; more are never tokenised
+        found = parse_record(infer_columns(form, row, place), row, place)
+        most = (
+            MAX_NORMALIZATION_SHRINK * work.row_length * work.chat.max_token_characters
+        )  # characters; more are never tokenised
         characters = sum(len(message["content"].strip()) for message in found.messages)
         if work.config.over_length == "cut":
             found = found._replace(answers=tuple(answer[: most + 1] for answer in found.answers))
@@ -217,12 +234,12 @@ def _example(work: _Work, form: Columns, placed: tuple[str, Row | BadRow]) -> _T
             characters += sum(map(len, found.answers))
         if characters > most:
             raise _too_long(work, place, f"{characters} characters")
-        prompt = work.chat.prompt(found.messages)
+        prompt = work.chat.encode_prompt(found.messages)
         prompts, answers = _ids(work, form, found, prompt)
-    except BadRow as error:
+    except RecordError as error:
         return error
     except UserError as error:  # of the tokenizer or its template
-        return BadRow("cannot be tokenised", f"{place}: {error}")
+        return RecordError("cannot be tokenised", f"{place}: {error}")
     kept = _fit([len(ids) for ids in prompts], [len(ids) for ids in answers], work.row_length)
     whole = [len(ids) for ids in answers]
     if kept is None or (kept != whole and work.config.over_length != "cut"):
@@ -234,9 +251,11 @@ def _example(work: _Work, form: Columns, placed: tuple[str, Row | BadRow]) -> _T
     if len(answers) == 2 and answers[0][: kept[0]] == answers[1][: kept[1]]:
         if kept != whole:
             return _TooLong("identical after the cut", f"{place}: the two answers are the same after they were cut.")
-        return BadRow("identical answers", f"{place}: the two answers have the same tokens; a pair needs two answers.")
-    first = found.answers[0] if kept[0] == whole[0] else work.chat.text(answers[0][: kept[0]])
-    return _Tokenised(segments, sum(map(operator.ne, kept, whole)), left_open(prompt.opening + first))
+        return RecordError(
+            "identical answers", f"{place}: the two answers have the same tokens; a pair needs two answers."
+        )
+    first = found.answers[0] if kept[0] == whole[0] else work.chat.decode(answers[0][: kept[0]])
+    return _Tokenised(segments, sum(map(operator.ne, kept, whole)), has_unclosed_tag(prompt.open_thought_tag + first))
 
 
 def _too_long(work: _Work, place: str, found: str) -> _TooLong:
@@ -244,12 +263,18 @@ def _too_long(work: _Work, place: str, found: str) -> _TooLong:
     return _TooLong(f"longer than {limit}", f"{place}: {found} do not fit {limit}. Raise it, or drop over-long rows.")
 
 
-def _ids(work: _Work, form: Columns, found: Asked, prompt: Prompt) -> tuple[list[list[int]], list[list[int]]]:
+def _ids(
+    work: _Work, form: ColumnConfig, found: PromptAnswers, prompt: RenderedPrompt
+) -> tuple[list[list[int]], list[list[int]]]:
     """For each answer the ids that are read before it, and its own with the end token."""
     prompts = [prompt.ids] * len(found.answers)
-    answers = [work.chat.answer_ids(prompt, answer) for answer in found.answers]
-    if isinstance(form, PairData) and form.rejected_thinking == "empty_block" and not thinks(found.answers[1]):
-        prompts[1] = prompt.ids + work.chat.empty_thinking(prompt)
+    answers = [work.chat.encode_answer(prompt, answer) for answer in found.answers]
+    if (
+        isinstance(form, PreferenceDataConfig)
+        and form.rejected_thinking == "empty_block"
+        and not contains_thought(found.answers[1])
+    ):
+        prompts[1] = prompt.ids + work.chat.encode_empty_thought(prompt)
     return prompts, answers
 
 

@@ -8,23 +8,23 @@ from typing import Any
 
 from thinkpo_jax.data.chat_tokenizer import Message
 from thinkpo_jax.data.miniature import MiniatureData
-from thinkpo_jax.data.readers import good_rows
-from thinkpo_jax.data.sources import Source, is_file
+from thinkpo_jax.data.readers import iterate_valid_records
+from thinkpo_jax.data.sources import DataSourceConfig, has_data_file_suffix
 from thinkpo_jax.evaluation.evaluation_config import BenchmarkConfig
-from thinkpo_jax.evaluation.grading import boxed_answers, marked_answers
+from thinkpo_jax.evaluation.grading import grade_boxed, grade_marked
 from thinkpo_jax.runtime.config import UserError
 
-Checker = Callable[[Sequence[str], Sequence[str]], list[bool]]
-BOXED = "Return your final response within \\boxed{}. "
+Grader = Callable[[Sequence[str], Sequence[str]], list[bool]]
+BOXED_INSTRUCTION = "Return your final response within \\boxed{}. "
 
 
 @dataclass(frozen=True)
-class Benchmark:
+class BenchmarkSpec:
     """Where the questions of a benchmark come from, how they are asked and how answers are checked."""
 
     question: str
     reference: Callable[[Mapping[str, Any]], str]
-    check: Checker
+    check: Grader
     prefix: str = ""
     hub: str | None = None
     subset: str | None = None
@@ -40,12 +40,16 @@ def _after_hashes(row: Mapping[str, Any]) -> str:
     return reference.strip().replace(",", "") if hashes else ""
 
 
-TABLE: dict[str, Benchmark] = {
-    "miniature": Benchmark("question", _column("answer"), marked_answers),
-    "gsm8k": Benchmark("question", _after_hashes, boxed_answers, BOXED, hub="openai/gsm8k", subset="main"),
-    "math500": Benchmark("problem", _column("answer"), boxed_answers, BOXED, hub="HuggingFaceH4/MATH-500"),
-    "aime24": Benchmark(
-        "problem", _column("answer"), boxed_answers, BOXED, hub="HuggingFaceH4/aime_2024", split="train"
+BENCHMARKS: dict[str, BenchmarkSpec] = {
+    "miniature": BenchmarkSpec("question", _column("answer"), grade_marked),
+    "gsm8k": BenchmarkSpec(
+        "question", _after_hashes, grade_boxed, BOXED_INSTRUCTION, hub="openai/gsm8k", subset="main"
+    ),
+    "math500": BenchmarkSpec(
+        "problem", _column("answer"), grade_boxed, BOXED_INSTRUCTION, hub="HuggingFaceH4/MATH-500"
+    ),
+    "aime24": BenchmarkSpec(
+        "problem", _column("answer"), grade_boxed, BOXED_INSTRUCTION, hub="HuggingFaceH4/aime_2024", split="train"
     ),
 }
 
@@ -59,7 +63,7 @@ class Question:
     reference: str
 
 
-def digest(asked: Sequence[Question]) -> str:
+def questions_digest(asked: Sequence[Question]) -> str:
     """A digest of questions and references: whether earlier answers are answers to these."""
     return hashlib.sha256(repr(list(asked)).encode()).hexdigest()[:16]
 
@@ -73,19 +77,19 @@ def _question_id(text: str, taken: set[str]) -> str:
     return found
 
 
-def questions(config: BenchmarkConfig, *, seed: int) -> list[Question]:
+def load_questions(config: BenchmarkConfig, *, seed: int) -> list[Question]:
     """The first `questions` questions of a benchmark; those of the miniature are held out from its training data."""
-    benchmark = TABLE[config.name]
+    benchmark = BENCHMARKS[config.name]
     if config.name == "miniature":
         generated = MiniatureData(questions=config.questions or 1000).rows(seed, held_out=True)
         rows = ((f"generated question {i}", row) for i, row in enumerate(generated))
     else:
         hub = {"path": benchmark.hub, "subset": benchmark.subset, "split": benchmark.split}
         where = hub if config.path is None else {"path": config.path}
-        if config.path is not None and not is_file(config.path):
+        if config.path is not None and not has_data_file_suffix(config.path):
             where |= {"split": benchmark.split}
-        source = Source.model_validate(where | {"limit": config.questions})
-        rows = good_rows(source, seed=seed)
+        source = DataSourceConfig.model_validate(where | {"limit": config.questions})
+        rows = iterate_valid_records(source, seed=seed)
     found: list[Question] = []
     taken: set[str] = set()
     system: list[Message] = [] if config.system is None else [{"role": "system", "content": config.system}]

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 Tokens = tuple[str, ...]
 
-SHORTEST_RUN = 4  # tokens; a question of fewer ("Compute 2+3") is found only where it equals the other
+MIN_MATCH_TOKENS = 4  # tokens; a question of fewer ("Compute 2+3") is found only where it equals the other
 # Drawings, the marks of mathematics, and how AIME's questions end: shared by questions that have nothing in common.
 _UNSEEN = re.compile(
     r"\[asy\].*?\[/asy\]|\\(?:left|right)(?![a-z])|\\[^a-z]|"
@@ -19,7 +19,7 @@ _TOKEN = re.compile(r"\\[a-z]+|[^\W\d_]+|\d+|[^\w\s$\\{}.,;:!?'\"`]")
 
 
 @dataclass(frozen=True)
-class Hit:
+class ContaminationMatch:
     """Question number `index` shares a run of tokens, or all of them, with a held-out question of a benchmark."""
 
     index: int
@@ -28,13 +28,15 @@ class Hit:
     shared: str
 
 
-def contaminated(questions: Sequence[str], held_out: Mapping[str, Sequence[str]], *, ngram: int) -> list[Hit]:
+def find_contamination(
+    questions: Sequence[str], held_out: Mapping[str, Sequence[str]], *, ngram: int
+) -> list[ContaminationMatch]:
     """Each question and held-out question, by benchmark, of which one holds the other or that share `ngram` tokens.
 
     Tokens are lower-cased words, numbers, LaTeX commands and operators. `ngram` is at least 4: with 13 copies with
     other numbers or names are found, with 8 mostly phrases ("how many hours a week does he spend").
     """
-    assert ngram >= SHORTEST_RUN, f"ngram is {ngram}, expected at least {SHORTEST_RUN}"
+    assert ngram >= MIN_MATCH_TOKENS, f"ngram is {ngram}, expected at least {MIN_MATCH_TOKENS}"
     known = [(benchmark, text) for benchmark, texts in held_out.items() for text in texts]
     asked, kept = [_tokens(text) for text in questions], [_tokens(text) for _, text in known]
     shared = {(i, j): asked[i] for i, j in _contained(asked, kept)}
@@ -46,7 +48,7 @@ def contaminated(questions: Sequence[str], held_out: Mapping[str, Sequence[str]]
         for j in index.get(run, ()):
             shared.setdefault((i, j), run)
     return [
-        Hit(i, *known[j], "the whole question" if asked[i] == kept[j] else " ".join(run))
+        ContaminationMatch(i, *known[j], "the whole question" if asked[i] == kept[j] else " ".join(run))
         for (i, j), run in sorted(shared.items())
     ]
 
@@ -64,8 +66,8 @@ def _contained(parts: Sequence[Tokens], wholes: Sequence[Tokens]) -> Iterator[tu
     """(part, whole) where the part is a run of the whole; all of it where below `SHORTEST_RUN` tokens."""
     heads: defaultdict[Tokens, list[int]] = defaultdict(list)
     for i, part in enumerate(parts):
-        heads[part[:SHORTEST_RUN]] += [i] if part else []
+        heads[part[:MIN_MATCH_TOKENS]] += [i] if part else []
     for j, whole in enumerate(wholes):
-        for start in range(max(1, len(whole) - SHORTEST_RUN + 1)):
-            head = whole[start : start + SHORTEST_RUN]
+        for start in range(max(1, len(whole) - MIN_MATCH_TOKENS + 1)):
+            head = whole[start : start + MIN_MATCH_TOKENS]
             yield from ((i, j) for i in heads.get(head, ()) if whole[start : start + len(parts[i])] == parts[i])

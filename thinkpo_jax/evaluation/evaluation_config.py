@@ -5,14 +5,14 @@ from typing import Literal
 import pydantic
 
 from thinkpo_jax.inference.sampling import SamplingConfig
-from thinkpo_jax.runtime.config import PathText, Section
+from thinkpo_jax.runtime.config import ConfigPath, ConfigSection
 
 
-class BenchmarkConfig(Section):
+class BenchmarkConfig(ConfigSection):
     """One benchmark to run: its row of the table, where its questions are (default: the Hub), and how many."""
 
     name: Literal["miniature", "gsm8k", "math500", "aime24"]
-    path: PathText | None = None
+    path: ConfigPath | None = None
     questions: int | None = pydantic.Field(default=None, ge=1, le=100_000)
     system: str | None = None
 
@@ -23,7 +23,7 @@ class BenchmarkConfig(Section):
         return self
 
 
-class EvaluationConfig(Section):
+class EvaluationConfig(ConfigSection):
     """What every model of the run (the start model and each stage) is asked, and which of them are compared."""
 
     benchmarks: tuple[BenchmarkConfig, ...] = pydantic.Field(min_length=1)

@@ -12,17 +12,17 @@ from typing import Any
 
 import pebble
 
-from thinkpo_jax.runtime.console import Progress
+from thinkpo_jax.runtime.console import ProgressReporter
 
-CHECK_SECONDS = 10.0
+GRADING_TIMEOUT_SECONDS = 10.0
 
 
-def marked_answers(responses: Sequence[str], references: Sequence[str]) -> list[bool]:
+def grade_marked(responses: Sequence[str], references: Sequence[str]) -> list[bool]:
     """Whether each response ends in `#` and exactly the reference."""
     return [response.endswith("#" + reference) for response, reference in zip(responses, references, strict=True)]
 
 
-def boxed(text: str) -> str | None:
+def extract_boxed(text: str) -> str | None:
     r"""The content of the last `\boxed{...}` of a text; None where there is none or it is not closed."""
     _, box, rest = text.rpartition("\\boxed{")
     if not box:
@@ -35,22 +35,26 @@ def boxed(text: str) -> str | None:
     return None
 
 
-def boxed_answers(responses: Sequence[str], references: Sequence[str]) -> list[bool]:
+def grade_boxed(responses: Sequence[str], references: Sequence[str]) -> list[bool]:
     r"""Whether the boxed answer of each response equals the reference as mathematics (math-verify).
 
-    Answers that differ as text are compared in processes of their own that are killed after `CHECK_SECONDS`: an
+    Answers that differ as text are compared in processes of their own that are killed after `GRADING_TIMEOUT_SECONDS`: an
     expression such as 9^{9^{9^9}} counts as wrong instead of stopping the evaluation.
     """
-    found = [boxed(response) for response in responses]
+    found = [extract_boxed(response) for response in responses]
     results = [
-        answer is not None and _plain(answer) == _plain(ref) for answer, ref in zip(found, references, strict=True)
+        answer is not None and _normalize(answer) == _normalize(ref)
+        for answer, ref in zip(found, references, strict=True)
     ]
     open_ids = [i for i, answer in enumerate(found) if answer is not None and not results[i]]
     if not open_ids:
         return results
     with pebble.ProcessPool(max_workers=min(2, len(open_ids)), initializer=_prepare, context=_spawn()) as pool:
-        waiting = [pool.schedule(_equal, args=(found[i], references[i]), timeout=CHECK_SECONDS) for i in open_ids]
-        progress = Progress("answers compared", len(open_ids), unit="answer")
+        waiting = [
+            pool.schedule(_is_equal_math, args=(found[i], references[i]), timeout=GRADING_TIMEOUT_SECONDS)
+            for i in open_ids
+        ]
+        progress = ProgressReporter("answers compared", len(open_ids), unit="answer")
         try:
             for number, (i, future) in enumerate(zip(open_ids, waiting, strict=True), 1):
                 try:
@@ -72,7 +76,7 @@ def _spawn() -> Any:
     return multiprocessing.get_context("spawn")  # a fork of a process that runs JAX's threads may hang
 
 
-def _plain(text: str) -> str:
+def _normalize(text: str) -> str:
     text = re.sub(r"(?<!\d)\s+|\s+(?!\d)|\$", "", text)  # "1 2" is not 12
     return text.replace(",", "") if re.fullmatch(r"-?\d{1,3}(,\d{3})+(\.\d+)?", text) else text
 
@@ -86,7 +90,7 @@ def _prepare() -> None:
     logging.getLogger("math_verify").setLevel(logging.ERROR)
 
 
-def _equal(answer: str, reference: str) -> bool:
+def _is_equal_math(answer: str, reference: str) -> bool:
     import math_verify
 
     # No time limits of its own: they need signals and the main thread; the process is killed instead.

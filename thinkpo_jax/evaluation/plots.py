@@ -10,10 +10,17 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 
-from thinkpo_jax.evaluation.results import ReportContents, Results, StageSummary, _benchmarks
+from thinkpo_jax.evaluation.results import ReportContents, Results, StageSummary, benchmark_names
 from thinkpo_jax.evaluation.statistics import Scores
 from thinkpo_jax.runtime.console import read_metrics
-from thinkpo_jax.runtime.figures import _CHOSEN, _MARGIN, _REJECTED, _grid, _label, _legend
+from thinkpo_jax.runtime.figures import (
+    CHOSEN_COLOUR,
+    MARGIN_COLOUR,
+    REJECTED_COLOUR,
+    draw_legend,
+    label_axes,
+    panel_grid,
+)
 
 Curves = dict[str, NDArray[np.float64]]
 
@@ -22,7 +29,7 @@ _PALETTE = ("#7F7F7F", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#
 _CURVES = ("step", "loss", "rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies")
 
 
-def _figures(run_dir: Path, contents: ReportContents, scores: Scores) -> dict[str, Figure]:
+def draw_figures(run_dir: Path, contents: ReportContents, scores: Scores) -> dict[str, Figure]:
     """Every plot that has something to show, by file name without suffix."""
     names = dict.fromkeys([*contents.results, *(stage.name for stage in contents.stages)])
     colours = {name: _PALETTE[index % len(_PALETTE)] for index, name in enumerate(names)}
@@ -34,7 +41,7 @@ def _figures(run_dir: Path, contents: ReportContents, scores: Scores) -> dict[st
         figures["loss"] = _loss_figure(curves, colours)
     if thinkpo:
         figures["rewards"] = _rewards_figure(thinkpo)
-    if _benchmarks(scores):
+    if benchmark_names(scores):
         figures["accuracy"] = _accuracy_figure(scores, colours)
         figures["response_length"] = _length_figure(contents.results, scores, colours)
     return figures
@@ -48,14 +55,14 @@ def _read_curves(path: Path) -> Curves:
 
 
 def _loss_figure(curves: Mapping[StageSummary, Curves], colours: Mapping[str, str]) -> Figure:
-    figure, panels = _grid(len(curves), "Training loss of each stage")
+    figure, panels = panel_grid(len(curves), "Training loss of each stage")
     for ax, (stage, of_stage) in zip(panels, curves.items(), strict=True):
         unit = "nats per token" if stage.objective == "sft" else "nats per pair"
-        _label(ax, f"{stage.name} (from {stage.start})", "update step", f"loss ({unit})")
+        label_axes(ax, f"{stage.name} (from {stage.start})", "update step", f"loss ({unit})")
         _draw_curve(ax, of_stage, "loss", colours[stage.name], "loss")
         if stage.objective == "thinkpo":
             ax.axhline(math.log(2), color="black", linestyle=":", linewidth=1.2, label="ln 2: policy = reference")
-        _legend(ax)
+        draw_legend(ax)
     return figure
 
 
@@ -64,24 +71,26 @@ def _rewards_figure(curves: Mapping[StageSummary, Curves]) -> Figure:
     figure.suptitle("ThinkPO rewards: how far the model moved towards chosen and away from rejected answers")
     grid = figure.subplots(len(curves), 2, squeeze=False)
     for (left, right), (stage, of_stage) in zip(grid, curves.items(), strict=True):
-        _label(left, f"{stage.name}: rewards, beta x log-ratio to the reference", "update step", "reward (nats)")
-        _draw_curve(left, of_stage, "rewards/margins", _MARGIN, "margin (chosen - rejected)")
-        _draw_curve(left, of_stage, "rewards/chosen", _CHOSEN, "chosen")
-        _draw_curve(left, of_stage, "rewards/rejected", _REJECTED, "rejected", linestyle="--")
-        _label(right, f"{stage.name}: reward accuracy", "update step", "chosen above rejected (fraction of pairs)")
-        _draw_curve(right, of_stage, "rewards/accuracies", _MARGIN, "reward accuracy")
+        label_axes(left, f"{stage.name}: rewards, beta x log-ratio to the reference", "update step", "reward (nats)")
+        _draw_curve(left, of_stage, "rewards/margins", MARGIN_COLOUR, "margin (chosen - rejected)")
+        _draw_curve(left, of_stage, "rewards/chosen", CHOSEN_COLOUR, "chosen")
+        _draw_curve(left, of_stage, "rewards/rejected", REJECTED_COLOUR, "rejected", linestyle="--")
+        label_axes(right, f"{stage.name}: reward accuracy", "update step", "chosen above rejected (fraction of pairs)")
+        _draw_curve(right, of_stage, "rewards/accuracies", MARGIN_COLOUR, "reward accuracy")
         right.axhline(0.5, color="black", linestyle=":", linewidth=1.2, label="chance")
         right.set_ylim(-0.03, 1.03)
-        _legend(left)
-        _legend(right)
+        draw_legend(left)
+        draw_legend(right)
     return figure
 
 
 def _accuracy_figure(scores: Scores, colours: Mapping[str, str]) -> Figure:
-    figure, panels = _grid(len(_benchmarks(scores)), "Accuracy of each model, with 95 % intervals")
-    for ax, benchmark in zip(panels, _benchmarks(scores), strict=True):
+    figure, panels = panel_grid(len(benchmark_names(scores)), "Accuracy of each model, with 95 % intervals")
+    for ax, benchmark in zip(panels, benchmark_names(scores), strict=True):
         of_model = {model: scores[model][benchmark] for model in scores if benchmark in scores[model]}
-        _label(ax, f"{benchmark} ({next(iter(of_model.values())).num_questions:,} questions)", "model", "accuracy (%)")
+        label_axes(
+            ax, f"{benchmark} ({next(iter(of_model.values())).num_questions:,} questions)", "model", "accuracy (%)"
+        )
         for place, (model, score) in enumerate(of_model.items()):
             height, low, high = (100 * value for value in (score.accuracy, *score.ci95))
             ax.bar(place, height, width=0.62, color=colours[model])
@@ -99,7 +108,7 @@ def _accuracy_figure(scores: Scores, colours: Mapping[str, str]) -> Figure:
 
 def _length_figure(results: Results, scores: Scores, colours: Mapping[str, str]) -> Figure:
     """One histogram per model and benchmark; the models of a benchmark share the axis, so that none hides another."""
-    benchmarks, models = _benchmarks(scores), list(scores)
+    benchmarks, models = benchmark_names(scores), list(scores)
     figure = Figure(figsize=(1.6 + 4.4 * len(benchmarks), 1.6 + 1.5 * len(models)), layout="constrained")
     figure.suptitle("Response length of each model\n(dashed line: mean; black: answers cut off at the length limit)")
     grid = figure.subplots(len(models), len(benchmarks), squeeze=False, sharex="col", sharey="col")
@@ -109,7 +118,7 @@ def _length_figure(results: Results, scores: Scores, colours: Mapping[str, str])
         scale = "log" if max(tokens) > 20 * min(tokens) else "linear"
         bins = np.geomspace(min(tokens), max(tokens), 41) if scale == "log" else np.linspace(0, max(tokens), 41)
         for ax, model in zip(column, models, strict=True):
-            _label(ax, f"{model} on {benchmark}: not evaluated", "", "answers (%)")
+            label_axes(ax, f"{model} on {benchmark}: not evaluated", "", "answers (%)")
             if samples[model]:
                 score = scores[model][benchmark]
                 means = f"mean {score.mean_response_tokens:,.1f}, {100 * score.truncation_rate:.1f} % cut off"

@@ -13,23 +13,23 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-from thinkpo_jax.evaluation.plots import _figures
-from thinkpo_jax.evaluation.results import ReportContents, Results, _benchmarks
-from thinkpo_jax.evaluation.statistics import Comparison, Interval, Scores, compare, summarise
-from thinkpo_jax.runtime.figures import png
-from thinkpo_jax.runtime.files import write_whole
+from thinkpo_jax.evaluation.plots import draw_figures
+from thinkpo_jax.evaluation.results import ReportContents, Results, benchmark_names
+from thinkpo_jax.evaluation.statistics import Interval, PairedComparison, Scores, compare_paired, score_benchmark
+from thinkpo_jax.runtime.figures import figure_to_png
+from thinkpo_jax.runtime.files import write_atomically
 
 Rows = Sequence[Sequence[str]]
 
 
 @dataclass(frozen=True)
-class ComparedModels:
+class ModelComparison:
     """One row of the comparison table: what became of the accuracy of `start` in `end` on one benchmark."""
 
     start: str
     end: str
     benchmark: str
-    difference: Comparison
+    difference: PairedComparison
 
 
 def write_report(run_dir: Path, contents: ReportContents) -> None:
@@ -39,12 +39,12 @@ def write_report(run_dir: Path, contents: ReportContents) -> None:
         ValueError: a comparison of models without a common benchmark, or answers that `scoring` refuses.
     """
     scores, compared = _score(contents.results), _compare(contents)
-    figures = _figures(run_dir, contents, scores)
+    figures = draw_figures(run_dir, contents, scores)
     for name, figure in figures.items():
-        write_whole(run_dir / "plots" / f"{name}.png", png(figure))
-    write_whole(run_dir / "report.md", _markdown(contents, scores, compared, list(figures)).encode())
+        write_atomically(run_dir / "plots" / f"{name}.png", figure_to_png(figure))
+    write_atomically(run_dir / "report.md", _markdown(contents, scores, compared, list(figures)).encode())
     tree = json.dumps(_without_nan(_json_tree(contents, scores, compared)), indent=2, allow_nan=False)
-    write_whole(run_dir / "report.json", f"{tree}\n".encode())
+    write_atomically(run_dir / "report.json", f"{tree}\n".encode())
 
 
 def terminal_summary(contents: ReportContents) -> str:
@@ -70,14 +70,14 @@ def models_table(scores: Scores) -> tuple[Sequence[str], Rows]:
             f"{100 * score.truncation_rate:.1f}",
             f"{score.num_questions:,} x {score.num_samples / score.num_questions:.3g}",
         )
-        for benchmark in _benchmarks(scores)
+        for benchmark in benchmark_names(scores)
         for model in scores
         if (score := scores[model].get(benchmark)) is not None
     ]
     return header, rows
 
 
-def comparisons_table(compared: Sequence[ComparedModels]) -> tuple[Sequence[str], Rows]:
+def comparisons_table(compared: Sequence[ModelComparison]) -> tuple[Sequence[str], Rows]:
     """Header and rows of the comparison table; accuracy in percentage points, lengths in tokens, both with interval."""
     header = ("comparison", "benchmark", "accuracy, points (95 % interval)", "p-value", "tokens (95 % interval)")
     rows = [
@@ -94,7 +94,7 @@ def comparisons_table(compared: Sequence[ComparedModels]) -> tuple[Sequence[str]
     return header, rows
 
 
-def comparison_sentence(row: ComparedModels) -> str:
+def comparison_sentence(row: ModelComparison) -> str:
     """What the comparison shows, in words: higher or lower only where the interval leaves zero out."""
     low, high = row.difference.ci95
     verdict = f"no difference between {row.start} and {row.end} could be shown"
@@ -105,17 +105,19 @@ def comparison_sentence(row: ComparedModels) -> str:
 
 
 def _score(results: Results) -> Scores:
-    return {model: {name: summarise(items) for name, items in of_model.items()} for model, of_model in results.items()}
+    return {
+        model: {name: score_benchmark(items) for name, items in of_model.items()} for model, of_model in results.items()
+    }
 
 
-def _compare(contents: ReportContents) -> list[ComparedModels]:
-    results, compared = contents.results, list[ComparedModels]()
+def _compare(contents: ReportContents) -> list[ModelComparison]:
+    results, compared = contents.results, list[ModelComparison]()
     for start, end in contents.comparisons:
         shared = [name for name in results.get(start, {}) if name in results.get(end, {})]
         if not shared:
             have = {model: list(of_model) for model, of_model in results.items()}
             raise ValueError(f"cannot compare {start!r} with {end!r}: no benchmark has results of both; found {have}")
-        compared += [ComparedModels(start, end, b, compare(results[start][b], results[end][b])) for b in shared]
+        compared += [ModelComparison(start, end, b, compare_paired(results[start][b], results[end][b])) for b in shared]
     return compared
 
 
@@ -145,7 +147,7 @@ def _markdown_table(header: Sequence[str], rows: Rows) -> str:
     return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
 
 
-def _markdown(contents: ReportContents, scores: Scores, compared: Sequence[ComparedModels], plots: list[str]) -> str:
+def _markdown(contents: ReportContents, scores: Scores, compared: Sequence[ModelComparison], plots: list[str]) -> str:
     parts = [f"# {contents.title}"]
     if scores:
         parts += ["## Models", _markdown_table(*models_table(scores))]
@@ -170,7 +172,7 @@ def _markdown(contents: ReportContents, scores: Scores, compared: Sequence[Compa
     return "\n\n".join(parts) + "\n"
 
 
-def _json_tree(contents: ReportContents, scores: Scores, compared: Sequence[ComparedModels]) -> dict[str, Any]:
+def _json_tree(contents: ReportContents, scores: Scores, compared: Sequence[ModelComparison]) -> dict[str, Any]:
     return {
         "title": contents.title,
         "models": {m: {b: dataclasses.asdict(score) for b, score in row.items()} for m, row in scores.items()},

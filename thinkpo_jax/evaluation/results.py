@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 
 @dataclass(frozen=True)
-class Sample:
+class GradedSample:
     """One generated answer; `tokens` is the length of the response alone, `truncated` says the limit cut it."""
 
     response: str
@@ -16,14 +16,14 @@ class Sample:
 
 
 @dataclass(frozen=True)
-class Item:
+class QuestionResult:
     """One question with its samples; `question_id` is what pairs it with the same question put to another model."""
 
     question_id: str
-    samples: tuple[Sample, ...]
+    samples: tuple[GradedSample, ...]
 
 
-Results = Mapping[str, Mapping[str, Sequence[Item]]]
+Results = Mapping[str, Mapping[str, Sequence[QuestionResult]]]
 
 
 @dataclass(frozen=True)
@@ -53,5 +53,5 @@ class ReportContents:
     settings: Mapping[str, str]
 
 
-def _benchmarks(results: Mapping[str, Mapping[str, Any]]) -> list[str]:
+def benchmark_names(results: Mapping[str, Mapping[str, Any]]) -> list[str]:
     return list(dict.fromkeys(name for of_model in results.values() for name in of_model))

@@ -23,7 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import stats
 
-from thinkpo_jax.evaluation.results import Item, Sample
+from thinkpo_jax.evaluation.results import GradedSample, QuestionResult
 
 Interval = tuple[float, float]
 Floats = NDArray[np.float64]
@@ -34,7 +34,7 @@ _BATCH_CELLS = 2_000_000  # numbers drawn at a time: 16 MB of floats, whatever t
 
 
 @dataclass(frozen=True)
-class Score:
+class BenchmarkScore:
     """One model on one benchmark. Rates are fractions of 1; lengths are tokens, truncated samples included."""
 
     accuracy: float
@@ -46,7 +46,7 @@ class Score:
 
 
 @dataclass(frozen=True)
-class Comparison:
+class PairedComparison:
     """`after` minus `before` on the same questions; accuracy in fractions of 1, lengths in tokens.
 
     `before_better` and `after_better` count the questions on which that side was right more often; the rest are ties.
@@ -73,7 +73,7 @@ class _Question:
     num_samples: int
 
 
-def summarise(items: Sequence[Item]) -> Score:
+def score_benchmark(items: Sequence[QuestionResult]) -> BenchmarkScore:
     """Score one model on one benchmark: the mean over questions of the mean over samples.
 
     The interval is for the mean over the questions of which these are a draw: Wilson for one sample per question, else
@@ -90,7 +90,7 @@ def summarise(items: Sequence[Item]) -> Score:
         ci95 = (float(interval.low), float(interval.high))
     else:
         ci95 = _bootstrap_mean(np.append(accuracy_Q, [0.0, 1.0]))
-    return Score(
+    return BenchmarkScore(
         accuracy=float(accuracy_Q.mean()),
         ci95=ci95,
         mean_response_tokens=float(np.mean([question.tokens for question in questions])),
@@ -100,7 +100,7 @@ def summarise(items: Sequence[Item]) -> Score:
     )
 
 
-def compare(before: Sequence[Item], after: Sequence[Item]) -> Comparison:
+def compare_paired(before: Sequence[QuestionResult], after: Sequence[QuestionResult]) -> PairedComparison:
     """Is `after` better than `before` on the same questions, and by how much?
 
     The interval is the bootstrap over per-question differences with the two questions of Bonett & Price added: one that
@@ -121,7 +121,7 @@ def compare(before: Sequence[Item], after: Sequence[Item]) -> Comparison:
     tokens_Q = np.array([new[key].tokens - old[key].tokens for key in old])
     step = 1.0 / min(question.num_samples for question in [*old.values(), *new.values()])
     step = 1.0 if np.ptp(accuracy_Q) == 0 else step
-    return Comparison(
+    return PairedComparison(
         accuracy_difference=float(accuracy_Q.mean()),
         ci95=_bootstrap_mean(np.append(accuracy_Q, [-step, step])),
         p_value=_sign_flip_p_value(accuracy_Q),
@@ -133,7 +133,7 @@ def compare(before: Sequence[Item], after: Sequence[Item]) -> Comparison:
     )
 
 
-def pool(pairs: Sequence[tuple[Sequence[Item], Sequence[Item]]]) -> Comparison:
+def compare_pooled_runs(pairs: Sequence[tuple[Sequence[QuestionResult], Sequence[QuestionResult]]]) -> PairedComparison:
     """`compare` over several runs (seeds) at once: the samples of a question, from all runs that put it, are one Item.
 
     So a question that every run puts counts once, by its mean: what helps it in one run tends to help it in the next,
@@ -150,17 +150,17 @@ def pool(pairs: Sequence[tuple[Sequence[Item], Sequence[Item]]]) -> Comparison:
             _check_same_questions(_questions_by_id(before, "before"), _questions_by_id(after, "after"))
         except ValueError as error:
             raise ValueError(f"run {number} of {len(pairs)}: {error}") from error
-    return compare(_merged([before for before, _ in pairs]), _merged([after for _, after in pairs]))
+    return compare_paired(_merged([before for before, _ in pairs]), _merged([after for _, after in pairs]))
 
 
-def _merged(runs: Sequence[Sequence[Item]]) -> list[Item]:
-    samples: dict[str, tuple[Sample, ...]] = {}
+def _merged(runs: Sequence[Sequence[QuestionResult]]) -> list[QuestionResult]:
+    samples: dict[str, tuple[GradedSample, ...]] = {}
     for item in itertools.chain.from_iterable(runs):
         samples[item.question_id] = samples.get(item.question_id, ()) + item.samples
-    return [Item(question_id, found) for question_id, found in samples.items()]
+    return [QuestionResult(question_id, found) for question_id, found in samples.items()]
 
 
-def _questions_by_id(items: Sequence[Item], name: str) -> dict[str, _Question]:
+def _questions_by_id(items: Sequence[QuestionResult], name: str) -> dict[str, _Question]:
     if not items:
         raise ValueError(f"{name}: no questions, so there is nothing to score; expected at least one Item")
     repeated = [question_id for question_id, count in Counter(i.question_id for i in items).items() if count > 1]
@@ -178,7 +178,7 @@ def _questions_by_id(items: Sequence[Item], name: str) -> dict[str, _Question]:
     return {item.question_id: _mean_over_samples(item.samples) for item in items}
 
 
-def _mean_over_samples(samples: Sequence[Sample]) -> _Question:
+def _mean_over_samples(samples: Sequence[GradedSample]) -> _Question:
     return _Question(
         accuracy=float(np.mean([sample.correct for sample in samples])),
         tokens=float(np.mean([sample.tokens for sample in samples])),
@@ -229,4 +229,4 @@ def _sign_flip_p_value(differences_Q: Floats) -> float:
     return float(min(result.pvalue, 1.0))
 
 
-Scores = dict[str, dict[str, Score]]
+Scores = dict[str, dict[str, BenchmarkScore]]

@@ -20,17 +20,21 @@ import pydantic
 
 from thinkpo_jax.data.chat_tokenizer import Message
 from thinkpo_jax.inference.sampling import SamplingConfig
-from thinkpo_jax.runtime.config import RunError, Section, UserError
+from thinkpo_jax.runtime.config import ConfigSection, RunError, UserError
 
 CONNECT_SECONDS = 10.0  # to open a connection; an answer may take `timeout`
 PAUSE_SECONDS = 1.0  # before asking again for an answer that was none; openai's own back-off sees failures alone
-SHOWN, REASON = 80, 200  # characters of what came instead of an answer, of a server's reason
-REFUSALS = (400, 413, 422)  # statuses that concern one conversation, such as a prompt too long for the model
-PASSING = (408, 409, 429)  # statuses besides 5xx that openai asks again for
-KEPT = "What was answered is kept; run the same command again."
+MAX_QUOTED_CHARACTERS, REASON = 80, 200  # characters of what came instead of an answer, of a server's reason
+PER_CONVERSATION_STATUSES = (
+    400,
+    413,
+    422,
+)  # statuses that concern one conversation, such as a prompt too long for the model
+RETRYABLE_STATUSES = (408, 409, 429)  # statuses besides 5xx that openai asks again for
+RESUME_HINT = "What was answered is kept; run the same command again."
 
 
-class ServerConfig(Section):
+class ServerConfig(ConfigSection):
     """A server, and how much is asked of it at once. `timeout`: seconds that one request may wait for its answer.
 
     The key is read from the environment variable `api_key_variable`; where that is unset, "none" is sent.
@@ -67,7 +71,7 @@ class ServerAnswer:
     refused: str | None = None
 
 
-def ask_server(
+def request_completions(
     config: ServerConfig, conversations: Sequence[Sequence[Message]], sampling: SamplingConfig, *, seed: int
 ) -> Generator[tuple[int, ServerAnswer], None, None]:
     """One answer for each conversation, with its index, as they arrive; at most `concurrency` are under way.
@@ -136,7 +140,7 @@ async def _answer(client: Any, config: ServerConfig, request: dict[str, Any]) ->
             completions = client.with_options(max_retries=left).chat.completions
             raw = await completions.with_raw_response.create(**request)
         except openai.APIStatusError as error:
-            if error.status_code in REFUSALS:
+            if error.status_code in PER_CONVERSATION_STATUSES:
                 return ServerAnswer("", False, refused=_said(error))
             raise await _failure(client, config, error) from None
         except UnicodeEncodeError:
@@ -144,14 +148,14 @@ async def _answer(client: Any, config: ServerConfig, request: dict[str, Any]) ->
         except Exception as error:  # whatever a network does: openai's own errors, and some that it lets through
             late = isinstance(error, openai.APITimeoutError)
             what = f"no answer within {config.timeout:g} s" if late else f"{error} {error.__cause__ or ''}".strip()
-            raise RunError(f"{config.url}: {what}, in {config.retries + 1} tries. {KEPT}") from None
+            raise RunError(f"{config.url}: {what}, in {config.retries + 1} tries. {RESUME_HINT}") from None
         text = raw.http_response.text
         if (answer := _read(text)) is not None:
             return answer
         left -= raw.retries_taken + 1
         if left < 0:
             raise RunError(
-                f"{config.url}: no chat completion came, in {config.retries + 1} tries, but {text[:SHOWN]!r}. {KEPT}"
+                f"{config.url}: no chat completion came, in {config.retries + 1} tries, but {text[:MAX_QUOTED_CHARACTERS]!r}. {RESUME_HINT}"
             )
         await asyncio.sleep(PAUSE_SECONDS)
 
@@ -176,8 +180,8 @@ async def _failure(client: Any, config: ServerConfig, error: Any) -> UserError |
     """What a status that concerns every conversation means for the user."""
     status, said = error.status_code, _said(error)
     place = f"{config.url}: HTTP {status} ({said})"
-    if status in PASSING or status >= 500:
-        return RunError(f"{place}, in up to {config.retries + 1} tries. {KEPT}")
+    if status in RETRYABLE_STATUSES or status >= 500:
+        return RunError(f"{place}, in up to {config.retries + 1} tries. {RESUME_HINT}")
     if status in (401, 403):
         known = "is not accepted for" if os.environ.get(config.api_key_variable) else "is not set, but needed for"
         return UserError(f"{place}: the key in {config.api_key_variable} {known} the model {config.model}. Set it.")

@@ -4,10 +4,10 @@ import jax
 import jax.numpy as jnp
 import pydantic
 
-from thinkpo_jax.runtime.config import Section
+from thinkpo_jax.runtime.config import ConfigSection
 
 
-class SamplingConfig(Section):
+class SamplingConfig(ConfigSection):
     """How answers are drawn. Temperature 0 is greedy; `samples` answers are drawn for each question."""
 
     temperature: float = pydantic.Field(default=0.7, ge=0)
@@ -23,7 +23,7 @@ class SamplingConfig(Section):
         return self
 
 
-def _nucleus(logits_BV: jax.Array, top_p: float) -> jax.Array:
+def filter_top_p(logits_BV: jax.Array, top_p: float) -> jax.Array:
     """Logits with -inf for all but the most probable tokens that together reach top_p (arXiv 1904.09751)."""
     if top_p == 1.0:
         return logits_BV

@@ -9,12 +9,12 @@ from typing import Any
 from huggingface_hub.errors import StrictDataclassError
 from transformers import CONFIG_MAPPING, PretrainedConfig
 
-from thinkpo_jax.models.rope import Rope, make_rope
+from thinkpo_jax.models.rope import RopeTable, build_rope
 from thinkpo_jax.runtime.config import UserError
-from thinkpo_jax.runtime.files import read_json
+from thinkpo_jax.runtime.files import read_json_object
 
-FAMILIES = ("qwen2", "qwen3", "llama")
-REQUIRED = (
+SUPPORTED_MODEL_TYPES = ("qwen2", "qwen3", "llama")
+REQUIRED_KEYS = (
     "vocab_size",
     "hidden_size",
     "num_hidden_layers",
@@ -31,13 +31,13 @@ class Architecture:
     """The shape of a decoder. Attention and MLP have no biases but those that a flag states."""
 
     vocab_size: int
-    embed: int
-    layers: int
-    heads: int
-    kv_heads: int
+    hidden_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
     head_dim: int
-    mlp: int
-    rope: Rope
+    mlp_size: int
+    rope: RopeTable
     norm_eps: float
     max_positions: int
     qkv_bias: bool
@@ -49,7 +49,7 @@ class Architecture:
 def read_architecture(folder: Path) -> Architecture:
     """What config.json says. Raises one `UserError` with every field that is missing, or is not supported here."""
     path = folder / "config.json"
-    raw = read_json(path, absent="A model is a folder with config.json and *.safetensors.")
+    raw = read_json_object(path, missing_hint="A model is a folder with config.json and *.safetensors.")
     try:
         return _architecture(raw)
     except _ConfigError as found:
@@ -62,7 +62,7 @@ class _ConfigError(Exception):
 
 def _architecture(raw: Mapping[str, Any]) -> Architecture:
     problems = list(_unreadable(raw))
-    if raw.get("model_type") not in FAMILIES:
+    if raw.get("model_type") not in SUPPORTED_MODEL_TYPES:
         raise _ConfigError(*problems)
     if "per_layer_config" in raw or any(_too_large(raw)):
         raise _ConfigError(*problems)
@@ -74,19 +74,19 @@ def _architecture(raw: Mapping[str, Any]) -> Architecture:
     heads = config.num_attention_heads
     rope, head_dim = None, getattr(config, "head_dim", None) or config.hidden_size // max(heads, 1)
     try:
-        rope = make_rope(config.rope_parameters or {}, head_dim)
+        rope = build_rope(config.rope_parameters or {}, head_dim)
     except ValueError as error:
         problems.append(str(error))
     if problems or rope is None:
         raise _ConfigError(*problems)
     return Architecture(
         vocab_size=config.vocab_size,
-        embed=config.hidden_size,
-        layers=config.num_hidden_layers,
-        heads=heads,
-        kv_heads=config.num_key_value_heads,
+        hidden_size=config.hidden_size,
+        num_layers=config.num_hidden_layers,
+        num_heads=heads,
+        num_kv_heads=config.num_key_value_heads,
         head_dim=head_dim,
-        mlp=config.intermediate_size,
+        mlp_size=config.intermediate_size,
         rope=rope,
         norm_eps=config.rms_norm_eps,
         max_positions=config.max_position_embeddings,
@@ -99,15 +99,15 @@ def _architecture(raw: Mapping[str, Any]) -> Architecture:
 
 def _unreadable(raw: Mapping[str, Any]) -> Iterable[str]:
     """What is wrong with a config.json before transformers fills in its defaults."""
-    if raw.get("model_type") not in FAMILIES:
-        yield f"model_type {raw.get('model_type')!r} is not supported; supported: {', '.join(FAMILIES)}"
+    if raw.get("model_type") not in SUPPORTED_MODEL_TYPES:
+        yield f"model_type {raw.get('model_type')!r} is not supported; supported: {', '.join(SUPPORTED_MODEL_TYPES)}"
     if "quantization_config" in raw:
         yield "the checkpoint is quantised; use the unquantised one"
     if "per_layer_config" in raw:
         yield "per_layer_config is not supported: all layers are alike here"
     if "auto_map" in raw:
         yield "auto_map asks for remote code, which is never run; use a checkpoint of a standard architecture"
-    for key in REQUIRED:
+    for key in REQUIRED_KEYS:
         if key not in raw:
             yield f"{key} is missing"
     yield from _too_large(raw)
@@ -118,7 +118,7 @@ def _unreadable(raw: Mapping[str, Any]) -> Iterable[str]:
 
 def _too_large(raw: Mapping[str, Any]) -> Iterable[str]:
     """Sizes beyond any model; transformers would make a list of so many layers."""
-    for key, most in {**dict.fromkeys(REQUIRED, 2**40), "num_hidden_layers": 100_000}.items():
+    for key, most in {**dict.fromkeys(REQUIRED_KEYS, 2**40), "num_hidden_layers": 100_000}.items():
         if isinstance(raw.get(key), int) and raw[key] > most:
             yield f"{key} is {raw[key]}, expected at most {most}"
 
@@ -134,7 +134,7 @@ def _as_transformers_reads(raw: Mapping[str, Any]) -> PretrainedConfig:
 
 def _unsupported(config: PretrainedConfig) -> Iterable[str]:
     """Values that make no model, and those that would change the result and are not built here."""
-    sizes = {key: value for key in REQUIRED if isinstance(value := getattr(config, key), int)}
+    sizes = {key: value for key in REQUIRED_KEYS if isinstance(value := getattr(config, key), int)}
     if head_dim := getattr(config, "head_dim", None):
         sizes["head_dim"] = head_dim
     elif config.num_attention_heads > 0 and config.hidden_size % config.num_attention_heads:

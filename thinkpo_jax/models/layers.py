@@ -8,7 +8,7 @@ from flax import nnx
 
 
 @jax.custom_vjp
-def project(x_BTI: jax.Array, weight_IO: jax.Array) -> jax.Array:
+def linear(x_BTI: jax.Array, weight_IO: jax.Array) -> jax.Array:
     """x @ weight, [B, T, O]. Of the two factors of the weight's gradient the narrower one is transposed.
 
     Autodiff transposes the gradient of the output. XLA on CPU does so inside the loop that computes it, which for the
@@ -30,7 +30,7 @@ def _project_backward(residuals: tuple[jax.Array, jax.Array], dout_BTO: jax.Arra
     return jnp.einsum("BTO,IO->BTI", dout_BTO, weight_IO), dweight_IO
 
 
-project.defvjp(_project_forward, _project_backward)
+linear.defvjp(_project_forward, _project_backward)
 
 
 def rms_norm(x: jax.Array, weight: nnx.Param, eps: float) -> jax.Array:

@@ -8,34 +8,36 @@ from typing import Literal
 
 import huggingface_hub
 
-from thinkpo_jax.data.chat_tokenizer import Chat
+from thinkpo_jax.data.chat_tokenizer import ChatTokenizer
 from thinkpo_jax.models.architecture import Architecture, read_architecture
 from thinkpo_jax.models.weight_loading import check_weights
-from thinkpo_jax.runtime.config import PathText, Section, UserError, together
-from thinkpo_jax.runtime.files import read_json
+from thinkpo_jax.runtime.config import ConfigPath, ConfigSection, UserError, collect_errors
+from thinkpo_jax.runtime.files import read_json_object
 
 _SAMPLED_BYTES = 2**22
 
-BUILTIN = "builtin:"
-MODELS = Path(__file__).parent / "builtin"
+BUILTIN_PREFIX = "builtin:"
+BUILTIN_MODELS_FOLDER = Path(__file__).parent / "builtin"
 
 MODEL_FILES = ("*.json", "*.safetensors", "*.jinja", "*.txt", "tokenizer.model")
 
 
-class ModelConfig(Section):
+class ModelConfig(ConfigSection):
     """The start model: a Hugging Face folder, a Hub id or `builtin:NAME`. `random` takes its shape, not its weights."""
 
-    path: PathText
+    path: ConfigPath
     weights: Literal["pretrained", "random"] = "pretrained"
 
 
-def find_model(path: str, *, weights: bool = True) -> Path:
+def resolve_model_folder(path: str, *, weights: bool = True) -> Path:
     """The folder of a model: `builtin:NAME`, a local folder, or a Hub id (downloaded or from the cache).
 
     Without `weights` no more of a Hub id is downloaded than its shape and tokenizer.
     """
-    if path.startswith(BUILTIN):
-        builtins = {f"{BUILTIN}{file.parent.name}": file.parent for file in MODELS.glob("*/config.json")}
+    if path.startswith(BUILTIN_PREFIX):
+        builtins = {
+            f"{BUILTIN_PREFIX}{file.parent.name}": file.parent for file in BUILTIN_MODELS_FOLDER.glob("*/config.json")
+        }
         if path not in builtins:
             raise UserError(f"model.path: there is no {path}; there is: {', '.join(sorted(builtins))}.")
         return builtins[path]
@@ -56,11 +58,11 @@ def find_model(path: str, *, weights: bool = True) -> Path:
         ) from None
 
 
-def stop_ids(folder: Path) -> list[int]:
+def read_stop_token_ids(folder: Path) -> list[int]:
     """The ids that generation_config.json (or config.json) says end a generation."""
     for name in ("generation_config.json", "config.json"):
         if (folder / name).exists():
-            found = read_json(folder / name).get("eos_token_id")
+            found = read_json_object(folder / name).get("eos_token_id")
             if found is not None:
                 ids = found if isinstance(found, list) else [found]
                 if not all(type(number) is int and number >= 0 for number in ids):
@@ -71,7 +73,7 @@ def stop_ids(folder: Path) -> list[int]:
     return []
 
 
-def fingerprint(folder: Path) -> str | None:
+def quick_fingerprint(folder: Path) -> str | None:
     """A digest of a model's configuration and weights (of each file its size and both ends); None without a model."""
     digest = hashlib.sha256()
     files = [folder / "config.json", *sorted(folder.glob("*.safetensors"))]
@@ -87,7 +89,7 @@ def fingerprint(folder: Path) -> str | None:
     return digest.hexdigest()[:16]
 
 
-def content_digest(folder: Path) -> str:
+def weights_digest(folder: Path) -> str:
     """A digest of a model's configuration and of every byte of its weights."""
     files = [folder / "config.json", *sorted(folder.glob("*.safetensors"))]
 
@@ -99,13 +101,13 @@ def content_digest(folder: Path) -> str:
         return hashlib.sha256(b"".join(pool.map(of_file, files))).hexdigest()[:32]
 
 
-def check_folder(folder: Path, *, weights: bool) -> tuple[Architecture, Chat]:
+def check_folder(folder: Path, *, weights: bool) -> tuple[Architecture, ChatTokenizer]:
     """What a model's folder says of network and text. Raises one `UserError` with all that is wrong with it."""
-    with together() as attempt:
+    with collect_errors() as attempt:
         arch = attempt(read_architecture, folder)
         if weights:
             attempt(check_weights, folder, arch)
-        chat = attempt(lambda: Chat.load(folder, stop_ids=stop_ids(folder)))
+        chat = attempt(lambda: ChatTokenizer.from_folder(folder, stop_ids=read_stop_token_ids(folder)))
         if arch is not None and chat is not None and len(chat.tokenizer) > arch.vocab_size:
             attempt.fail(
                 f"{folder}: the tokenizer has {len(chat.tokenizer)} tokens, the embedding only {arch.vocab_size} rows; "

@@ -11,14 +11,14 @@ import numpy as np
 
 
 @dataclass(frozen=True)
-class Rope:
+class RopeTable:
     """Radians per token for each pair of head dimensions, and the factor on cosine and sine."""
 
     frequencies: tuple[float, ...]
     scale: float = 1.0
 
 
-def make_rope(parameters: Mapping[str, Any], head_dim: int) -> Rope:
+def build_rope(parameters: Mapping[str, Any], head_dim: int) -> RopeTable:
     """The rotation that `rope_parameters` of a config.json asks for. Raises `ValueError` for what is not built here.
 
     Every form is the plain frequency times `keep + (1 - keep) / factor`; they differ in what they keep:
@@ -43,7 +43,7 @@ def make_rope(parameters: Mapping[str, Any], head_dim: int) -> Rope:
     plain = theta ** (-np.arange(head_dim // 2) * 2 / head_dim)
     keep = _KEEP[kind](plain, parameters)
     scaled = plain * (keep + (1 - keep) / factor)
-    return Rope(tuple(scaled.tolist()), _yarn_scale(parameters, factor) if kind == "yarn" else 1.0)
+    return RopeTable(tuple(scaled.tolist()), _yarn_scale(parameters, factor) if kind == "yarn" else 1.0)
 
 
 def _llama3_keep(plain: np.ndarray, parameters: Mapping[str, Any]) -> np.ndarray:
@@ -89,7 +89,7 @@ _KEEP = {
 }
 
 
-def rotate(x_BTNH: jax.Array, positions_BT: jax.Array, rope: Rope) -> jax.Array:
+def apply_rope(x_BTNH: jax.Array, positions_BT: jax.Array, rope: RopeTable) -> jax.Array:
     """Turns the two halves of each head of `x` by its position, as Hugging Face lays them out; in float32 inside."""
     frequencies = jnp.asarray(rope.frequencies, jnp.float32)
     angles = positions_BT[:, :, None, None].astype(jnp.float32) * jnp.reshape(frequencies, (1, 1, 1, -1))

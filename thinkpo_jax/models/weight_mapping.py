@@ -13,7 +13,7 @@ from thinkpo_jax.models.transformer import Transformer
 
 # Hugging Face's tensor ({}: one per layer), our parameter, and Hugging Face's axes in the names of ours.
 LAYER = "model.layers.{}."
-TABLE = (
+HF_PARAMETER_TABLE = (
     ("model.embed_tokens.weight", "embedding", "vocab embed"),
     (LAYER + "input_layernorm.weight", "blocks.attention_norm", "norm"),
     (LAYER + "self_attn.q_proj.weight", "blocks.q", "heads*head_dim embed"),
@@ -35,7 +35,7 @@ TABLE = (
 
 
 @dataclass(frozen=True)
-class Entry:
+class WeightMapping:
     """A line of the table for one architecture: a parameter, and the Hugging Face tensors that fill it."""
 
     path: str
@@ -43,14 +43,14 @@ class Entry:
     axes: tuple[str, ...]  # of the parameter, the axis of layers left out
     sizes: dict[str, int]
     groups: tuple[tuple[str, ...], ...]  # for each axis of the Hugging Face tensor the axes of ours that it holds
-    layered: bool
+    is_per_layer: bool
 
     @property
     def hf_shape(self) -> tuple[int, ...]:
         """The shape of each of the Hugging Face tensors."""
         return tuple(math.prod(self.sizes[axis] for axis in group) for group in self.groups)
 
-    def to_ours(self, array: Any) -> Any:
+    def from_hf(self, array: Any) -> Any:
         """The parameter (of one layer) from a Hugging Face tensor, a NumPy or JAX array."""
         split = [axis for group in self.groups for axis in group]
         return array.reshape([self.sizes[axis] for axis in split]).transpose([split.index(axis) for axis in self.axes])
@@ -61,18 +61,18 @@ class Entry:
         return array.transpose([self.axes.index(axis) for axis in split]).reshape(self.hf_shape)
 
 
-def entries(abstract: Transformer) -> list[Entry]:
+def weight_mappings(abstract: Transformer) -> list[WeightMapping]:
     """The lines of the table that a model has, in the table's order."""
     parameters = dict(_parameters(abstract))
-    found: list[Entry] = []
-    for name, path, theirs in TABLE:
+    found: list[WeightMapping] = []
+    for name, path, theirs in HF_PARAMETER_TABLE:
         if path in parameters:
             axes, shape = parameters[path].get_metadata()["axes"], parameters[path].get_value().shape
             layers, layered = (shape[0], True) if "{}" in name else (1, False)
             axes, shape = (axes[1:], shape[1:]) if layered else (axes, shape)
             names = tuple(name.format(layer) for layer in range(layers))
             groups = tuple(tuple(group.split("*")) for group in theirs.split())
-            found.append(Entry(path, names, axes, dict(zip(axes, shape, strict=True)), groups, layered))
+            found.append(WeightMapping(path, names, axes, dict(zip(axes, shape, strict=True)), groups, layered))
     return found
 
 
@@ -81,7 +81,7 @@ def abstract_model(arch: Architecture, compute: ComputeConfig) -> Transformer:
     return jax.eval_shape(lambda: Transformer(arch, compute, jax.random.key(0)))
 
 
-def named(tree: Any) -> dict[str, Any]:
+def flatten_by_name(tree: Any) -> dict[str, Any]:
     """Leaves of a pytree of Params by dotted path: `blocks.q`, `embedding`."""
     paths, _ = jax.tree_util.tree_flatten_with_path(tree)
     return {jax.tree_util.keystr(path, simple=True, separator=".").removesuffix(".value"): leaf for path, leaf in paths}
@@ -92,6 +92,8 @@ def _parameters(model: Transformer) -> list[tuple[str, nnx.Variable]]:
     return [(jax.tree_util.keystr(path, simple=True, separator="."), leaf) for path, leaf in paths]
 
 
-def expected_shapes(arch: Architecture) -> dict[str, tuple[int, ...]]:
+def expected_tensor_shapes(arch: Architecture) -> dict[str, tuple[int, ...]]:
     """Hugging Face name -> shape of every tensor of an architecture."""
-    return {name: entry.hf_shape for entry in entries(abstract_model(arch, ComputeConfig())) for name in entry.names}
+    return {
+        name: entry.hf_shape for entry in weight_mappings(abstract_model(arch, ComputeConfig())) for name in entry.names
+    }

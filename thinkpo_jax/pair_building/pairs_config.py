@@ -4,20 +4,20 @@ from typing import Annotated
 
 import pydantic
 
-from thinkpo_jax.data.record_formats import Answered
+from thinkpo_jax.data.record_formats import ResponseSourceConfig
 from thinkpo_jax.evaluation.evaluation_config import BenchmarkConfig
-from thinkpo_jax.pair_building.filters import Control, FilterConfig, SelectConfig
-from thinkpo_jax.pair_building.short_answers import ShortAnswers
-from thinkpo_jax.runtime.config import PathText, Section
+from thinkpo_jax.pair_building.filters import ControlKind, FilterConfig, SelectConfig
+from thinkpo_jax.pair_building.short_answers import ShortAnswersConfig
+from thinkpo_jax.runtime.config import ConfigPath, ConfigSection
 
 
-class LongAnswers(Answered):
+class LongAnswersConfig(ResponseSourceConfig):
     """The rows with the long answers; `reference`: the column of the right answer, where there is one."""
 
     reference: str | None = None
 
 
-class DecontaminationConfig(Section):
+class DecontaminationConfig(ConfigSection):
     """Which evaluation questions may not be trained on; `ngram`: tokens in a row that make two questions one."""
 
     against: tuple[BenchmarkConfig, ...] = ()
@@ -31,16 +31,16 @@ class DecontaminationConfig(Section):
         return self
 
 
-class PairsConfig(Section):
+class PairsConfig(ConfigSection):
     """How pairs are built. `tokenizer`, a model's folder or Hub id, counts tokens; `out` is the folder they go to."""
 
-    out: PathText
+    out: ConfigPath
     title: str = "ThinkPO pairs"
     seed: int = pydantic.Field(default=0, ge=0, lt=2**31)
-    tokenizer: PathText
-    long: LongAnswers
-    short: Annotated[ShortAnswers, pydantic.Field(discriminator="by")]
+    tokenizer: ConfigPath
+    long: LongAnswersConfig
+    short: Annotated[ShortAnswersConfig, pydantic.Field(discriminator="by")]
     filters: FilterConfig = FilterConfig()
-    control: Control = "none"
+    control: ControlKind = "none"
     select: SelectConfig = SelectConfig()
     decontaminate: DecontaminationConfig = DecontaminationConfig()

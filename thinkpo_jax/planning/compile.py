@@ -25,25 +25,32 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
-from thinkpo_jax.data.batches import REGIONS, Batch
+from thinkpo_jax.data.batches import NUM_REGIONS, Batch
 from thinkpo_jax.models.architecture import read_architecture
-from thinkpo_jax.models.compute_config import with_kernel
-from thinkpo_jax.models.model_folder import find_model
-from thinkpo_jax.planning.estimates import UPDATES, Memory, Shape, abstract_state, batch_shape, bytes_per_device
-from thinkpo_jax.planning.hlo import Exchange, exchanges, total_memory
-from thinkpo_jax.planning.topology import Topology, topology
+from thinkpo_jax.models.compute_config import resolve_attention_kernel
+from thinkpo_jax.models.model_folder import resolve_model_folder
+from thinkpo_jax.planning.estimates import (
+    ASSUMED_UPDATES,
+    BatchShape,
+    DeviceMemory,
+    abstract_state,
+    batch_shape,
+    bytes_per_device,
+)
+from thinkpo_jax.planning.hlo import Collective, find_collectives, total_memory
+from thinkpo_jax.planning.topology import Topology, parse_topology
 from thinkpo_jax.run.run_config import RunConfig
-from thinkpo_jax.runtime.cli import handling, program
-from thinkpo_jax.runtime.config import UserError, parse
-from thinkpo_jax.runtime.context_parallel import check_row_length
-from thinkpo_jax.runtime.files import read_json
-from thinkpo_jax.runtime.mesh import data_shards, make_mesh
-from thinkpo_jax.runtime.sharding import BATCH, spec
-from thinkpo_jax.training.objectives import Objective, sft, thinkpo
+from thinkpo_jax.runtime.cli import handling, run_and_exit
+from thinkpo_jax.runtime.config import UserError, parse_config
+from thinkpo_jax.runtime.context_parallel import check_row_divides_context
+from thinkpo_jax.runtime.files import read_json_object
+from thinkpo_jax.runtime.mesh import make_mesh, num_data_shards
+from thinkpo_jax.runtime.sharding import BATCH_AXES, partition_spec
+from thinkpo_jax.training.objectives import Objective, make_thinkpo_objective, sft_objective
 from thinkpo_jax.training.optimizer import make_optimizer
-from thinkpo_jax.training.reference_log_probs import make_scoring
-from thinkpo_jax.training.stage_config import SftStage, Stage
-from thinkpo_jax.training.train_step import make_step
+from thinkpo_jax.training.reference_log_probs import make_reference_step
+from thinkpo_jax.training.stage_config import SftStage, StageConfig
+from thinkpo_jax.training.train_step import make_train_step
 
 UPDATE, REFERENCE = "update", "reference pass"
 TPU_LIBRARY = "TPU_LIBRARY_PATH"
@@ -55,58 +62,66 @@ ENVIRONMENT |= {"JAX_DISABLE_MOST_OPTIMIZATIONS": "false"}  # which would change
 
 
 @dataclass(frozen=True)
-class Program:
+class CompiledProgram:
     """A compiled program of a stage, as one device sees it."""
 
     name: str
     mesh: dict[str, int]
     attention: str
-    shape: Shape
-    memory: Memory
-    exchanges: list[Exchange]
+    shape: BatchShape
+    memory: DeviceMemory
+    exchanges: list[Collective]
     seconds: float  # that compiling took
 
 
-def programs(stage: Stage) -> tuple[str, ...]:
+def program_names(stage: StageConfig) -> tuple[str, ...]:
     """The programs of a stage that memory must hold, each at its time."""
     return (UPDATE,) if isinstance(stage, SftStage) else (REFERENCE, UPDATE)
 
 
-def lower(config: RunConfig, stage: Stage, name: str, mesh: Mesh) -> tuple[Any, dict[str, Any]]:
+def lower_program(config: RunConfig, stage: StageConfig, name: str, mesh: Mesh) -> tuple[Any, dict[str, Any]]:
     """A program of a stage lowered for the devices of a mesh, and what is known of it before it is compiled."""
-    arch = read_architecture(find_model(config.model.path, weights=False))
-    check_row_length(mesh, stage.batch.row_length, f"stages.{stage.name}.batch.row_length")
-    compute = with_kernel(config.compute, arch, mesh, [stage.batch.row_length])
+    arch = read_architecture(resolve_model_folder(config.model.path, weights=False))
+    check_row_divides_context(mesh, stage.batch.row_length, f"stages.{stage.name}.batch.row_length")
+    compute = resolve_attention_kernel(config.compute, arch, mesh, [stage.batch.row_length])
     state, batch = abstract_state(arch, compute, stage, mesh), _abstract_batch(stage, mesh)
-    objective: Objective = sft if isinstance(stage, SftStage) else thinkpo(stage, end_id=0, thought_ends=((0,),))
-    known: dict[str, Any] = {"mesh": dict(mesh.shape), "attention": compute.attention, "shape": [*batch.tokens.shape]}
+    objective: Objective = (
+        sft_objective
+        if isinstance(stage, SftStage)
+        else make_thinkpo_objective(stage, end_of_turn_id=0, thought_end_token_ids=((0,),))
+    )
+    known: dict[str, Any] = {
+        "mesh": dict(mesh.shape),
+        "attention": compute.attention,
+        "shape": [*batch.token_ids.shape],
+    }
     known["parameters"] = bytes_per_device(state.model)
     known["optimizer"] = bytes_per_device(state) - known["parameters"] if name == UPDATE else 0
     with jax.set_mesh(mesh):
         if name == REFERENCE:
-            scoring: Any = make_scoring(mesh)
+            scoring: Any = make_reference_step(mesh)
             return scoring.lower(state.model, batch), known
-        optimizer = make_optimizer(stage.optimizer, stage.steps or UPDATES)
-        step: Any = make_step(objective, optimizer, mesh, state)
+        optimizer = make_optimizer(stage.optimizer, stage.steps or ASSUMED_UPDATES)
+        step: Any = make_train_step(objective, optimizer, mesh, state)
         return step.lower(state, batch), known
 
 
-def _abstract_batch(stage: Stage, mesh: Mesh) -> Batch[jax.ShapeDtypeStruct]:
+def _abstract_batch(stage: StageConfig, mesh: Mesh) -> Batch[jax.ShapeDtypeStruct]:
     """A batch as `packing.Batches` gives it, one example to a row and all of its tokens trained."""
-    micro_batches, rows, length = batch_shape(stage.batch, data_shards(mesh))
+    micro_batches, rows, length = batch_shape(stage.batch, num_data_shards(mesh))
     answers = 1 if isinstance(stage, SftStage) else 2
 
     def one(*sizes: int, dtype: Any = np.int32) -> jax.ShapeDtypeStruct:
-        layout = NamedSharding(mesh, spec(BATCH))
+        layout = NamedSharding(mesh, partition_spec(BATCH_AXES))
         return jax.ShapeDtypeStruct((micro_batches, rows, *sizes), dtype, sharding=layout)
 
     places = [one(length) for _ in range(6)]
-    return Batch(*places, examples=one(1), reference=one(1, answers, REGIONS, dtype=np.float32))
+    return Batch(*places, example_ids=one(1), reference_log_probs=one(1, answers, NUM_REGIONS, dtype=np.float32))
 
 
-def compiled(config: RunConfig, stage: Stage, name: str, devices: Topology) -> Program:
+def compile_stage_program(config: RunConfig, stage: StageConfig, name: str, devices: Topology) -> CompiledProgram:
     """Compiles a program of a stage, in a process of its own. Raises `UserError` where it cannot be compiled."""
-    began, environment = time.monotonic(), os.environ | ENVIRONMENT | _compiler(devices)
+    began, environment = time.monotonic(), os.environ | ENVIRONMENT | _compiler_environment(devices)
     # On SIGTERM Python would exit without ending the compiler and removing the folder.
     with handling(signal.default_int_handler, signal.SIGTERM), tempfile.TemporaryDirectory() as text:
         folder = Path(text)
@@ -116,37 +131,37 @@ def compiled(config: RunConfig, stage: Stage, name: str, devices: Topology) -> P
         with (folder / "output").open("wb") as output:
             process = subprocess.Popen(command, stdout=output, stderr=output, env=environment)
             try:
-                while process.poll() is None and not _written(folder):
+                while process.poll() is None and not _finished_dump(folder):
                     time.sleep(0.1)
             finally:
                 process.kill()
                 process.wait()
-        if not _written(folder):
+        if not _finished_dump(folder):
             raise _failure(folder / "output", process.returncode, devices)
-        known = read_json(folder / "known.json")
-        report, text = _written(folder)
-        found = exchanges(text.read_text(encoding="utf-8"), devices.size)
+        known = read_json_object(folder / "known.json")
+        report, text = _finished_dump(folder)
+        found = find_collectives(text.read_text(encoding="utf-8"), devices.size)
         total = total_memory(report.read_text(encoding="utf-8"))
         assert total is not None
     state = known["parameters"] + known["optimizer"]
-    memory = Memory(known["parameters"], known["optimizer"], total - state)
-    return Program(
-        name, known["mesh"], known["attention"], Shape(*known["shape"]), memory, found, time.monotonic() - began
+    memory = DeviceMemory(known["parameters"], known["optimizer"], total - state)
+    return CompiledProgram(
+        name, known["mesh"], known["attention"], BatchShape(*known["shape"]), memory, found, time.monotonic() - began
     )
 
 
-def _written(folder: Path) -> tuple[Path, ...]:
+def _finished_dump(folder: Path) -> tuple[Path, ...]:
     """The report on memory and the optimised program; nothing before the compiler has written both to their ends."""
     if not list(folder.glob("xla/*debug_options")):  # for GPUs it is written last
         return ()
     for report in folder.glob("xla/*jit_*-memory-usage-report.txt"):
         text = report.with_name(report.name.replace("-memory-usage-report", ""))  # for TPUs it is written later
-        if text.exists() and _ends(text, b"}") and total_memory(report.read_text(encoding="utf-8")) is not None:
+        if text.exists() and _ends_with(text, b"}") and total_memory(report.read_text(encoding="utf-8")) is not None:
             return report, text
     return ()
 
 
-def _ends(path: Path, end: bytes) -> bool:
+def _ends_with(path: Path, end: bytes) -> bool:
     with path.open("rb") as file:
         file.seek(max(0, path.stat().st_size - 16))
         return file.read().rstrip().endswith(end)
@@ -168,7 +183,7 @@ def _failure(path: Path, status: int, devices: Topology) -> UserError:
     )
 
 
-def _compiler(devices: Topology) -> dict[str, str]:
+def _compiler_environment(devices: Topology) -> dict[str, str]:
     """Where the compiler for these devices lies, as variables. Raises `UserError` that says how to install it."""
     folder = Path(sys.prefix)
     if devices.device.gpu is None:
@@ -204,13 +219,13 @@ def main(arguments: Sequence[str]) -> None:
     for name in ("stage", "program", "topology"):
         parser.add_argument(f"--{name}", required=True)
     given = parser.parse_args(arguments)
-    config = parse(RunConfig, read_json(given.folder / "config.json"), source="config")
+    config = parse_config(RunConfig, read_json_object(given.folder / "config.json"), source="config")
     stage = next(stage for stage in config.stages if stage.name == given.stage)
-    mesh = make_mesh(config.mesh, topology(given.topology).devices())
-    lowered, known = lower(config, stage, given.program, mesh)
+    mesh = make_mesh(config.mesh, parse_topology(given.topology).devices())
+    lowered, known = lower_program(config, stage, given.program, mesh)
     (given.folder / "known.json").write_text(json.dumps(known), encoding="utf-8")
     lowered.compile(compiler_options={"xla_dump_to": str(given.folder / "xla"), "xla_dump_hlo_as_text": True})
 
 
 if __name__ == "__main__":
-    program(main)
+    run_and_exit(main)

@@ -13,49 +13,56 @@ import numpy as np
 
 # TPUs write a reduce-scatter as a fused computation of this name: an all-reduce, and the part a device keeps.
 _FUSED_SCATTER = "all-reduce-scatter"
-KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "ragged-all-to-all", "collective-permute")
+COLLECTIVE_KINDS = (
+    "all-gather",
+    "all-reduce",
+    "reduce-scatter",
+    "all-to-all",
+    "ragged-all-to-all",
+    "collective-permute",
+)
 _COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.-]+) \(.*\{$")
-_EXCHANGE = re.compile(rf" = (.*?) ({'|'.join(KINDS)})(-start)?\(")
+_EXCHANGE = re.compile(rf" = (.*?) ({'|'.join(COLLECTIVE_KINDS)})(-start)?\(")
 _CALLED = re.compile(r"(body|calls|to_apply|true_computation|false_computation|condition)=%?([\w.-]+)")
 _BRANCHES = re.compile(r"(?:branch_computations|called_computations)=\{([^}]*)\}")
 _ARRAY = re.compile(r"\b(pred|[a-z]+\d+[a-z0-9]*)\[([\d,]*)\]")
 
 
-class Exchange(NamedTuple):
+class Collective(NamedTuple):
     """A collective operation of a program."""
 
     kind: str
-    received: float  # bytes that a device receives each time
-    times: int  # how often it is done in a run of the program
-    group: tuple[int, ...]  # the devices of the first of its groups
+    bytes_received: float  # bytes that a device receives each time
+    num_executions: int  # how often it is done in a run of the program
+    device_group: tuple[int, ...]  # the devices of the first of its groups
 
 
 class _Line(NamedTuple):
     """An instruction that matters: an exchange with its channel, or a call of a computation so many times."""
 
-    exchange: Exchange | None = None
+    exchange: Collective | None = None
     channel: str = ""
     called: str = ""
     times: int = 1
 
 
-def exchanges(program: str, devices: int) -> list[Exchange]:
+def find_collectives(program: str, devices: int) -> list[Collective]:
     """The collective operations of a program in HLO text, those in loops as often as the loops are gone through.
 
     A loop whose trips depend on data counts once; of branches each counts. The same operation on one channel in several
     places (the steps of TPUs' fusions) is one exchange; different ones may have one channel.
     """
     computations, entry = _computations(program, devices)
-    found: dict[tuple[str, str, float], Exchange] = {}
+    found: dict[tuple[str, str, float], Collective] = {}
 
     def visit(name: str, times: int) -> None:
         for number, line in enumerate(computations.get(name, ())):
             if line.exchange is not None:
                 place = line.channel or f"{name} {number} {times}"
-                key = place, line.exchange.kind, line.exchange.received
+                key = place, line.exchange.kind, line.exchange.bytes_received
                 before = found.get(key)
-                times_before = 0 if before is None else before.times
-                found[key] = line.exchange._replace(times=max(times, times_before))
+                times_before = 0 if before is None else before.num_executions
+                found[key] = line.exchange._replace(num_executions=max(times, times_before))
             else:
                 visit(line.called, times * line.times)
 
@@ -89,7 +96,7 @@ def _lines(name: str, bodies: dict[str, list[str]], devices: int) -> Iterator[_L
                 if kind == "all-reduce" and name.startswith(_FUSED_SCATTER):
                     kind, size = "reduce-scatter", size / len(group)
                 received = _received(kind, size, len(group), started=started)
-                yield _Line(Exchange(kind, received, 1, group), channel[1] if channel else "")
+                yield _Line(Collective(kind, received, 1, group), channel[1] if channel else "")
             continue
         called = dict(_CALLED.findall(line))
         if "body" in called:

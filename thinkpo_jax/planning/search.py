@@ -13,54 +13,54 @@ from typing import Any, get_args
 from thinkpo_jax.models.architecture import Architecture, read_architecture
 from thinkpo_jax.models.attention.dispatch import splash_multiple
 from thinkpo_jax.models.compute_config import ComputeConfig
-from thinkpo_jax.models.model_folder import find_model
-from thinkpo_jax.planning.compile import UPDATE, compiled
+from thinkpo_jax.models.model_folder import resolve_model_folder
+from thinkpo_jax.planning.compile import UPDATE, compile_stage_program
 from thinkpo_jax.planning.estimates import (
-    Memory,
-    Seconds,
+    DeviceMemory,
+    TimeBounds,
     abstract_mesh,
     abstract_state,
-    asked_rows,
     batch_shape,
     estimated_exchanges,
     estimated_memory,
     estimated_seconds,
+    max_rows_per_update,
     state_memory,
 )
 from thinkpo_jax.planning.topology import Topology
 from thinkpo_jax.run.run_config import RunConfig
 from thinkpo_jax.runtime.config import RunError, UserError
-from thinkpo_jax.runtime.console import say
-from thinkpo_jax.runtime.context_parallel import check_row_length
-from thinkpo_jax.runtime.mesh import MESH_AXES, MeshConfig, data_shards
-from thinkpo_jax.training.stage_config import Stage
+from thinkpo_jax.runtime.console import log_info
+from thinkpo_jax.runtime.context_parallel import check_row_divides_context
+from thinkpo_jax.runtime.mesh import MESH_AXES, MeshConfig, num_data_shards
+from thinkpo_jax.training.stage_config import StageConfig
 
 LONGER = (1, 2, 4)  # rows that are tried, in row lengths of the configuration
-HOPEFUL = 1.1  # an estimate above so much of a device's memory is not compiled
-LEAN = 1.25  # the same, where the smallest slice is looked for
-TRIES, WANTED = 4, 2  # of each row length: programs that are compiled at most, and that fit
-NOT_HIDDEN = 0.1  # the share of the faster bounds that adds to the slowest, so that less of them is better
+MAX_ESTIMATED_FRACTION = 1.1  # an estimate above so much of a device's memory is not compiled
+MAX_ESTIMATED_FRACTION_SMALLEST = 1.25  # the same, where the smallest slice is looked for
+MAX_COMPILES, NUM_RESULTS = 4, 2  # of each row length: programs that are compiled at most, and that fit
+UNOVERLAPPED_FRACTION = 0.1  # the share of the faster bounds that adds to the slowest, so that less of them is better
 
 
 @dataclass(frozen=True)
-class Candidate:
+class LayoutCandidate:
     """A way to lay out a stage, and what it comes to."""
 
     mesh: MeshConfig
     remat: str
     rows_per_device: int
     row_length: int
-    memory: Memory
+    memory: DeviceMemory
     tokens: int  # of an update
-    seconds: Seconds
+    seconds: TimeBounds
 
     @property
     def tokens_per_second(self) -> float:
         """Of all devices together, by estimate."""
         slowest = max(self.seconds)
-        return self.tokens / (slowest + NOT_HIDDEN * (sum(self.seconds) - slowest))
+        return self.tokens / (slowest + UNOVERLAPPED_FRACTION * (sum(self.seconds) - slowest))
 
-    def config(self, config: RunConfig, stage: Stage) -> tuple[RunConfig, Stage]:
+    def config(self, config: RunConfig, stage: StageConfig) -> tuple[RunConfig, StageConfig]:
         """The configuration with this layout, and the stage in it; its updates have as many tokens as before."""
         batch = {"row_length": self.row_length, "rows_per_device": self.rows_per_device}
         batch |= {"rows": _rows(stage, self.row_length), "size": None}
@@ -68,7 +68,7 @@ class Candidate:
         compute = config.compute.model_copy(update={"remat": self.remat})
         return config.model_copy(update={"mesh": self.mesh, "compute": compute, "stages": (laid,)}), laid
 
-    def settings(self, stage: Stage) -> str:
+    def settings(self, stage: StageConfig) -> str:
         """What --set takes to use it."""
         batch = f"stages.{stage.name}.batch"
         mesh = [f"mesh.{axis}={size}" for axis, size in self.mesh.model_dump().items()]
@@ -86,16 +86,16 @@ class Candidate:
         )
 
 
-def search(config: RunConfig, stages: Sequence[Stage], devices: Topology) -> None:
+def search_layouts(config: RunConfig, stages: Sequence[StageConfig], devices: Topology) -> None:
     """Prints what fits, the fastest first, with the settings to use. Raises `RunError` where nothing does."""
-    arch = read_architecture(find_model(config.model.path, weights=False))
+    arch = read_architecture(resolve_model_folder(config.model.path, weights=False))
     problems: list[str] = []
     for stage in stages:
         lengths = [factor * stage.batch.row_length for factor in LONGER]
-        ways = [candidates(config, stage, arch, devices, length=length) for length in lengths]
+        ways = [enumerate_layouts(config, stage, arch, devices, length=length) for length in lengths]
         if not any(ways):
             problems.append(
-                f"stage {stage.name}: no mesh of {devices.size} devices can train {asked_rows(stage.batch)} row(s) "
+                f"stage {stage.name}: no mesh of {devices.size} devices can train {max_rows_per_update(stage.batch)} row(s) "
                 f"of {lengths[0]} tokens. data x fsdp is at most the number of rows. tensor divides the model's heads. "
                 "row_length is a multiple of 2 x context, for splash of 128 or 256 x context. cudnn needs context 1. "
                 f"Set a larger batch or another row_length in stages.{stage.name}.batch, or choose a smaller slice."
@@ -117,12 +117,12 @@ def search(config: RunConfig, stages: Sequence[Stage], devices: Topology) -> Non
         raise RunError("\n".join(problems))
 
 
-def smallest(config: RunConfig, stages: Sequence[Stage], slices: Sequence[Topology]) -> None:
+def find_smallest_slice(config: RunConfig, stages: Sequence[StageConfig], slices: Sequence[Topology]) -> None:
     """Prints the smallest slice on which every stage fits with rows and remat as configured, and on which mesh.
 
     Raises `RunError` where there is none. On it `search` may find a faster layout.
     """
-    arch = read_architecture(find_model(config.model.path, weights=False))
+    arch = read_architecture(resolve_model_folder(config.model.path, weights=False))
     for devices in slices:
         found = [(stage, _lean(config, stage, arch, devices)) for stage in stages]
         if all(one is not None for _, one in found):
@@ -134,39 +134,39 @@ def smallest(config: RunConfig, stages: Sequence[Stage], slices: Sequence[Topolo
     raise RunError(f"nothing that was tried fits up to {slices[-1].name}: shorter rows take less.")
 
 
-def _lean(config: RunConfig, stage: Stage, arch: Architecture, devices: Topology) -> Candidate | None:
+def _lean(config: RunConfig, stage: StageConfig, arch: Architecture, devices: Topology) -> LayoutCandidate | None:
     """A layout that fits: the fastest that should, or one of those that take least."""
     ways = [
         one
-        for one in candidates(config, stage, arch, devices, length=stage.batch.row_length)
+        for one in enumerate_layouts(config, stage, arch, devices, length=stage.batch.row_length)
         if one.remat == config.compute.remat and one.rows_per_device == 1
-        and one.memory.total < devices.memory * LEAN
+        and one.memory.total < devices.memory * MAX_ESTIMATED_FRACTION_SMALLEST
     ]  # fmt: skip
     hopeful = [one for one in ways if one.memory.total < devices.memory]
     least = sorted(ways, key=lambda one: one.memory.total)[:2]
     for one in dict.fromkeys(hopeful[:1] + least):
-        say(f"{devices.name}: compiling: {one.describe(devices)} (estimates)")
+        log_info(f"{devices.name}: compiling: {one.describe(devices)} (estimates)")
         laid_config, laid = one.config(config, stage)
-        program = compiled(laid_config, laid, UPDATE, devices)
+        program = compile_stage_program(laid_config, laid, UPDATE, devices)
         if program.memory.total <= devices.memory:
             return replace(one, memory=program.memory)
     return None
 
 
 def _fitting(
-    config: RunConfig, stage: Stage, arch: Architecture, devices: Topology, ways: Sequence[Candidate]
-) -> Iterator[Candidate]:
+    config: RunConfig, stage: StageConfig, arch: Architecture, devices: Topology, ways: Sequence[LayoutCandidate]
+) -> Iterator[LayoutCandidate]:
     """Of the candidates of one row length, the most promising that fit once they are compiled."""
     tries, fitted, factor = 0, 0, 1.0  # by how much temporary memory was more than its estimate
     for one in ways:
         estimate = one.memory.total + (factor - 1) * one.memory.temporary
-        if estimate > devices.memory * (HOPEFUL if tries == 0 else 1):
+        if estimate > devices.memory * (MAX_ESTIMATED_FRACTION if tries == 0 else 1):
             continue
-        if tries == TRIES or fitted == WANTED:
+        if tries == MAX_COMPILES or fitted == NUM_RESULTS:
             return
-        say(f"compiling: {one.describe(devices)} (estimates)")
+        log_info(f"compiling: {one.describe(devices)} (estimates)")
         laid_config, laid = one.config(config, stage)
-        program, tries = compiled(laid_config, laid, UPDATE, devices), tries + 1
+        program, tries = compile_stage_program(laid_config, laid, UPDATE, devices), tries + 1
         options = {"mesh": program.mesh, "exchanges": program.exchanges, "topology": devices}
         seconds = estimated_seconds(arch, laid_config.compute, program.shape, **options)
         factor = max(factor, program.memory.temporary / one.memory.temporary)
@@ -175,18 +175,18 @@ def _fitting(
             yield replace(one, memory=program.memory, seconds=seconds)
 
 
-def candidates(
-    config: RunConfig, stage: Stage, arch: Architecture, devices: Topology, *, length: int
-) -> list[Candidate]:
+def enumerate_layouts(
+    config: RunConfig, stage: StageConfig, arch: Architecture, devices: Topology, *, length: int
+) -> list[LayoutCandidate]:
     """The ways to lay out a stage with rows of so many tokens, the fastest first, by arithmetic alone."""
-    found: list[Candidate] = []
+    found: list[LayoutCandidate] = []
     for sizes in _meshes(devices):
         mesh = abstract_mesh(sizes)
-        shards, rows = data_shards(mesh), _rows(stage, length)
+        shards, rows = num_data_shards(mesh), _rows(stage, length)
         if shards > rows:
             continue  # devices without a row of their own
         try:
-            check_row_length(mesh, length, "row_length")
+            check_row_divides_context(mesh, length, "row_length")
             state = state_memory(abstract_state(arch, config.compute, stage, mesh))
         except UserError:
             continue  # a size that does not divide
@@ -195,7 +195,7 @@ def candidates(
         if config.compute.attention == "splash" and length % splash_multiple(sizes.context):
             continue
         for remat, at_once in itertools.product(REMAT, _powers(math.ceil(rows / shards))):
-            one = Candidate(sizes, remat, at_once, length, state, rows * length, Seconds(0, 0, 0))
+            one = LayoutCandidate(sizes, remat, at_once, length, state, rows * length, TimeBounds(0, 0, 0))
             laid_config, laid = one.config(config, stage)
             compute, shape = laid_config.compute, batch_shape(laid.batch, shards)
             memory = estimated_memory(arch, compute, shape, mesh, state)
@@ -209,9 +209,9 @@ def candidates(
 REMAT: tuple[Any, ...] = get_args(ComputeConfig.model_fields["remat"].annotation)
 
 
-def _rows(stage: Stage, row_length: int) -> int:
+def _rows(stage: StageConfig, row_length: int) -> int:
     """Rows of so many tokens that hold what an update of the configuration holds."""
-    return math.ceil(asked_rows(stage.batch) * stage.batch.row_length / row_length)
+    return math.ceil(max_rows_per_update(stage.batch) * stage.batch.row_length / row_length)
 
 
 def _meshes(devices: Topology) -> Iterator[MeshConfig]:

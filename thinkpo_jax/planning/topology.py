@@ -10,15 +10,15 @@ from typing import Any
 
 from jax.experimental import topologies
 
-from thinkpo_jax.runtime.config import UserError, nearest
-from thinkpo_jax.runtime.devices import DEVICES, Device, Gpu
+from thinkpo_jax.runtime.config import UserError, did_you_mean
+from thinkpo_jax.runtime.devices import DEVICE_SPECS, DeviceSpec, GpuCompileTarget
 
 # What can be rented: chips along each axis of the torus.
 _FLAT = ("1x1", "2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")
 _DEEP = ("2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4", "4x4x8", "4x8x8", "8x8x8", "8x8x16", "8x16x16")
 SLICES = {"v4": _DEEP, "v5e": _FLAT, "v5p": _DEEP, "v6e": _FLAT, "tpu7x": _DEEP}
-PER_HOST = 8  # GPUs
-FRACTION = 0.9  # of a GPU's memory that programs get with XLA_PYTHON_CLIENT_MEM_FRACTION=0.9
+GPUS_PER_HOST = 8  # GPUs
+GPU_MEMORY_FRACTION = 0.9  # of a GPU's memory that programs get with XLA_PYTHON_CLIENT_MEM_FRACTION=0.9
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class Topology:
     """Devices that programs are compiled for."""
 
     name: str
-    device: Device
+    device: DeviceSpec
     shape: tuple[int, ...]  # TPU: chips along each axis; GPU: hosts, GPUs of each
 
     @property
@@ -37,7 +37,7 @@ class Topology:
     @property
     def memory(self) -> int:
         """Bytes that a program may use of one device."""
-        return self.device.memory if self.device.gpu is None else int(self.device.memory * FRACTION)
+        return self.device.memory if self.device.gpu is None else int(self.device.memory * GPU_MEMORY_FRACTION)
 
     def devices(self) -> list[Any]:
         """Stand-ins for the devices, in the order of a mesh. Needs libtpu, or the plugin for CUDA."""
@@ -53,13 +53,13 @@ class Topology:
         return list(topologies.get_topology_desc(platform="tpu", topology_name=name, **options).devices)
 
 
-def topology(name: str) -> Topology:
+def parse_topology(name: str) -> Topology:
     """The topology of a name such as `v5e:4x4` or `h100:8`. Raises `UserError` that lists those that there are."""
     kind, _, shape = name.lower().partition(":")
-    device = next((row for row in DEVICES if row.name == kind), None)
+    device = next((row for row in DEVICE_SPECS if row.name == kind), None)
     if device is None:
         raise UserError(
-            f"--topology {name}: no device {kind!r}{nearest(kind, [row.name for row in DEVICES])}. {listed()}"
+            f"--topology {name}: no device {kind!r}{did_you_mean(kind, [row.name for row in DEVICE_SPECS])}. {describe_topologies()}"
         )
     if device.gpu is None:
         if shape not in SLICES[kind]:
@@ -68,30 +68,32 @@ def topology(name: str) -> Topology:
             )
         return Topology(name.lower(), device, tuple(map(int, shape.split("x"))))
     count = int(shape) if shape.isascii() and shape.isdecimal() and len(shape) < 6 else 0
-    hosts = max(1, count // PER_HOST)
-    if count < 1 or count != hosts * min(count, PER_HOST):
+    hosts = max(1, count // GPUS_PER_HOST)
+    if count < 1 or count != hosts * min(count, GPUS_PER_HOST):
         raise UserError(
-            f"--topology {name}: give {kind} a number of GPUs: 1 to {PER_HOST}, or a multiple of {PER_HOST} (hosts)."
+            f"--topology {name}: give {kind} a number of GPUs: 1 to {GPUS_PER_HOST}, or a multiple of {GPUS_PER_HOST} (hosts)."
         )
     return Topology(name.lower(), device, (hosts, count // hosts))
 
 
-def slices(kind: str) -> list[Topology]:
+def list_slices(kind: str) -> list[Topology]:
     """All slices of a kind of device, the smallest first. Raises `UserError` where there is no such kind."""
-    if kind not in (kinds := [row.name for row in DEVICES]):
-        raise UserError(f"--topology {kind}: no such device{nearest(kind, kinds)}. Choose one of {', '.join(kinds)}.")
+    if kind not in (kinds := [row.name for row in DEVICE_SPECS]):
+        raise UserError(
+            f"--topology {kind}: no such device{did_you_mean(kind, kinds)}. Choose one of {', '.join(kinds)}."
+        )
     names = SLICES.get(kind, tuple(str(count) for count in (1, 2, 4, 8, *range(16, 65, 8), 128, 256)))
-    return [topology(f"{kind}:{name}") for name in names]
+    return [parse_topology(f"{kind}:{name}") for name in names]
 
 
-def listed() -> str:
+def describe_topologies() -> str:
     """All names that `topology` knows, in words."""
     lines = [f"{name}:{shape}" for name, shapes in SLICES.items() for shape in shapes]
-    gpus = ", ".join(f"{row.name}:N" for row in DEVICES if row.gpu is not None)
-    return f"There are {', '.join(lines)}; {gpus} with N GPUs (1 to {PER_HOST}, or a multiple of {PER_HOST})."
+    gpus = ", ".join(f"{row.name}:N" for row in DEVICE_SPECS if row.gpu is not None)
+    return f"There are {', '.join(lines)}; {gpus} with N GPUs (1 to {GPUS_PER_HOST}, or a multiple of {GPUS_PER_HOST})."
 
 
-def _target(gpu: Gpu, device: Device) -> str:
+def _target(gpu: GpuCompileTarget, device: DeviceSpec) -> str:
     """A GPU as XLA's text form of a target describes it."""
     major, minor = gpu.compute_capability
     features = "" if major < 9 else " feature_extension: ACCELERATED_FEATURES"

@@ -12,30 +12,30 @@ from typing import Any
 
 import numpy as np
 
-from thinkpo_jax.data.chat_tokenizer import Chat
-from thinkpo_jax.evaluation.benchmarks import TABLE, Asked, Question, digest, questions
+from thinkpo_jax.data.chat_tokenizer import ChatTokenizer
+from thinkpo_jax.evaluation.benchmarks import BENCHMARKS, Asked, Question, load_questions, questions_digest
 from thinkpo_jax.evaluation.evaluation_config import EvaluationConfig
 from thinkpo_jax.evaluation.report import terminal_summary, write_report
-from thinkpo_jax.evaluation.results import Item, ReportContents, Sample, StageSummary
-from thinkpo_jax.evaluation.statistics import pool
+from thinkpo_jax.evaluation.results import GradedSample, QuestionResult, ReportContents, StageSummary
+from thinkpo_jax.evaluation.statistics import compare_pooled_runs
 from thinkpo_jax.inference.engine import generate
 from thinkpo_jax.models.transformer import Transformer
-from thinkpo_jax.run.run_config import BASE, RunConfig, load_config
-from thinkpo_jax.run.run_folder import Run, read_record
+from thinkpo_jax.run.run_config import BASE_MODEL_NAME, RunConfig, load_run_config
+from thinkpo_jax.run.run_folder import Run, read_json_record
 from thinkpo_jax.runtime.config import UserError
-from thinkpo_jax.runtime.console import Progress, say
-from thinkpo_jax.runtime.files import versions, write_whole
-from thinkpo_jax.runtime.processes import first, from_the_first
+from thinkpo_jax.runtime.console import ProgressReporter, log_info
+from thinkpo_jax.runtime.files import software_versions, write_atomically
+from thinkpo_jax.runtime.processes import broadcast_from_primary, is_primary_process
 
-Results = dict[str, dict[str, list[Item]]]
+Results = dict[str, dict[str, list[QuestionResult]]]
 
 
-def read_questions(config: RunConfig, chat: Chat) -> Asked:
+def load_all_questions(config: RunConfig, chat: ChatTokenizer) -> Asked:
     """The questions of every benchmark of a run, each rendered once to see that it can be. Raises `UserError`."""
     benchmarks = config.evaluation.benchmarks if config.evaluation else ()
-    asked = {benchmark.name: questions(benchmark, seed=config.seed) for benchmark in benchmarks}
+    asked = {benchmark.name: load_questions(benchmark, seed=config.seed) for benchmark in benchmarks}
     for question in itertools.chain.from_iterable(asked.values()):
-        chat.prompt(question.messages)
+        chat.encode_prompt(question.messages)
     return asked
 
 
@@ -46,8 +46,8 @@ def evaluate_run(run: Run, asked: Asked) -> None:
     """
     results: Results = {}
     if run.config.evaluation is not None:
-        for name in run.models():
-            if name == BASE or run.finished(name):
+        for name in run.model_names():
+            if name == BASE_MODEL_NAME or run.finished(name):
                 results[name] = _evaluate_model(run, run.config.evaluation, asked, name)
     contents = ReportContents(
         title=run.config.title,
@@ -56,20 +56,20 @@ def evaluate_run(run: Run, asked: Asked) -> None:
         comparisons=tuple(pair for pair in _comparisons(run) if set(pair) <= results.keys()),
         settings=_settings(run),
     )
-    if first():
+    if is_primary_process():
         write_report(run.folder, contents)
         print(terminal_summary(contents))
-    say(f"report: {run.folder / 'report.md'}, plots: {run.folder / 'plots'}")
+    log_info(f"report: {run.folder / 'report.md'}, plots: {run.folder / 'plots'}")
 
 
 def _comparisons(run: Run) -> tuple[tuple[str, str], ...]:
     """The comparisons that the configuration names; without any, each stage against the model that it started from."""
     named = run.config.evaluation.compare if run.config.evaluation else ()
-    return named or tuple((run.start_of(stage), stage.name) for stage in run.config.stages)
+    return named or tuple((run.initial_model_of(stage), stage.name) for stage in run.config.stages)
 
 
-def _evaluate_model(run: Run, config: EvaluationConfig, asked: Asked, name: str) -> dict[str, list[Item]]:
-    found: dict[str, list[Item]] = {}
+def _evaluate_model(run: Run, config: EvaluationConfig, asked: Asked, name: str) -> dict[str, list[QuestionResult]]:
+    found: dict[str, list[QuestionResult]] = {}
     model: Transformer | None = None
     for benchmark in config.benchmarks:
         path = run.folder / "evaluation" / name / f"{benchmark.name}.json"
@@ -79,59 +79,61 @@ def _evaluate_model(run: Run, config: EvaluationConfig, asked: Asked, name: str)
             "seed": run.config.seed,
             "dtype": run.config.compute.dtype,
             "model": run.fingerprint(name),
-            "questions": digest(asked[benchmark.name]),
+            "questions": questions_digest(asked[benchmark.name]),
         }
-        record = read_record(path, "settings", "items")
+        record = read_json_record(path, "settings", "items")
         current = record is not None and record["settings"] == settings
-        if not from_the_first(np.array(current)):
+        if not broadcast_from_primary(np.array(current)):
             if model is None:
                 model = run.load(name)
-            items = ask(run, model, asked[benchmark.name], benchmark=benchmark.name, name=name)
+            items = answer_questions(run, model, asked[benchmark.name], benchmark=benchmark.name, name=name)
             record = {"settings": settings, "items": [dataclasses.asdict(item) for item in items]}
-            write_whole(path, json.dumps(record).encode())
+            write_atomically(path, json.dumps(record).encode())
         assert record is not None
         found[benchmark.name] = [_item(item) for item in record["items"]]
     return found
 
 
-def _item(raw: Mapping[str, Any]) -> Item:
-    return Item(raw["question_id"], tuple(Sample(**sample) for sample in raw["samples"]))
+def _item(raw: Mapping[str, Any]) -> QuestionResult:
+    return QuestionResult(raw["question_id"], tuple(GradedSample(**sample) for sample in raw["samples"]))
 
 
-def ask(run: Run, model: Transformer, asked: Sequence[Question], *, benchmark: str, name: str) -> list[Item]:
+def answer_questions(
+    run: Run, model: Transformer, asked: Sequence[Question], *, benchmark: str, name: str
+) -> list[QuestionResult]:
     """The sampled answers of a model (`name` is shown), checked. The token that ends a response is not counted."""
     assert run.config.evaluation is not None
     sampling = run.config.evaluation.sampling
     count = sampling.samples
-    prompts = [run.chat.prompt(question.messages).ids for question in asked for _ in range(count)]
-    progress = Progress(f"{name} on {benchmark}", len(prompts), unit="answer")
+    prompts = [run.chat.encode_prompt(question.messages).ids for question in asked for _ in range(count)]
+    progress = ProgressReporter(f"{name} on {benchmark}", len(prompts), unit="answer")
     generations = generate(
         model,
         prompts,
         sampling,
-        stop_ids=run.chat.stop_ids,
-        vocabulary=len(run.chat.tokenizer),
+        stop_token_ids=run.chat.stop_token_ids,
+        vocab_size=len(run.chat.tokenizer),
         seed=run.config.seed,
         mesh=run.mesh,
-        progress=progress.update,
+        on_progress=progress.update,
     )
     progress.close()
-    responses = [run.chat.text(generation.ids) for generation in generations]
-    correct = TABLE[benchmark].check(responses, [question.reference for question in asked for _ in range(count)])
+    responses = [run.chat.decode(generation.ids) for generation in generations]
+    correct = BENCHMARKS[benchmark].check(responses, [question.reference for question in asked for _ in range(count)])
     samples = [
-        Sample(response, len(generation.ids), right, not generation.finished)
+        GradedSample(response, len(generation.ids), right, not generation.finished)
         for response, generation, right in zip(responses, generations, correct, strict=True)
     ]
-    return [Item(q.id, tuple(samples[i * count : (i + 1) * count])) for i, q in enumerate(asked)]
+    return [QuestionResult(q.id, tuple(samples[i * count : (i + 1) * count])) for i, q in enumerate(asked)]
 
 
 def _stage_summaries(run: Run) -> list[StageSummary]:
     found: list[StageSummary] = []
     for stage in run.config.stages:
-        record = read_record(run.folder / stage.name / "stage.json", "summary")
+        record = read_json_record(run.folder / stage.name / "stage.json", "summary")
         if record is not None and record["summary"] is not None:
             summary = record["summary"]
-            start, notes = run.start_of(stage), tuple(summary["notes"])
+            start, notes = run.initial_model_of(stage), tuple(summary["notes"])
             found.append(StageSummary(stage.name, stage.objective, start, summary["steps"], summary["seconds"], notes))
     return found
 
@@ -144,7 +146,11 @@ def _settings(run: Run) -> dict[str, str]:
             f"temperature {sampling.temperature}, top-p {sampling.top_p}, at most {sampling.max_new_tokens} "
             f"new tokens, {sampling.samples} sample(s) per question"
         )
-    return settings | {"compute dtype": run.config.compute.dtype, "mesh": str(dict(run.mesh.shape)), **versions()}
+    return settings | {
+        "compute dtype": run.config.compute.dtype,
+        "mesh": str(dict(run.mesh.shape)),
+        **software_versions(),
+    }
 
 
 def pool_runs(folders: Sequence[Path]) -> str:
@@ -154,7 +160,7 @@ def pool_runs(folders: Sequence[Path]) -> str:
     for row in _report(folders[0])["comparisons"]:
         pairs = [tuple(_read_items(folder, row[end], row["benchmark"]) for end in ("from", "to")) for folder in folders]
         try:
-            found = pool([(before, after) for before, after in pairs])
+            found = compare_pooled_runs([(before, after) for before, after in pairs])
         except ValueError as error:
             raise UserError(f"{row['from']} -> {row['to']} on {row['benchmark']}: {error}") from None
         low, high = (100 * bound for bound in found.ci95)
@@ -170,7 +176,7 @@ def _check_pool(folders: Sequence[Path]) -> None:
     """Raises `UserError` unless the runs are of one configuration and of as many seeds as there are runs."""
     if missing := [folder for folder in folders if not (folder / "config.yaml").is_file()]:
         raise UserError(f"{missing[0]}: no config.yaml. Give the folders of finished runs.")
-    configs = [load_config(folder / "config.yaml").model_dump(mode="json") for folder in folders]
+    configs = [load_run_config(folder / "config.yaml").model_dump(mode="json") for folder in folders]
     seeds: dict[int, Path] = {}
     for folder, config in zip(folders, configs, strict=True):
         if (seed := config.pop("seed")) in seeds:
@@ -186,14 +192,14 @@ def _check_pool(folders: Sequence[Path]) -> None:
 
 
 def _report(folder: Path) -> dict[str, Any]:
-    record = read_record(folder / "report.json", "comparisons")
+    record = read_json_record(folder / "report.json", "comparisons")
     if record is None:
         raise UserError(f"{folder}: no report.json. Give the folders of finished runs.")
     return record
 
 
-def _read_items(folder: Path, model: str, benchmark: str) -> list[Item]:
-    record = read_record(folder / "evaluation" / model / f"{benchmark}.json", "items")
+def _read_items(folder: Path, model: str, benchmark: str) -> list[QuestionResult]:
+    record = read_json_record(folder / "evaluation" / model / f"{benchmark}.json", "items")
     if record is None:
         raise UserError(f"{folder}: model {model!r} was not evaluated on {benchmark}. Pool runs of one configuration.")
     return [_item(item) for item in record["items"]]

@@ -9,32 +9,32 @@ import pydantic
 from thinkpo_jax.evaluation.evaluation_config import EvaluationConfig
 from thinkpo_jax.models.compute_config import ComputeConfig
 from thinkpo_jax.models.model_folder import ModelConfig
-from thinkpo_jax.runtime.config import PathText, Section, nearest, override, parse, read_yaml
+from thinkpo_jax.runtime.config import ConfigPath, ConfigSection, apply_overrides, did_you_mean, parse_config, read_yaml
 from thinkpo_jax.runtime.mesh import MeshConfig
-from thinkpo_jax.training.stage_config import Stage
+from thinkpo_jax.training.stage_config import StageConfig
 
-BASE = "base"  # the name of the start model among the models of a run
-RESERVED = (BASE, "evaluation", "plots", "config.yaml", "report.md", "report.json")
+BASE_MODEL_NAME = "base"  # the name of the start model among the models of a run
+RESERVED_NAMES = (BASE_MODEL_NAME, "evaluation", "plots", "config.yaml", "report.md", "report.json")
 
 
-class RunConfig(Section):
+class RunConfig(ConfigSection):
     """One run: a start model, a mesh, an ordered list of stages, and the evaluation at its end."""
 
-    run_dir: PathText
+    run_dir: ConfigPath
     title: str = "ThinkPO run"
     seed: int = pydantic.Field(default=0, ge=0, lt=2**31)
     model: ModelConfig
     compute: ComputeConfig = ComputeConfig()
     mesh: MeshConfig = MeshConfig()
-    stages: tuple[Annotated[Stage, pydantic.Field(discriminator="objective")], ...] = ()
+    stages: tuple[Annotated[StageConfig, pydantic.Field(discriminator="objective")], ...] = ()
     evaluation: EvaluationConfig | None = None
 
     @pydantic.model_validator(mode="after")
     def _names(self) -> "RunConfig":
-        known = [BASE]
+        known = [BASE_MODEL_NAME]
         for stage in self.stages:
-            if stage.name in known or stage.name in RESERVED:
-                raise ValueError(f"stage name {stage.name!r} is taken; names differ, and are none of {RESERVED}")
+            if stage.name in known or stage.name in RESERVED_NAMES:
+                raise ValueError(f"stage name {stage.name!r} is taken; names differ, and are none of {RESERVED_NAMES}")
             if stage.start is not None and stage.start not in known:
                 raise ValueError(f"stage {stage.name}: start {stage.start!r} is none of the models before it: {known}")
             known.append(stage.name)
@@ -43,10 +43,12 @@ class RunConfig(Section):
             raise ValueError(f"evaluation.benchmarks: a benchmark is named twice: {benchmarks}")
         for name in {name for pair in (self.evaluation.compare if self.evaluation else ()) for name in pair}:
             if name not in known:
-                raise ValueError(f"evaluation.compare: no model {name!r}{nearest(name, known)}; there are: {known}")
+                raise ValueError(
+                    f"evaluation.compare: no model {name!r}{did_you_mean(name, known)}; there are: {known}"
+                )
         return self
 
 
-def load_config(path: Path, assignments: Sequence[str] = ()) -> RunConfig:
+def load_run_config(path: Path, assignments: Sequence[str] = ()) -> RunConfig:
     """The configuration of a YAML file with `--set` assignments applied. Raises `UserError`."""
-    return parse(RunConfig, override(read_yaml(path), assignments), source=str(path))
+    return parse_config(RunConfig, apply_overrides(read_yaml(path), assignments), source=str(path))

@@ -6,14 +6,14 @@ from typing import Any
 
 import yaml
 
-from thinkpo_jax.data.batches import Batches
-from thinkpo_jax.data.examples import Examples
+from thinkpo_jax.data.batches import BatchPlan
+from thinkpo_jax.data.examples import TokenizedDataset
 from thinkpo_jax.models.weight_saving import save_model
-from thinkpo_jax.run.run_folder import STAGE_RECORD, Run, read_record
-from thinkpo_jax.runtime.console import METRICS, read_metrics, warn
-from thinkpo_jax.runtime.files import versions, write_whole
-from thinkpo_jax.runtime.processes import wait
-from thinkpo_jax.training.stage_config import Stage, ThinkpoStage
+from thinkpo_jax.run.run_folder import STAGE_RECORD_FILE, Run, read_json_record
+from thinkpo_jax.runtime.console import METRICS, log_warning, read_metrics
+from thinkpo_jax.runtime.files import software_versions, write_atomically
+from thinkpo_jax.runtime.processes import barrier
+from thinkpo_jax.training.stage_config import StageConfig, ThinkpoStage
 from thinkpo_jax.training.train_step import TrainState
 
 
@@ -29,9 +29,14 @@ def model_card(run: Run, name: str, *, step: int, notes: Sequence[str]) -> str:
         "tags": ["thinkpo_jax", stage.objective],
     }
     lines = [line for line in read_metrics(run.folder / name / "metrics.jsonl") if line["step"] == step]
-    record = read_record(run.folder / name / STAGE_RECORD, "data", "summary") or {"data": None, "summary": None}
+    record = read_json_record(run.folder / name / STAGE_RECORD_FILE, "data", "summary") or {
+        "data": None,
+        "summary": None,
+    }
     report = (
-        read_record(run.folder / "report.json", "models") if (record["summary"] or {}).get("steps") == step else None
+        read_json_record(run.folder / "report.json", "models")
+        if (record["summary"] or {}).get("steps") == step
+        else None
     )
     scores = {
         benchmark: score
@@ -47,7 +52,7 @@ def model_card(run: Run, name: str, *, step: int, notes: Sequence[str]) -> str:
             f"{score['mean_response_tokens']:.1f} tokens, {100 * score['truncation_rate']:.1f} % cut off"
             for benchmark, score in scores.items()
         ],
-        "Made with": [f"{what}: {version}" for what, version in versions().items()],
+        "Made with": [f"{what}: {version}" for what, version in software_versions().items()],
     }
     settings = yaml.safe_dump(run.settings(name), sort_keys=False, allow_unicode=True)
     listed = "".join(
@@ -56,24 +61,33 @@ def model_card(run: Run, name: str, *, step: int, notes: Sequence[str]) -> str:
     return (
         f"---\n{yaml.safe_dump(head, sort_keys=False)}---\n\n# {run.config.title}: {name}\n\n"
         f"Trained with thinkpo_jax from `{run.config.model.path}`, stage `{name}` ({stage.objective}), which started "
-        f"from `{run.start_of(stage)}`.\n\n## Settings\n\n```yaml\n{settings}```\n{listed}"
+        f"from `{run.initial_model_of(stage)}`.\n\n## Settings\n\n```yaml\n{settings}```\n{listed}"
     )
 
 
 def _is_of(run: Run, name: str, benchmark: str) -> bool:
     """Whether the answers to a benchmark are those of the model as it is now."""
-    record = read_record(run.folder / "evaluation" / name / f"{benchmark}.json", "settings")
+    record = read_json_record(run.folder / "evaluation" / name / f"{benchmark}.json", "settings")
     return record is not None and record["settings"]["model"] == run.fingerprint(name)
 
 
-def finish_stage(run: Run, stage: Stage, state: TrainState, batches: Batches, examples: Examples) -> None:
+def save_stage_output(
+    run: Run, stage: StageConfig, state: TrainState, batches: BatchPlan, examples: TokenizedDataset
+) -> None:
     """Exports the stage's end and marks the stage as finished."""
     folder = run.folder / stage.name
     lines = read_metrics(folder / METRICS)
-    notes = [*examples.notes(), f"{len(examples)} examples", batches.describe()]
+    notes = [*examples.describe_sources(), f"{len(examples)} examples", batches.describe()]
     card = model_card(run, stage.name, step=len(batches), notes=notes)
-    stops = run.chat.stop_ids
-    save_model(state.model, folder / "model", like=run.start_folder, dtype="float32", stops=stops, card=card)
+    stops = run.chat.stop_token_ids
+    save_model(
+        state.model,
+        folder / "model",
+        template_folder=run.start_folder,
+        dtype="float32",
+        stop_token_ids=stops,
+        model_card=card,
+    )
     if lines and (share := lines[-1].get("saturated", 0.0)) > 0.5:
         advice = "A smaller beta lets them count; for DPO's loss, so does `loss: sigmoid_norm`."
         if (
@@ -82,13 +96,15 @@ def finish_stage(run: Run, stage: Stage, state: TrainState, batches: Batches, ex
             and (margin := lines[-1].get("rewards/margins", 0.0)) > 1
         ):
             advice += f" At {stage.beta / margin:.1g} the mean margin of now would be 1 (gradient weight 27 %)."
-        warn(f"stage {stage.name}: at its end {share:.0%} of the pairs had next to no gradient left. {advice}")
+        log_warning(f"stage {stage.name}: at its end {share:.0%} of the pairs had next to no gradient left. {advice}")
     summary = {"steps": len(batches), "seconds": sum(line["seconds"] for line in lines), "notes": notes}
-    write_record(run, stage, examples, summary)
-    wait("the stage is finished")
+    write_stage_record(run, stage, examples, summary)
+    barrier("the stage is finished")
 
 
-def write_record(run: Run, stage: Stage, examples: Examples, summary: dict[str, Any] | None) -> None:
+def write_stage_record(
+    run: Run, stage: StageConfig, examples: TokenizedDataset, summary: dict[str, Any] | None
+) -> None:
     """Notes what a stage is trained with and, once it is finished, how it went."""
     record = {"settings": run.settings(stage.name), "data": examples.digest(), "summary": summary}
-    write_whole(run.folder / stage.name / "stage.json", json.dumps(record).encode())
+    write_atomically(run.folder / stage.name / "stage.json", json.dumps(record).encode())

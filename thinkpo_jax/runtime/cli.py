@@ -16,12 +16,12 @@ from typing import Any, NoReturn
 import jax
 
 from thinkpo_jax.runtime.config import RunError, UserError
-from thinkpo_jax.runtime.processes import leave, several
+from thinkpo_jax.runtime.processes import is_distributed, shutdown_distributed
 
-STOPPED = 130  # the exit status after Ctrl-C or SIGTERM
+EXIT_STATUS_INTERRUPTED = 130  # the exit status after Ctrl-C or SIGTERM
 
 
-def config_arguments(parser: argparse.ArgumentParser, *, required: bool = True) -> None:
+def add_config_arguments(parser: argparse.ArgumentParser, *, required: bool = True) -> None:
     """Adds --config and --set to a command."""
     parser.add_argument("--config", type=Path, required=required, metavar="FILE", help="the YAML file of the run")
     parser.add_argument(
@@ -30,7 +30,7 @@ def config_arguments(parser: argparse.ArgumentParser, *, required: bool = True) 
     )  # fmt: skip
 
 
-def command(main: Callable[[Sequence[str]], None], arguments: Sequence[str] | None = None) -> int:
+def run_command(main: Callable[[Sequence[str]], None], arguments: Sequence[str] | None = None) -> int:
     """Runs a command and gives its exit status: 0 done, 1 a failed run, 2 a user's error, 130 stopped."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
@@ -50,7 +50,7 @@ def command(main: Callable[[Sequence[str]], None], arguments: Sequence[str] | No
         print(f"{_who()}error: {error}. {remedy}", file=sys.stderr)
         return 1
     except jax.errors.JaxRuntimeError as error:
-        if not several() or "RESOURCE_EXHAUSTED" in str(error):
+        if not is_distributed() or "RESOURCE_EXHAUSTED" in str(error):
             raise
         print(
             f"{_who()}error: a computation with the other processes failed; one of them has probably ended, see what "
@@ -60,24 +60,24 @@ def command(main: Callable[[Sequence[str]], None], arguments: Sequence[str] | No
         return 1
     except KeyboardInterrupt:
         print("\nStopped. Run the same command again: it goes on from what is saved.", file=sys.stderr)
-        return STOPPED
+        return EXIT_STATUS_INTERRUPTED
     return 0
 
 
-def program(main: Callable[[Sequence[str]], None]) -> NoReturn:
+def run_and_exit(main: Callable[[Sequence[str]], None]) -> NoReturn:
     """Runs a command as this process and ends it with the command's exit status."""
     try:
-        status = command(main)
+        status = run_command(main)
     except BaseException:
-        if not several():
+        if not is_distributed():
             raise
         traceback.print_exc()
         status = 1
     if status == 0:
-        leave()
+        shutdown_distributed()
     # After Ctrl-C computations may be under way, and would crash in an interpreter that is taken down; one of several
     # processes that failed would wait for the others there, and they for it.
-    elif status == STOPPED or several():
+    elif status == EXIT_STATUS_INTERRUPTED or is_distributed():
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(status)
@@ -85,7 +85,7 @@ def program(main: Callable[[Sequence[str]], None]) -> NoReturn:
 
 
 def _who() -> str:
-    return f"process {jax.process_index()}: " if several() else ""
+    return f"process {jax.process_index()}: " if is_distributed() else ""
 
 
 @contextlib.contextmanager
@@ -103,7 +103,7 @@ def handling(handler: Callable[[int, Any], Any], *numbers: signal.Signals) -> It
 
 
 @contextlib.contextmanager
-def stop_requests() -> Iterator[Callable[[], bool]]:
+def defer_interrupts() -> Iterator[Callable[[], bool]]:
     """Within it the first Ctrl-C (or SIGTERM) only asks: the function it gives says whether one came.
 
     So an update is never cut in two. Leaving it after one came raises `KeyboardInterrupt`; a second one does at once.

@@ -24,7 +24,7 @@ class RunError(RuntimeError):
     """What stops a well-configured run, such as a loss that is not finite. Exit status 1."""
 
 
-class Section(pydantic.BaseModel):
+class ConfigSection(pydantic.BaseModel):
     """A typed, frozen part of the configuration. Unknown keys are errors."""
 
     model_config = pydantic.ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
@@ -42,13 +42,13 @@ def _usable_path(text: str) -> str:
     return text
 
 
-PathText = Annotated[str, pydantic.AfterValidator(_usable_path)]  # a path as the user wrote it
-SectionT = TypeVar("SectionT", bound=Section)
+ConfigPath = Annotated[str, pydantic.AfterValidator(_usable_path)]  # a path as the user wrote it
+SectionT = TypeVar("SectionT", bound=ConfigSection)
 ArgumentsT = ParamSpec("ArgumentsT")
 ResultT = TypeVar("ResultT")
 
 
-class _Attempt:
+class ErrorCollector:
     """Calls functions and keeps their user errors."""
 
     def __init__(self) -> None:
@@ -70,9 +70,9 @@ class _Attempt:
 
 
 @contextlib.contextmanager
-def together() -> Iterator[_Attempt]:
+def collect_errors() -> Iterator[ErrorCollector]:
     """Within it `attempt(function, ...)` keeps user errors; at its end all of them are raised as one."""
-    attempt = _Attempt()
+    attempt = ErrorCollector()
     yield attempt
     if attempt.errors:
         raise UserError("\n".join(map(str, attempt.errors)))
@@ -126,7 +126,7 @@ def _without_source(error: Exception) -> str:
     return str(error).replace('"<unicode string>", ', "")  # the name that PyYAML gives to any text
 
 
-def override(raw: dict[str, Any], assignments: Sequence[str]) -> dict[str, Any]:
+def apply_overrides(raw: dict[str, Any], assignments: Sequence[str]) -> dict[str, Any]:
     """`raw` with each `dotted.key=value` of `assignments` set; the value is read as YAML.
 
     An element of a list is named by its index or, where it has one, by its `name`: `stages.sft.steps=10`.
@@ -153,7 +153,7 @@ def _assign(node: Any, keys: list[str], value: Any, assignment: str) -> Any:
         ]
         index = names.index(key) if key in names else int(key) if key.isdecimal() else -1
         if not 0 <= index < len(node):
-            raise UserError(f"--set {assignment}: no element {key!r}{nearest(key, names)}; there are: {names}.")
+            raise UserError(f"--set {assignment}: no element {key!r}{did_you_mean(key, names)}; there are: {names}.")
         return [_assign(item, rest, value, assignment) if i == index else item for i, item in enumerate(node)]
     if node is None:
         node = {}
@@ -162,33 +162,37 @@ def _assign(node: Any, keys: list[str], value: Any, assignment: str) -> Any:
     return {**node, key: _assign(node.get(key), rest, value, assignment)}
 
 
-def parse(section: type[SectionT], raw: Mapping[str, Any], *, source: str) -> SectionT:
+def parse_config(section: type[SectionT], raw: Mapping[str, Any], *, source: str) -> SectionT:
     """`raw` as a typed `section`. Raises one `UserError` that lists every problem with its dotted path."""
     try:
-        return section.model_validate(_tuples(raw), strict=True)  # strict: `steps: yes` is not one step
+        return section.model_validate(_lists_to_tuples(raw), strict=True)  # strict: `steps: yes` is not one step
     except pydantic.ValidationError as error:
-        problems = [_problem(section, raw, detail) for detail in error.errors() if not _follows(detail)]
+        problems = [_problem(section, raw, detail) for detail in error.errors() if not _is_consequence(detail)]
         raise UserError("\n".join(f"{source}: {problem}" for problem in problems)) from None
     except RecursionError:
         raise UserError(f"{source}: nested too deeply, or an alias that holds itself. Write the values out.") from None
 
 
-def _tuples(node: Any) -> Any:
+def _lists_to_tuples(node: Any) -> Any:
     """Lists as tuples, which is what sections hold."""
     if isinstance(node, Mapping):
-        return {key: _tuples(value) for key, value in node.items()}
-    return tuple(map(_tuples, node)) if isinstance(node, list) else node
+        return {key: _lists_to_tuples(value) for key, value in node.items()}
+    return tuple(map(_lists_to_tuples, node)) if isinstance(node, list) else node
 
 
-def _follows(detail: Any) -> bool:
+def _is_consequence(detail: Any) -> bool:
     """Whether a list counts as too short only because of its wrong elements, which are reported themselves."""
     return detail["type"] == "too_short" and len(detail["input"]) > detail["ctx"]["actual_length"]
 
 
-EXPECTED = {"tuple_type": "expected a list", "model_type": "expected keys", "model_attributes_type": "expected keys"}
+EXPECTATION_BY_ERROR_TYPE = {
+    "tuple_type": "expected a list",
+    "model_type": "expected keys",
+    "model_attributes_type": "expected keys",
+}
 
 
-def _problem(section: type[Section], raw: Mapping[str, Any], detail: Any) -> str:
+def _problem(section: type[ConfigSection], raw: Mapping[str, Any], detail: Any) -> str:
     kind, found, context = detail["type"], detail["input"], detail.get("ctx", {})
     location = _location(raw, detail["loc"], missing=kind == "missing")
     if kind.startswith("union_tag"):
@@ -196,13 +200,13 @@ def _problem(section: type[Section], raw: Mapping[str, Any], detail: Any) -> str
     path = ".".join(str(part) for part in location)
     if kind == "extra_forbidden":
         known = sorted(_known_keys(section, detail["loc"][:-1]))
-        hint = nearest(str(location[-1]), known) or f". Keys here: {', '.join(known)}"
+        hint = did_you_mean(str(location[-1]), known) or f". Keys here: {', '.join(known)}"
         return f"unknown key {path}{hint}."
     if kind in ("missing", "union_tag_not_found"):
         return f"{path} is required and not given."
     if kind == "union_tag_invalid":
         return f"{path}: expected one of {context['expected_tags']} (found {context['tag']!r})."
-    message = EXPECTED.get(kind, detail["msg"].removeprefix("Value error, "))
+    message = EXPECTATION_BY_ERROR_TYPE.get(kind, detail["msg"].removeprefix("Value error, "))
     shown = f" (found {found!r})" if isinstance(found, str | int | float | bool | None) else ""
     return f"{path}: {message}{shown}." if path else f"{message}{shown}."
 
@@ -218,13 +222,13 @@ def _location(raw: Any, location: tuple[str | int, ...], *, missing: bool) -> li
     return [*kept, location[-1]] if missing else kept
 
 
-def _known_keys(section: type[Section], location: tuple[Any, ...]) -> set[str]:
+def _known_keys(section: type[ConfigSection], location: tuple[Any, ...]) -> set[str]:
     """The keys allowed at a location: walks the annotations of the sections, through unions and sequences."""
-    candidates: list[type[Section]] = [section]
+    candidates: list[type[ConfigSection]] = [section]
     for step in location:
         if isinstance(step, int):
             continue
-        following: list[type[Section]] = []
+        following: list[type[ConfigSection]] = []
         for candidate in candidates:
             if step in candidate.model_fields:
                 following += _sections_in(candidate.model_fields[step].annotation)
@@ -234,13 +238,13 @@ def _known_keys(section: type[Section], location: tuple[Any, ...]) -> set[str]:
     return {key for candidate in candidates for key in candidate.model_fields}
 
 
-def _sections_in(annotation: Any) -> list[type[Section]]:
-    if isinstance(annotation, type) and issubclass(annotation, Section):
+def _sections_in(annotation: Any) -> list[type[ConfigSection]]:
+    if isinstance(annotation, type) and issubclass(annotation, ConfigSection):
         return [annotation]
     return [found for argument in get_args(annotation) for found in _sections_in(argument)]
 
 
-def nearest(word: str, known: Sequence[str]) -> str:
+def did_you_mean(word: str, known: Sequence[str]) -> str:
     """A hint such as ' (did you mean X?)' with the nearest of `known`, or an empty string."""
     close = difflib.get_close_matches(word, known, n=1)
     return f" (did you mean {close[0]}?)" if close else ""

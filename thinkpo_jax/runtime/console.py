@@ -9,9 +9,9 @@ from pathlib import Path
 from tqdm import tqdm
 
 from thinkpo_jax.runtime.config import UserError
-from thinkpo_jax.runtime.processes import first
+from thinkpo_jax.runtime.processes import is_primary_process
 
-PLAIN_LINE_SECONDS = 10.0
+PROGRESS_LINE_INTERVAL_SECONDS = 10.0
 
 
 class MetricsFile:
@@ -22,7 +22,7 @@ class MetricsFile:
 
     def __init__(self, path: Path, *, step: int) -> None:
         self._file = None
-        if not first():
+        if not is_primary_process():
             return
         path.parent.mkdir(parents=True, exist_ok=True)
         kept = [line for line in read_metrics(path) if line["step"] <= step]
@@ -54,7 +54,7 @@ def read_metrics(path: Path) -> list[dict[str, float]]:
         raise UserError(f"{path}: damaged: {error}. Remove the stage's folder to train it again.") from None
 
 
-class Progress:
+class ProgressReporter:
     """A bar on a terminal; in a pipe or a file a plain line every few seconds, and at the end.
 
     `total` is None where it is not known, and so is the end.
@@ -64,28 +64,27 @@ class Progress:
         self._bar = None
         self._title, self._total, self._unit = title, total, unit
         self._first, self._start, self._said = done, time.monotonic(), time.monotonic()
-        if sys.stderr.isatty() and first():
+        if sys.stderr.isatty() and is_primary_process():
             self._bar = tqdm(total=total, initial=done, desc=title, unit=unit, dynamic_ncols=True, file=sys.stderr)
 
-    def update(self, done: int, shown: Mapping[str, str] | None = None) -> None:
+    def update(self, done: int, values: Mapping[str, str] | None = None) -> None:
         """`done` of the total are finished; `shown` are the values beside them."""
-        shown = shown or {}
         if self._bar is not None:
-            self._bar.set_postfix(shown, refresh=False)
+            self._bar.set_postfix(values or {}, refresh=False)
             self._bar.update(done - self._bar.n)
             return
         now = time.monotonic()
-        if not first():
+        if not is_primary_process():
             return
-        if now - self._said >= PLAIN_LINE_SECONDS or done == self._total:
+        if now - self._said >= PROGRESS_LINE_INTERVAL_SECONDS or done == self._total:
             self._said = now
             rate = (done - self._first) / max(now - self._start, 1e-9)
-            values = ", ".join(f"{name} {value}" for name, value in shown.items())
+            shown = "".join(f", {name} {value}" for name, value in (values or {}).items())
             line = f"{self._title}: {self._unit} {done}"
             if self._total is not None:
                 left = (self._total - done) / rate if rate > 0 else float("inf")
                 line += f"/{self._total}, {left:.0f} s left"
-            print(line + (f", {values}" if values else ""), file=sys.stderr, flush=True)
+            print(line + shown, file=sys.stderr, flush=True)
 
     def close(self) -> None:
         """Leaves the bar as it stands."""
@@ -93,17 +92,17 @@ class Progress:
             self._bar.close()
 
 
-def say(text: str) -> None:
+def log_info(text: str) -> None:
     """A line for the person who watches, beside a bar if there is one. Of several processes the first one speaks."""
-    if not first():
+    if not is_primary_process():
         return
     with tqdm.external_write_mode(file=sys.stderr):
         print(text, file=sys.stderr, flush=True)
 
 
-def warn(text: str) -> None:
+def log_warning(text: str) -> None:
     """A line that starts with `warning:`."""
-    say(f"warning: {text}")
+    log_info(f"warning: {text}")
 
 
 METRICS, VALIDATION = "metrics.jsonl", "validation.jsonl"  # of a stage, one line for each (validated) update

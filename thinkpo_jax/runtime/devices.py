@@ -10,7 +10,7 @@ GIB = 2**30
 
 
 @dataclass(frozen=True)
-class Gpu:
+class GpuCompileTarget:
     """What XLA must know of a GPU that is not there, beside what every `Device` says."""
 
     description: str
@@ -24,17 +24,17 @@ class Gpu:
 
 
 @dataclass(frozen=True)
-class Device:
+class DeviceSpec:
     """One kind of device. A TPU v4 chip is one device (as jax runs it), a TPU7x chip two."""
 
     name: str  # what users write
-    kinds: tuple[str, ...]  # what a device of this kind has in its `device_kind`
+    device_kind_substrings: tuple[str, ...]  # what a device of this kind has in its `device_kind`
     peak: float  # dense bfloat16 operations per second
     memory: int  # bytes that a program may use, as its compiler or driver says
     bandwidth: float  # bytes per second of that memory
-    network: float  # bytes per second that a device receives over all its links to its neighbours
-    options: Mapping[str, Any] = field(default_factory=dict)  # given to the compiler
-    gpu: Gpu | None = None
+    interconnect_bandwidth: float  # bytes per second that a device receives over all its links to its neighbours
+    compiler_options: Mapping[str, Any] = field(default_factory=dict)  # given to the compiler
+    gpu: GpuCompileTarget | None = None
 
 
 # Products are not split into a ring of exchanges (collective matmul), and the scheduler looks again at what it found to
@@ -63,36 +63,36 @@ _HOPPER |= {"l2_cache": 50 * 2**20, "clock_ghz": 1.98, "network": 50e9}
 
 # Peaks, bandwidths and links as the vendors publish them; the memory of TPUs is what libtpu 0.0.52 lets a program use,
 # that of GPUs what the driver reports.
-DEVICES = (
-    Device("v4", ("TPU v4",), 275e12, int(30.75 * GIB), 1228e9, 150e9, _TPU),
-    Device("v5e", ("TPU v5 lite", "TPU v5e"), 197e12, int(15.75 * GIB), 819e9, 200e9, _TPU),
-    Device("v5p", ("TPU v5",), 459e12, int(95.73 * GIB), 2765e9, 600e9, _vmem(65_472)),
-    Device("v6e", ("TPU v6",), 918e12, int(31.24 * GIB), 1640e9, 400e9, _vmem(98_304)),
-    Device("tpu7x", ("TPU7x",), 2307e12 / 2, int(94.74 * GIB), 7380e9 / 2, 300e9, _TPU),
-    Device("a100", ("A100",), 312e12, 84_974_239_744, 2039e9, 300e9, _GPU,
-           Gpu("NVIDIA A100-SXM4-80GB", (8, 0), 108, 64, (167_936, 166_912), 40 * 2**20, 1.41, 25e9)),
-    Device("h100", ("H100",), 989e12, 84_978_434_048, 3352e9, 450e9, _GPU,
-           Gpu("NVIDIA H100 80GB HBM3", **_HOPPER)),
-    Device("h200", ("H200",), 989e12, 150_110_011_392, 4800e9, 450e9, _GPU,
-           Gpu("NVIDIA H200", **_HOPPER)),
-    Device("b200", ("B200",), 2250e12, 191_500_000_000, 8000e9, 900e9, _GPU,
-           Gpu("NVIDIA B200", (10, 0), 148, 128, (233_472, 232_448), 126 * 2**20, 1.965, 50e9)),
+DEVICE_SPECS = (
+    DeviceSpec("v4", ("TPU v4",), 275e12, int(30.75 * GIB), 1228e9, 150e9, _TPU),
+    DeviceSpec("v5e", ("TPU v5 lite", "TPU v5e"), 197e12, int(15.75 * GIB), 819e9, 200e9, _TPU),
+    DeviceSpec("v5p", ("TPU v5",), 459e12, int(95.73 * GIB), 2765e9, 600e9, _vmem(65_472)),
+    DeviceSpec("v6e", ("TPU v6",), 918e12, int(31.24 * GIB), 1640e9, 400e9, _vmem(98_304)),
+    DeviceSpec("tpu7x", ("TPU7x",), 2307e12 / 2, int(94.74 * GIB), 7380e9 / 2, 300e9, _TPU),
+    DeviceSpec("a100", ("A100",), 312e12, 84_974_239_744, 2039e9, 300e9, _GPU,
+           GpuCompileTarget("NVIDIA A100-SXM4-80GB", (8, 0), 108, 64, (167_936, 166_912), 40 * 2**20, 1.41, 25e9)),
+    DeviceSpec("h100", ("H100",), 989e12, 84_978_434_048, 3352e9, 450e9, _GPU,
+           GpuCompileTarget("NVIDIA H100 80GB HBM3", **_HOPPER)),
+    DeviceSpec("h200", ("H200",), 989e12, 150_110_011_392, 4800e9, 450e9, _GPU,
+           GpuCompileTarget("NVIDIA H200", **_HOPPER)),
+    DeviceSpec("b200", ("B200",), 2250e12, 191_500_000_000, 8000e9, 900e9, _GPU,
+           GpuCompileTarget("NVIDIA B200", (10, 0), 148, 128, (233_472, 232_448), 126 * 2**20, 1.965, 50e9)),
 )  # fmt: skip
 
 
-def of_kind(device_kind: str) -> Device | None:
+def find_device_spec(device_kind: str) -> DeviceSpec | None:
     """The row of a device by what it calls itself; None where there is none (a CPU). The first that fits counts."""
     kind = device_kind.lower()
-    return next((row for row in DEVICES if any(name.lower() in kind for name in row.kinds)), None)
+    return next((row for row in DEVICE_SPECS if any(name.lower() in kind for name in row.device_kind_substrings)), None)
 
 
-def peak(device_kind: str) -> float | None:
+def peak_flops(device_kind: str) -> float | None:
     """Peak bfloat16 operations per second of a device; None where it is not known."""
-    found = of_kind(device_kind)
+    found = find_device_spec(device_kind)
     return None if found is None else found.peak
 
 
 def compiler_options(mesh: Mesh) -> dict[str, Any] | None:
     """What `jax.jit` gives the compiler for the devices of a mesh; None (its defaults) where they have no row."""
-    found = of_kind(mesh.devices.flat[0].device_kind)
-    return None if found is None else dict(found.options)
+    found = find_device_spec(mesh.devices.flat[0].device_kind)
+    return None if found is None else dict(found.compiler_options)

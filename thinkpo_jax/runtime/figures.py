@@ -5,17 +5,17 @@ from io import BytesIO
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-_CHOSEN, _REJECTED, _MARGIN = "#5B3FD6", "#882255", "#333333"  # never the colour of a model
+CHOSEN_COLOUR, REJECTED_COLOUR, MARGIN_COLOUR = "#5B3FD6", "#882255", "#333333"  # never the colour of a model
 _PANELS_PER_ROW = 3
 
 
-def png(figure: Figure) -> bytes:
+def figure_to_png(figure: Figure) -> bytes:
     """A figure as a picture file."""
     figure.savefig(buffer := BytesIO(), format="png", dpi=130)
     return buffer.getvalue()
 
 
-def _grid(count: int, title: str) -> tuple[Figure, list[Axes]]:
+def panel_grid(count: int, title: str) -> tuple[Figure, list[Axes]]:
     columns = min(count, _PANELS_PER_ROW)
     rows = -(-count // columns)
     figure = Figure(figsize=(max(5.6, 4.6 * columns), 3.9 * rows), layout="constrained")
@@ -26,7 +26,7 @@ def _grid(count: int, title: str) -> tuple[Figure, list[Axes]]:
     return figure, panels[:count]
 
 
-def _label(ax: Axes, title: str, x: str, y: str) -> None:
+def label_axes(ax: Axes, title: str, x: str, y: str) -> None:
     ax.set_title(title, fontsize=10)
     ax.set_xlabel(x)
     ax.set_ylabel(y)
@@ -35,5 +35,5 @@ def _label(ax: Axes, title: str, x: str, y: str) -> None:
     ax.spines[["top", "right"]].set_visible(False)
 
 
-def _legend(ax: Axes) -> None:
+def draw_legend(ax: Axes) -> None:
     ax.legend(loc="upper center", bbox_to_anchor=(0.5, -0.17), ncols=3, frameon=False, fontsize=8.5)

@@ -15,18 +15,18 @@ import jax
 
 from thinkpo_jax import __version__
 from thinkpo_jax.runtime.config import UserError
-from thinkpo_jax.runtime.console import say, warn
-from thinkpo_jax.runtime.processes import first
+from thinkpo_jax.runtime.console import log_info, log_warning
+from thinkpo_jax.runtime.processes import is_primary_process
 
 
 @contextlib.contextmanager
-def writing(folder: Path, key: str, *, waiting: str = "") -> Iterator[None]:
+def lock_folder(folder: Path, key: str, *, wait_message: str = "") -> Iterator[None]:
     """Makes a folder, which the configuration names under `key`; within it no other process does the same.
 
     Raises `UserError` where it cannot be made, or another process holds it; with `waiting`, which is then said, that
     process is waited for. Of the processes of one run the first one does so for all of them.
     """
-    if not first():
+    if not is_primary_process():
         yield
         return
     try:
@@ -39,25 +39,25 @@ def writing(folder: Path, key: str, *, waiting: str = "") -> Iterator[None]:
             try:
                 stack.enter_context(lock.acquire(blocking=False))
             except filelock.Timeout:
-                if not waiting:
+                if not wait_message:
                     raise
-                say(waiting)
+                log_info(wait_message)
                 stack.enter_context(lock.acquire())
         except filelock.Timeout:
             raise UserError(
                 f"{key}: another process writes to {folder}. Wait for it, or choose another {key}."
             ) from None
         except (OSError, NotImplementedError) as error:
-            warn(f"{folder} cannot be locked ({error}): see to it that no other process writes there.")
+            log_warning(f"{folder} cannot be locked ({error}): see to it that no other process writes there.")
         yield
 
 
-def read_json(path: Path, *, absent: str = "") -> dict[str, Any]:
+def read_json_object(path: Path, *, missing_hint: str = "") -> dict[str, Any]:
     """The object that a JSON file holds. Raises `UserError` for anything else; `absent`: advice where there is none."""
     try:
         loaded = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise UserError(f"{path}: there is no such file. {absent}".rstrip()) from None
+        raise UserError(f"{path}: there is no such file. {missing_hint}".rstrip()) from None
     except (OSError, ValueError, RecursionError) as error:  # ValueError: no UTF-8, no JSON, a number of many digits
         raise UserError(f"{path}: cannot be read as JSON: {error}") from None
     if not isinstance(loaded, dict):
@@ -65,18 +65,18 @@ def read_json(path: Path, *, absent: str = "") -> dict[str, Any]:
     return loaded
 
 
-def cache_folder() -> Path:
+def token_cache_folder() -> Path:
     """Where prepared tokens are kept: below XDG_CACHE_HOME, which is ~/.cache where it is not set."""
     home = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
     return Path(home).expanduser() / "thinkpo_jax" / "tokens"
 
 
-def write_whole(path: Path, content: bytes) -> None:
+def write_atomically(path: Path, content: bytes) -> None:
     """Writes a file so that it is whole or not there at all; an older one stays until then. Makes its folder.
 
     Of several processes the first one alone writes.
     """
-    if not first():
+    if not is_primary_process():
         return
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.{os.getpid()}.tmp")
@@ -87,7 +87,7 @@ def write_whole(path: Path, content: bytes) -> None:
         partial.unlink(missing_ok=True)
 
 
-def versions() -> dict[str, str]:
+def software_versions() -> dict[str, str]:
     """The versions of what computed a run: this package and its commit, Python, jax and its companions, the devices."""
     names = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "transformers", "numpy")
     found = {name: importlib.metadata.version(name) for name in names}

@@ -9,12 +9,12 @@ import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh
 
-from thinkpo_jax.runtime.config import Section, UserError
+from thinkpo_jax.runtime.config import ConfigSection, UserError
 
 MESH_AXES = ("data", "fsdp", "context", "tensor")  # the last one lies on neighbours: it talks most
 
 
-class MeshConfig(Section):
+class MeshConfig(ConfigSection):
     """Sizes of the mesh axes; one of them may be -1: what the others leave of the devices.
 
     `data` splits rows, `fsdp` rows and parameters, `tensor` heads, feed-forward and vocabulary, `context` the tokens of
@@ -49,13 +49,13 @@ def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
     return Mesh(laid, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
 
 
-def data_shards(mesh: Mesh) -> int:
+def num_data_shards(mesh: Mesh) -> int:
     """In how many parts the batch axis is split."""
     return mesh.shape["data"] * mesh.shape["fsdp"]
 
 
-def own_shards(mesh: Mesh) -> list[int]:
+def local_data_shards(mesh: Mesh) -> list[int]:
     """Which parts of the batch axis the devices of this process hold."""
     local = np.vectorize(lambda device: device.process_index == jax.process_index())(mesh.devices)
-    by_shard = local.reshape(data_shards(mesh), -1)  # data and fsdp are the first axes
+    by_shard = local.reshape(num_data_shards(mesh), -1)  # data and fsdp are the first axes
     return np.flatnonzero(by_shard.any(axis=1)).tolist()

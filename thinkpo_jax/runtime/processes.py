@@ -17,10 +17,10 @@ import numpy as np
 
 from thinkpo_jax.runtime.config import UserError
 
-MISSED_SECONDS = 60  # after so long without a sign of life a process counts as dead, and the others end
+HEARTBEAT_TIMEOUT_SECONDS = 60  # after so long without a sign of life a process counts as dead, and the others end
 
 
-def host_arguments(parser: argparse.ArgumentParser) -> None:
+def add_distributed_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds --coordinator, --processes and --process to a command."""
     group = parser.add_argument_group("several processes", "TPU slices, SLURM and Open MPI need none of these.")
     group.add_argument("--coordinator", metavar="HOST:PORT", help="where process 0 runs, and a free port there")
@@ -28,7 +28,7 @@ def host_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--process", type=int, metavar="I", help="which of them this is, from 0")
 
 
-def join(arguments: argparse.Namespace) -> None:
+def initialize_distributed(arguments: argparse.Namespace) -> None:
     """Makes this process one of several, by its arguments or by what a cluster says of itself.
 
     Must be called before JAX is used; a second time it does nothing. Raises `UserError` where the arguments make no
@@ -50,14 +50,16 @@ def join(arguments: argparse.Namespace) -> None:
             file=sys.stderr, flush=True,
         )  # fmt: skip
     else:
-        found = detected(os.environ)
+        found = detect_cluster(os.environ)
         if found is None:
             return
         given = found
     jax.config.update("jax_enable_preemption_service", False)  # it would swallow SIGTERM, at which a run saves and ends
     try:
         jax.distributed.initialize(
-            **given, heartbeat_timeout_seconds=MISSED_SECONDS, shutdown_timeout_seconds=MISSED_SECONDS
+            **given,
+            heartbeat_timeout_seconds=HEARTBEAT_TIMEOUT_SECONDS,
+            shutdown_timeout_seconds=HEARTBEAT_TIMEOUT_SECONDS,
         )
     except (RuntimeError, ValueError, OSError) as error:
         raise UserError(
@@ -100,7 +102,7 @@ def _bind(port: int) -> None:
         probe.bind(("", port))
 
 
-def detected(environment: Mapping[str, str]) -> dict[str, Any] | None:
+def detect_cluster(environment: Mapping[str, str]) -> dict[str, Any] | None:
     """What `jax.distributed.initialize` needs beyond what it finds by itself; None where this process is alone.
 
     JAX knows TPU slices, SLURM and Open MPI. Under SLURM it gives each process the one GPU of its number on the node;
@@ -143,43 +145,43 @@ def _on_a_tpu_vm(environment: Mapping[str, str]) -> bool:
     return cloud_tpu_init.running_in_cloud_tpu_vm
 
 
-def several() -> bool:
+def is_distributed() -> bool:
     """Whether this process is one of several."""
     return jax.distributed.is_initialized() and jax.process_count() > 1
 
 
-def first() -> bool:
+def is_primary_process() -> bool:
     """Whether this process is the one that speaks and writes; touches no device where it is alone."""
-    return not several() or jax.process_index() == 0
+    return not is_distributed() or jax.process_index() == 0
 
 
-def wait(what: str) -> None:
+def barrier(name: str) -> None:
     """Returns when every process has come here; `what` names the place."""
-    if several():
+    if is_distributed():
         from jax.experimental import multihost_utils
 
-        multihost_utils.sync_global_devices(what)
+        multihost_utils.sync_global_devices(name)
 
 
-def from_the_first(array: np.ndarray) -> np.ndarray:
+def broadcast_from_primary(array: np.ndarray) -> np.ndarray:
     """The array of the first process, in every process; of the same shape in all of them."""
-    if not several():
+    if not is_distributed():
         return array
     from jax.experimental import multihost_utils
 
     return np.array(multihost_utils.broadcast_one_to_all(array))
 
 
-def in_any(flag: bool) -> bool:
+def any_process(flag: bool) -> bool:
     """Whether the flag is set in one of the processes."""
-    if not several():
+    if not is_distributed():
         return flag
     from jax.experimental import multihost_utils
 
     return bool(np.any(multihost_utils.process_allgather(np.array(flag))))
 
 
-def whole(array: jax.Array) -> np.ndarray:
+def gather_to_host(array: jax.Array) -> np.ndarray:
     """An array that lies on devices of several processes, on this host."""
     if array.is_fully_addressable:
         return np.asarray(array)
@@ -188,7 +190,7 @@ def whole(array: jax.Array) -> np.ndarray:
     return np.asarray(multihost_utils.process_allgather(array, tiled=True))
 
 
-def leave() -> None:
+def shutdown_distributed() -> None:
     """Waits until all processes are done: one that goes first would look as if it had died."""
-    if several():
+    if is_distributed():
         jax.distributed.shutdown()

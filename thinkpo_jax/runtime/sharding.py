@@ -15,7 +15,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from thinkpo_jax.runtime.config import UserError
 
-RULES: dict[str, str | tuple[str, ...] | None] = {
+LOGICAL_AXIS_RULES: dict[str, str | tuple[str, ...] | None] = {
     # parameters
     "layers": None,
     "vocab": "tensor",
@@ -35,15 +35,15 @@ RULES: dict[str, str | tuple[str, ...] | None] = {
 }
 
 
-BATCH = ("micro_batch", "batch")  # the leading axes of what a batch holds; the others are not split
+BATCH_AXES = ("micro_batch", "batch")  # the leading axes of what a batch holds; the others are not split
 
 
-def spec(axes: tuple[str | None, ...]) -> PartitionSpec:
+def partition_spec(axes: tuple[str | None, ...]) -> PartitionSpec:
     """The mesh axes of an array whose logical axes are `axes` (None: not split)."""
-    return PartitionSpec(*(None if axis is None else RULES[axis] for axis in axes))
+    return PartitionSpec(*(None if axis is None else LOGICAL_AXIS_RULES[axis] for axis in axes))
 
 
-def shardings(tree: Any, mesh: Mesh) -> Any:
+def tree_shardings(tree: Any, mesh: Mesh) -> Any:
     """A tree like `tree` with the sharding of each array.
 
     `nnx.Param`s, wherever they stand (a model, Adam's moments), follow their axes; other arrays (counters) are whole
@@ -55,23 +55,23 @@ def shardings(tree: Any, mesh: Mesh) -> Any:
             return NamedSharding(mesh, PartitionSpec())
         axes = leaf.get_metadata()["axes"]
         _check_divides(jax.tree_util.keystr(path, simple=True, separator="."), axes, leaf.get_value().shape, mesh)
-        return jax.tree.map(lambda _: NamedSharding(mesh, spec(axes)), leaf)
+        return jax.tree.map(lambda _: NamedSharding(mesh, partition_spec(axes)), leaf)
 
     return jax.tree_util.tree_map_with_path(one, tree, is_leaf=lambda leaf: isinstance(leaf, nnx.Variable))
 
 
-def laid_out(tree: Any, mesh: Mesh) -> Any:
+def abstract_with_shardings(tree: Any, mesh: Mesh) -> Any:
     """A tree like `tree` with the shape, dtype and sharding of each array in its place; raises like `shardings`."""
 
     def one(leaf: Any, sharding: Any) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
-    return jax.tree.map(one, tree, shardings(tree, mesh))
+    return jax.tree.map(one, tree, tree_shardings(tree, mesh))
 
 
 def _check_divides(name: str, axes: tuple[str, ...], shape: tuple[int, ...], mesh: Mesh) -> None:
     for axis, size in zip(axes, shape, strict=True):
-        rule = _parts(RULES[axis])
+        rule = _parts(LOGICAL_AXIS_RULES[axis])
         parts = math.prod(mesh.shape[part] for part in rule)
         if size % parts:
             sizes = " x ".join(f"{part} {mesh.shape[part]}" for part in rule)
@@ -85,14 +85,14 @@ def _parts(rule: str | tuple[str, ...] | None) -> tuple[str, ...]:
     return (rule,) if isinstance(rule, str) else rule or ()
 
 
-def constrain(x: jax.Array, axes: tuple[str | None, ...]) -> jax.Array:
+def constrain_sharding(x: jax.Array, axes: tuple[str | None, ...]) -> jax.Array:
     """`x` laid out by the table, inside a jitted function under `jax.set_mesh`; `x` itself where there is no mesh."""
     if jax.sharding.get_abstract_mesh().empty:
         return x
-    return jax.lax.with_sharding_constraint(x, spec(axes))
+    return jax.lax.with_sharding_constraint(x, partition_spec(axes))
 
 
-def per_device(
+def shard_map_by_axes(
     function: Callable[..., Any],
     in_axes: tuple[tuple[str | None, ...], ...],
     out_axes: Any,
@@ -104,27 +104,27 @@ def per_device(
     """
     if jax.sharding.get_abstract_mesh().empty:
         return function
-    out_specs = tuple(map(spec, out_axes)) if isinstance(out_axes[0], tuple) else spec(out_axes)
-    return jax.shard_map(function, in_specs=tuple(map(spec, in_axes)), out_specs=out_specs, check_vma=False)
+    out_specs = tuple(map(partition_spec, out_axes)) if isinstance(out_axes[0], tuple) else partition_spec(out_axes)
+    return jax.shard_map(function, in_specs=tuple(map(partition_spec, in_axes)), out_specs=out_specs, check_vma=False)
 
 
-def mesh_axes(*axes: str | None) -> tuple[str, ...]:
+def split_mesh_axes(*axes: str | None) -> tuple[str, ...]:
     """The mesh axes that logical axes are split over, for collectives; none where there is no mesh."""
     sizes = jax.sharding.get_abstract_mesh().shape
-    found = [part for axis in axes if axis is not None for part in _parts(RULES[axis])]
+    found = [part for axis in axes if axis is not None for part in _parts(LOGICAL_AXIS_RULES[axis])]
     return tuple(part for part in found if sizes.get(part, 1) > 1)
 
 
-def summed_parts(x: jax.Array, over: tuple[str | None, ...], axes: tuple[str | None, ...]) -> jax.Array:
+def psum_or_reduce_scatter(x: jax.Array, over: tuple[str | None, ...], axes: tuple[str | None, ...]) -> jax.Array:
     """Inside `per_device`: the sum of all devices' `x` along the logical axes `over`.
 
     Where an axis of `x`, named by `axes`, lies on the same mesh axis, each device gets its part of the sum.
     """
-    left = mesh_axes(*over)
+    left = split_mesh_axes(*over)
     if not left:
         return x
     for dimension, axis in enumerate(axes):
-        for part in mesh_axes(axis):
+        for part in split_mesh_axes(axis):
             if part in left:
                 x = jax.lax.psum_scatter(x, part, scatter_dimension=dimension, tiled=True)
                 left = tuple(other for other in left if other != part)
@@ -134,9 +134,9 @@ def summed_parts(x: jax.Array, over: tuple[str | None, ...], axes: tuple[str | N
 
 def put_batch(batch: Any, mesh: Mesh) -> Any:
     """Host arrays [micro_batch, batch, ...] as device arrays, rows split over the data axes."""
-    return jax.tree.map(lambda array: put(array, BATCH, mesh), batch)
+    return jax.tree.map(lambda array: put_on_mesh(array, BATCH_AXES, mesh), batch)
 
 
-def put(array: np.ndarray, axes: tuple[str | None, ...], mesh: Mesh) -> jax.Array:
+def put_on_mesh(array: np.ndarray, axes: tuple[str | None, ...], mesh: Mesh) -> jax.Array:
     """A host array on the mesh. Each process reads those parts of its own array that its devices hold."""
-    return jax.make_array_from_callback(array.shape, NamedSharding(mesh, spec(axes)), array.__getitem__)
+    return jax.make_array_from_callback(array.shape, NamedSharding(mesh, partition_spec(axes)), array.__getitem__)

@@ -12,22 +12,22 @@ import jax
 import orbax.checkpoint as ocp
 import pydantic
 
-from thinkpo_jax.runtime.config import RunError, Section, UserError
-from thinkpo_jax.runtime.console import warn
-from thinkpo_jax.runtime.processes import several
+from thinkpo_jax.runtime.config import ConfigSection, RunError, UserError
+from thinkpo_jax.runtime.console import log_warning
+from thinkpo_jax.runtime.processes import is_distributed
 from thinkpo_jax.training.train_step import TrainState
 
 TreeT = TypeVar("TreeT")
 
 
-class CheckpointConfig(Section):
+class CheckpointConfig(ConfigSection):
     """How often a stage is saved (in updates; always at its end) and how many checkpoints are kept."""
 
     every: int = pydantic.Field(default=100, ge=1)
     keep: int = pydantic.Field(default=1, ge=1)
 
 
-class Checkpoints:
+class CheckpointStore:
     """The checkpoints of one stage, in `folder`."""
 
     def __init__(self, folder: Path, *, keep: int = 1, read_only: bool = False) -> None:
@@ -39,7 +39,7 @@ class Checkpoints:
         self._manager = ocp.CheckpointManager(folder.absolute(), options=options)
         self.folder = folder
 
-    def __enter__(self) -> "Checkpoints":
+    def __enter__(self) -> "CheckpointStore":
         return self
 
     def __exit__(self, kind: object, *_: object) -> None:
@@ -49,9 +49,9 @@ class Checkpoints:
             problem = f"{self.folder}: the last checkpoint cannot be written: {_first_line(error)}"
             if kind is None:
                 raise RunError(problem) from None
-            warn(problem)  # beside the error that is on its way
+            log_warning(problem)  # beside the error that is on its way
 
-    def latest(self) -> int | None:
+    def latest_step(self) -> int | None:
         """The last step that was saved whole; None where there is none."""
         return self._manager.latest_step()
 
@@ -67,7 +67,7 @@ class Checkpoints:
             try:
                 self._manager.save(step, args=ocp.args.Composite(**items))
             except (ValueError, RuntimeError) as error:  # OSError speaks for itself
-                if several() and isinstance(error, jax.errors.JaxRuntimeError):
+                if is_distributed() and isinstance(error, jax.errors.JaxRuntimeError):
                     raise  # another process has gone
                 raise RunError(f"{self.folder}: checkpoint {step} cannot be written: {_first_line(error)}") from None
 
@@ -83,7 +83,7 @@ class Checkpoints:
 
     def _restore(self, item: str, like: TreeT, step: int | None) -> TreeT:
         steps = sorted(self._manager.all_steps())
-        chosen = self.latest() if step is None else step
+        chosen = self.latest_step() if step is None else step
         if chosen not in steps:
             raise UserError(
                 f"{self.folder}: there is no checkpoint {chosen if step is not None else ''}; there are: {steps}."
@@ -93,7 +93,7 @@ class Checkpoints:
             args = ocp.args.Composite(**{item: ocp.args.StandardRestore(targets)})
             restored = self._manager.restore(chosen, args=args)
         except Exception as error:  # Orbax and TensorStore raise of many kinds over damaged files
-            if several() and isinstance(error, jax.errors.JaxRuntimeError):
+            if is_distributed() and isinstance(error, jax.errors.JaxRuntimeError):
                 raise  # another process has gone
             raise UserError(
                 f"{self.folder / str(chosen)}: the checkpoint cannot be read: {_first_line(error)} If its files are "

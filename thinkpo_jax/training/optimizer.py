@@ -8,10 +8,10 @@ import optax
 import pydantic
 from flax import nnx
 
-from thinkpo_jax.runtime.config import Section
+from thinkpo_jax.runtime.config import ConfigSection
 
 
-class OptimizerConfig(Section):
+class OptimizerConfig(ConfigSection):
     """AdamW (arXiv 1711.05101) and its learning rate over the stage's updates.
 
     `moment_dtype` is that of the first moment; bfloat16 saves two bytes a parameter. The second one, whose small
@@ -29,7 +29,7 @@ class OptimizerConfig(Section):
     moment_dtype: Literal["float32", "bfloat16"] = "float32"
 
 
-def learning_rate(config: OptimizerConfig, steps: int) -> optax.Schedule:
+def learning_rate_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
     """Learning rate by update: linear warm-up from 0 over `warmup_ratio` of the steps, then down.
 
     As in other trainers the first update of a warm-up has rate 0; a stage of one update has no warm-up.
@@ -49,18 +49,18 @@ def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransfo
     return optax.chain(
         optax.clip_by_global_norm(config.max_grad_norm),
         optax.adamw(
-            learning_rate(config, steps),
+            learning_rate_schedule(config, steps),
             b1=config.b1,
             b2=config.b2,
             eps=config.eps,
             mu_dtype=config.moment_dtype,
             weight_decay=config.weight_decay,
-            mask=_is_matrix,
+            mask=_weight_decay_mask,
         ),
     )
 
 
-def _is_matrix(params: Any) -> Any:
+def _weight_decay_mask(params: Any) -> Any:
     """True for weights that are decayed: those with an embed axis (no norm, no bias has one)."""
 
     def one(leaf: Any) -> Any:

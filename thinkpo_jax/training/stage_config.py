@@ -7,8 +7,8 @@ import pydantic
 
 from thinkpo_jax.data.batches import BatchConfig
 from thinkpo_jax.data.packing import ValidationConfig
-from thinkpo_jax.data.record_formats import PairData, SftData
-from thinkpo_jax.runtime.config import Section
+from thinkpo_jax.data.record_formats import PreferenceDataConfig, SftDataConfig
+from thinkpo_jax.runtime.config import ConfigSection
 from thinkpo_jax.training.checkpoints import CheckpointConfig
 from thinkpo_jax.training.objectives import PreferenceConfig
 from thinkpo_jax.training.optimizer import OptimizerConfig
@@ -17,7 +17,7 @@ DataT = TypeVar("DataT")
 
 
 def _listed(value: Any) -> Any:
-    if not isinstance(value, Mapping | tuple | Section):
+    if not isinstance(value, Mapping | tuple | ConfigSection):
         raise ValueError("expected keys (one source), or a list of sources")
     return value if isinstance(value, tuple) else (value,)
 
@@ -26,7 +26,7 @@ def _listed(value: Any) -> Any:
 Sources = Annotated[tuple[DataT, ...], pydantic.BeforeValidator(_listed), pydantic.Field(min_length=1)]
 
 
-class _Stage(Section):
+class _StageConfig(ConfigSection):
     """What every stage has. It starts from `start` (a stage, or `base`), by default from the stage before it.
 
     `on_nonfinite`: whether an update whose loss or gradient is not finite stops the run, or is left out, `max_skipped`
@@ -45,30 +45,30 @@ class _Stage(Section):
     checkpoint: CheckpointConfig = CheckpointConfig()
 
     @pydantic.model_validator(mode="after")
-    def _skips_are_allowed(self) -> "_Stage":
+    def _skips_are_allowed(self) -> "_StageConfig":
         if self.on_nonfinite == "stop" and self.max_skipped != 10:
             raise ValueError("`max_skipped` has no effect without `on_nonfinite: skip`")
         return self
 
     @pydantic.model_validator(mode="after")
-    def _one_length(self) -> "_Stage":
+    def _one_length(self) -> "_StageConfig":
         if (self.steps is None) == (self.epochs is None):
             raise ValueError("give either `steps` or `epochs`, one of the two")
         return self
 
 
-class SftStage(_Stage):
+class SftStage(_StageConfig):
     """Supervised fine-tuning on answers."""
 
     objective: Literal["sft"]
-    data: Sources[SftData]
+    data: Sources[SftDataConfig]
 
 
-class ThinkpoStage(_Stage, PreferenceConfig):
+class ThinkpoStage(_StageConfig, PreferenceConfig):
     """ThinkPO on (long, short) pairs against the model that the stage starts from."""
 
     objective: Literal["thinkpo"]
-    data: Sources[PairData]
+    data: Sources[PreferenceDataConfig]
 
 
-Stage = SftStage | ThinkpoStage
+StageConfig = SftStage | ThinkpoStage

@@ -16,30 +16,30 @@ import math
 import jax
 import jax.numpy as jnp
 
-from thinkpo_jax.data.batches import REGIONS, DeviceBatch
-from thinkpo_jax.models.attention.dense import Places
+from thinkpo_jax.data.batches import NUM_REGIONS, DeviceBatch
+from thinkpo_jax.models.attention.dense import TokenPositions
 from thinkpo_jax.models.transformer import Transformer
-from thinkpo_jax.runtime.context_parallel import whole_rows
-from thinkpo_jax.runtime.sharding import constrain, mesh_axes, per_device, summed_parts
+from thinkpo_jax.runtime.context_parallel import all_gather_rows
+from thinkpo_jax.runtime.sharding import constrain_sharding, psum_or_reduce_scatter, shard_map_by_axes, split_mesh_axes
 
-LOGITS = 2**26  # of one block: 256 MiB in float32
-WIDTHS = (2048, 8192)  # the narrowest and the widest block
-LANES = 128  # what a TPU computes at once
+MAX_BLOCK_LOGITS = 2**26  # of one block: 256 MiB in float32
+BLOCK_WIDTH_RANGE = (2048, 8192)  # the narrowest and the widest block
+TPU_LANES = 128  # what a TPU computes at once
 
-TOKENS = ("batch", "length")
-HIDDEN = (*TOKENS, None)
-HEAD = (None, "vocab")
+TOKEN_AXES = ("batch", "length")
+HIDDEN_AXES = (*TOKEN_AXES, None)
+LM_HEAD_AXES = (None, "vocab")
 
 
-def block_width(tokens: int, vocabulary: int) -> int:
+def vocab_block_width(tokens: int, vocabulary: int) -> int:
     """Columns of a block: about `LOGITS` logits at most, and blocks of a device about equally wide."""
-    widest = min(max(LOGITS // tokens, WIDTHS[0]), WIDTHS[1])
+    widest = min(max(MAX_BLOCK_LOGITS // tokens, BLOCK_WIDTH_RANGE[0]), BLOCK_WIDTH_RANGE[1])
     count = -(-vocabulary // widest)
-    return min(-(-vocabulary // (count * LANES)) * LANES, vocabulary)
+    return min(-(-vocabulary // (count * TPU_LANES)) * TPU_LANES, vocabulary)
 
 
 @jax.custom_vjp
-def token_logprobs(x_RAD: jax.Array, head_DV: jax.Array, targets_RA: jax.Array) -> jax.Array:
+def token_log_probs(x_RAD: jax.Array, head_DV: jax.Array, targets_RA: jax.Array) -> jax.Array:
     """log softmax(x @ head)[target] for each token, float32 [R, A]; differentiable in x and head.
 
     Under `jax.set_mesh` rows are split over the data axes, the vocabulary and the head's gradient like the head.
@@ -48,13 +48,17 @@ def token_logprobs(x_RAD: jax.Array, head_DV: jax.Array, targets_RA: jax.Array) 
 
 
 def _forward(x_RAD: jax.Array, head_DV: jax.Array, targets_RA: jax.Array) -> tuple[jax.Array, tuple[jax.Array, ...]]:
-    part = per_device(_forward_part, (HIDDEN, HEAD, TOKENS), (TOKENS, TOKENS))
+    part = shard_map_by_axes(_forward_part, (HIDDEN_AXES, LM_HEAD_AXES, TOKEN_AXES), (TOKEN_AXES, TOKEN_AXES))
     logprobs_RA, normalisers_RA = part(x_RAD, head_DV, targets_RA)
     return logprobs_RA, (x_RAD, head_DV, targets_RA, normalisers_RA)
 
 
 def _backward(residuals: tuple[jax.Array, ...], cotangents_RA: jax.Array) -> tuple[jax.Array, jax.Array, None]:
-    part = per_device(_backward_part, (HIDDEN, HEAD, TOKENS, TOKENS, TOKENS), (HIDDEN, ("embed", "vocab")))
+    part = shard_map_by_axes(
+        _backward_part,
+        (HIDDEN_AXES, LM_HEAD_AXES, TOKEN_AXES, TOKEN_AXES, TOKEN_AXES),
+        (HIDDEN_AXES, ("embed", "vocab")),
+    )
     return *part(*residuals, cotangents_RA), None
 
 
@@ -81,8 +85,8 @@ def _block(
 def _flat(x_RAD: jax.Array, head_DV: jax.Array, targets_RA: jax.Array) -> tuple[jax.Array, jax.Array, int]:
     """x [N, D], targets [N] counted from this device's first column, and the width of its blocks."""
     x_ND, vocabulary = x_RAD.reshape(-1, x_RAD.shape[-1]), head_DV.shape[1]
-    first = jax.lax.axis_index(mesh_axes("vocab")) * vocabulary
-    return x_ND, targets_RA.reshape(-1) - first, block_width(len(x_ND), vocabulary)
+    first = jax.lax.axis_index(split_mesh_axes("vocab")) * vocabulary
+    return x_ND, targets_RA.reshape(-1) - first, vocab_block_width(len(x_ND), vocabulary)
 
 
 def _forward_part(x_RAD: jax.Array, head_DV: jax.Array, targets_RA: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -99,8 +103,8 @@ def _forward_part(x_RAD: jax.Array, head_DV: jax.Array, targets_RA: jax.Array) -
     zeros_N = jnp.zeros(len(x_ND), jnp.float32)
     blocks = jnp.arange(len(_starts(head_DV.shape[1], width)))
     (own_N, total_N, target_N), _ = jax.lax.scan(body, (zeros_N - jnp.inf, zeros_N, zeros_N), blocks)
-    maximum_N = jax.lax.pmax(own_N, mesh_axes("vocab"))
-    total_N, target_N = jax.lax.psum((total_N * jnp.exp(own_N - maximum_N), target_N), mesh_axes("vocab"))
+    maximum_N = jax.lax.pmax(own_N, split_mesh_axes("vocab"))
+    total_N, target_N = jax.lax.psum((total_N * jnp.exp(own_N - maximum_N), target_N), split_mesh_axes("vocab"))
     normalisers_N = maximum_N + jnp.log(total_N)
     return (target_N - normalisers_N).reshape(targets_RA.shape), normalisers_N.reshape(targets_RA.shape)
 
@@ -125,23 +129,27 @@ def _backward_part(
     # From the last block to the first: what a block that was moved back writes before its own columns is overwritten.
     zeros = (jnp.zeros(x_ND.shape, jnp.float32), jnp.zeros_like(head_DV))
     (dx_ND, dhead_DV), _ = jax.lax.scan(body, zeros, jnp.arange(len(starts)), reverse=True)
-    dx_ND = jax.lax.psum(dx_ND, mesh_axes("vocab")).astype(x_ND.dtype)
-    return dx_ND.reshape(x_RAD.shape), summed_parts(dhead_DV, over=TOKENS, axes=("embed", "vocab"))
+    dx_ND = jax.lax.psum(dx_ND, split_mesh_axes("vocab")).astype(x_ND.dtype)
+    return dx_ND.reshape(x_RAD.shape), psum_or_reduce_scatter(dhead_DV, over=TOKEN_AXES, axes=("embed", "vocab"))
 
 
-token_logprobs.defvjp(_forward, _backward)
+token_log_probs.defvjp(_forward, _backward)
 
 
-def answer_logprobs(model: Transformer, batch: DeviceBatch) -> jax.Array:
+def answer_token_log_probs(model: Transformer, batch: DeviceBatch) -> jax.Array:
     """Log-prob of each trained token, 0 in unused slots; float32 [R, A]. No other token reaches the head."""
-    numbers_M = 1 + jnp.arange(math.prod(batch.reference.shape[-3:-1]))  # of the segments that a row may have
-    lengths_RM = (batch.segments[:, None, :] == numbers_M[None, :, None]).sum(axis=-1)
-    hidden_RTD, _ = model(batch.tokens, Places(batch.segments, batch.positions, lengths_RM))
+    numbers_M = 1 + jnp.arange(math.prod(batch.reference_log_probs.shape[-3:-1]))  # of the segments that a row may have
+    lengths_RM = (batch.segment_ids[:, None, :] == numbers_M[None, :, None]).sum(axis=-1)
+    hidden_RTD, _ = model(batch.token_ids, TokenPositions(batch.segment_ids, batch.positions, lengths_RM))
     gather = _at
-    if mesh_axes("length"):  # of a row that is split each device gathers all hidden states, for its share of the slots
-        gather = per_device(lambda hidden, places: _at(whole_rows(hidden), places), (HIDDEN, TOKENS), HIDDEN)
-    logprobs_RA = token_logprobs(gather(hidden_RTD, batch.trained), model.head(), batch.targets)
-    return jnp.where(batch.regions > 0, constrain(logprobs_RA, ("batch", None)), 0.0)
+    if split_mesh_axes(
+        "length"
+    ):  # of a row that is split each device gathers all hidden states, for its share of the slots
+        gather = shard_map_by_axes(
+            lambda hidden, places: _at(all_gather_rows(hidden), places), (HIDDEN_AXES, TOKEN_AXES), HIDDEN_AXES
+        )
+    logprobs_RA = token_log_probs(gather(hidden_RTD, batch.loss_positions), model.lm_head(), batch.target_ids)
+    return jnp.where(batch.target_regions > 0, constrain_sharding(logprobs_RA, ("batch", None)), 0.0)
 
 
 def _at(values_RT: jax.Array, places_RA: jax.Array) -> jax.Array:
@@ -154,16 +162,16 @@ def _at(values_RT: jax.Array, places_RA: jax.Array) -> jax.Array:
     return jax.vmap(of_row)(values_RT, places_RA)
 
 
-def region_sums(values_RA: jax.Array, batch: DeviceBatch) -> jax.Array:
+def sum_by_region(values_RA: jax.Array, batch: DeviceBatch) -> jax.Array:
     """Values of trained tokens summed over the regions of every answer; [R, P, S, 3]."""
-    examples, answers = batch.reference.shape[-3:-1]
+    examples, answers = batch.reference_log_probs.shape[-3:-1]
     # Segments 1, 2, ... are the answers of the row, in order; what belongs to none goes to place 0.
-    answers_RA = _at(batch.segments, batch.trained) - 1
-    places_RA = jnp.where(batch.regions > 0, answers_RA * REGIONS + batch.regions, 0)
-    sums = jax.vmap(lambda values, places: jax.ops.segment_sum(values, places, examples * answers * REGIONS + 1))
-    return sums(values_RA, places_RA)[:, 1:].reshape(-1, examples, answers, REGIONS)
+    answers_RA = _at(batch.segment_ids, batch.loss_positions) - 1
+    places_RA = jnp.where(batch.target_regions > 0, answers_RA * NUM_REGIONS + batch.target_regions, 0)
+    sums = jax.vmap(lambda values, places: jax.ops.segment_sum(values, places, examples * answers * NUM_REGIONS + 1))
+    return sums(values_RA, places_RA)[:, 1:].reshape(-1, examples, answers, NUM_REGIONS)
 
 
-def region_logprobs(model: Transformer, batch: DeviceBatch) -> jax.Array:
+def answer_region_log_probs(model: Transformer, batch: DeviceBatch) -> jax.Array:
     """Log-prob of each region of each answer, summed over its tokens in float32; [R, P, S, 3]."""
-    return region_sums(answer_logprobs(model, batch), batch)
+    return sum_by_region(answer_token_log_probs(model, batch), batch)

@@ -12,8 +12,8 @@ from jax.sharding import Mesh
 from thinkpo_jax.data.batches import DeviceBatch
 from thinkpo_jax.models.transformer import Transformer
 from thinkpo_jax.runtime.devices import compiler_options
-from thinkpo_jax.runtime.sharding import laid_out, shardings
-from thinkpo_jax.training.objectives import Objective, Sums
+from thinkpo_jax.runtime.sharding import abstract_with_shardings, tree_shardings
+from thinkpo_jax.training.objectives import LossSums, Objective
 
 
 class TrainState(NamedTuple):
@@ -25,32 +25,34 @@ class TrainState(NamedTuple):
 
 
 Metrics = dict[str, jax.Array]
-Step = Callable[[TrainState, DeviceBatch], tuple[TrainState, Metrics]]
+TrainStepFn = Callable[[TrainState, DeviceBatch], tuple[TrainState, Metrics]]
 
 
-def initial_state(model: Transformer, optimizer: optax.GradientTransformation, mesh: Mesh) -> TrainState:
+def init_train_state(model: Transformer, optimizer: optax.GradientTransformation, mesh: Mesh) -> TrainState:
     """The state before the first update; the moments lie on the mesh like their parameters.
 
     The model becomes part of the state, which is no second copy: it cannot be used on its own afterwards.
     """
     build = functools.partial(_state, optimizer)
-    layout = shardings(jax.eval_shape(build, model), mesh)
+    layout = tree_shardings(jax.eval_shape(build, model), mesh)
     return jax.jit(build, donate_argnums=0, out_shardings=layout)(model)
 
 
-def abstract_state(model: Transformer, optimizer: optax.GradientTransformation, mesh: Mesh) -> TrainState:
+def abstract_train_state(model: Transformer, optimizer: optax.GradientTransformation, mesh: Mesh) -> TrainState:
     """What `initial_state` gives, with shapes and layouts in place of arrays; the model may be abstract too.
 
     `make_step`'s function can be lowered with it. Raises `UserError` where a size does not divide.
     """
-    return laid_out(jax.eval_shape(functools.partial(_state, optimizer), model), mesh)
+    return abstract_with_shardings(jax.eval_shape(functools.partial(_state, optimizer), model), mesh)
 
 
 def _state(optimizer: optax.GradientTransformation, model: Transformer) -> TrainState:
     return TrainState(model, optimizer.init(model), jnp.zeros((), jnp.int32))  # pyright: ignore[reportArgumentType] -- a Module is a pytree
 
 
-def make_step(objective: Objective, optimizer: optax.GradientTransformation, mesh: Mesh, state: TrainState) -> Step:
+def make_train_step(
+    objective: Objective, optimizer: optax.GradientTransformation, mesh: Mesh, state: TrainState
+) -> TrainStepFn:
     """One update on a batch [M, R, ...]: gradients of M micro-batches are summed, then divided once by the weight.
 
     An update whose loss or gradient is not finite leaves weights and moments as they were and only counts as a step;
@@ -72,14 +74,14 @@ def make_step(objective: Objective, optimizer: optax.GradientTransformation, mes
         metrics |= {"loss": sums.loss / weight, "grad_norm": norm, "weight": sums.weight, "finite": finite}
         return state, metrics
 
-    layout = (shardings(state, mesh), None)
+    layout = (tree_shardings(state, mesh), None)
     return jax.jit(step, donate_argnums=0, out_shardings=layout, compiler_options=compiler_options(mesh))
 
 
-def _accumulate(objective: Objective, model: Transformer, batch: DeviceBatch) -> tuple[Any, Sums]:
+def _accumulate(objective: Objective, model: Transformer, batch: DeviceBatch) -> tuple[Any, LossSums]:
     """Summed gradients and sums over the micro-batches of a batch."""
 
-    def loss(model: Transformer, rows: DeviceBatch) -> tuple[jax.Array, Sums]:
+    def loss(model: Transformer, rows: DeviceBatch) -> tuple[jax.Array, LossSums]:
         sums = objective(model, rows)
         return sums.loss, sums
 
@@ -93,10 +95,10 @@ def _accumulate(objective: Objective, model: Transformer, batch: DeviceBatch) ->
     return jax.lax.scan(body, zeros, batch)[0]
 
 
-def make_evaluation(objective: Objective, mesh: Mesh) -> Callable[[Transformer, DeviceBatch], Sums]:
+def make_eval_step(objective: Objective, mesh: Mesh) -> Callable[[Transformer, DeviceBatch], LossSums]:
     """The sums of an objective over a batch [M, R, ...], of the shape that the updates have; nothing is trained."""
 
-    def evaluate(model: Transformer, batch: DeviceBatch) -> Sums:
+    def evaluate(model: Transformer, batch: DeviceBatch) -> LossSums:
         return jax.tree.map(lambda sums: sums.sum(axis=0), jax.lax.map(lambda rows: objective(model, rows), batch))
 
     return jax.jit(evaluate, compiler_options=compiler_options(mesh))

@@ -5,31 +5,31 @@ import time
 import jax
 import numpy as np
 
-from thinkpo_jax.data.batches import Batches
+from thinkpo_jax.data.batches import BatchPlan
 from thinkpo_jax.run.run_folder import Run
-from thinkpo_jax.runtime.console import VALIDATION, MetricsFile, read_metrics, say
-from thinkpo_jax.runtime.processes import from_the_first
+from thinkpo_jax.runtime.console import VALIDATION, MetricsFile, log_info, read_metrics
+from thinkpo_jax.runtime.processes import broadcast_from_primary
 from thinkpo_jax.runtime.sharding import put_batch
 from thinkpo_jax.training.objectives import Objective
-from thinkpo_jax.training.preference_metrics import readable, told
-from thinkpo_jax.training.stage_config import Stage
-from thinkpo_jax.training.train_step import TrainState, make_evaluation
+from thinkpo_jax.training.preference_metrics import finalize_metrics, headline_metrics
+from thinkpo_jax.training.stage_config import StageConfig
+from thinkpo_jax.training.train_step import TrainState, make_eval_step
 
 
-class Validation:
+class PeriodicEvaluation:
     """Loss and metrics of the examples that a stage holds out, into `validation.jsonl`; nothing without them."""
 
-    def __init__(self, run: Run, stage: Stage, batches: Batches, objective: Objective, *, step: int) -> None:
+    def __init__(self, run: Run, stage: StageConfig, batches: BatchPlan, objective: Objective, *, step: int) -> None:
         """`step`: the updates that are done; lines of later ones, from an earlier try, are removed."""
         self._mesh, self._last, self._every = run.mesh, len(batches), stage.validation and stage.validation.every
         if self._every is not None:
-            self._evaluate, self._batches = make_evaluation(objective, run.mesh), batches.over(batches.held_out)
+            self._evaluate, self._batches = make_eval_step(objective, run.mesh), batches.batches_of(batches.held_out)
             self._file = MetricsFile(run.folder / stage.name / VALIDATION, step=step)
             done = np.zeros(self._last + 1, bool)
             done[[int(line["step"]) for line in read_metrics(run.folder / stage.name / VALIDATION)]] = True
-            self._done = from_the_first(done)
+            self._done = broadcast_from_primary(done)
 
-    def __enter__(self) -> "Validation":
+    def __enter__(self) -> "PeriodicEvaluation":
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -44,8 +44,11 @@ class Validation:
         found = [jax.device_get(self._evaluate(state.model, put_batch(batch, self._mesh))) for batch in self._batches]
         total = jax.tree.map(lambda *sums: sum(sums), *found)
         means = {name: float(value / total.weight) for name, value in total.metrics.items()}
-        line = readable(means | {"loss": float(total.loss / total.weight)})
+        line = finalize_metrics(means | {"loss": float(total.loss / total.weight)})
         self._file.write({"step": step, **line})
         self._done[step] = True
-        say(f"held out, after {step} updates: " + ", ".join(f"{name} {value}" for name, value in told(line).items()))
+        log_info(
+            f"held out, after {step} updates: "
+            + ", ".join(f"{name} {value}" for name, value in headline_metrics(line).items())
+        )
         return time.monotonic() - began

@@ -11,11 +11,11 @@ from support import small
 from support.selection import combinations, exhaustive
 
 from thinkpo_jax.models.attention import blockwise as attention
-from thinkpo_jax.models.attention.blockwise import block_bounds
-from thinkpo_jax.models.attention.dense import Places, attend_whole
-from thinkpo_jax.models.attention.dispatch import HEADS, KEYS, attend
-from thinkpo_jax.runtime.context_parallel import balanced, whole_rows
-from thinkpo_jax.runtime.sharding import per_device
+from thinkpo_jax.models.attention.blockwise import visible_key_blocks
+from thinkpo_jax.models.attention.dense import TokenPositions, dense_attention
+from thinkpo_jax.models.attention.dispatch import KEY_VALUE_AXES, QUERY_AXES, packed_attention
+from thinkpo_jax.runtime.context_parallel import all_gather_rows, to_zigzag_order
+from thinkpo_jax.runtime.sharding import shard_map_by_axes
 
 BLOCK = 16
 H = 8
@@ -32,10 +32,10 @@ ROWS = {
 
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(attention, "BLOCK", BLOCK)
+    monkeypatch.setattr(attention, "BLOCK_SIZE", BLOCK)
 
 
-def _places(lengths: list[list[int]], length: int) -> Places:
+def _places(lengths: list[list[int]], length: int) -> TokenPositions:
     segments, positions = np.zeros((2, len(lengths), length), np.int32)
     for row, of_row in enumerate(lengths):
         start = 0
@@ -43,29 +43,31 @@ def _places(lengths: list[list[int]], length: int) -> Places:
             segments[row, start : start + count] = number
             positions[row, start : start + count] = np.arange(count)
             start += count
-    return Places(jnp.array(segments), jnp.array(positions))
+    return TokenPositions(jnp.array(segments), jnp.array(positions))
 
 
 Inputs = tuple[jax.Array, jax.Array, jax.Array]
 
 
-def _inputs(places: Places, heads: int, kv_heads: int, dtype: str = "float32") -> Inputs:
+def _inputs(places: TokenPositions, heads: int, kv_heads: int, dtype: str = "float32") -> Inputs:
     rng = np.random.default_rng(0)
-    shape = places.segments.shape
+    shape = places.segment_ids.shape
     q, k, v = (jnp.array(rng.normal(size=(*shape, count, H)), dtype) for count in (heads, kv_heads, kv_heads))
     return q, k, v
 
 
-def _values_and_gradients(places: Places, inputs: Inputs, *, blocks: bool) -> list[np.ndarray]:
+def _values_and_gradients(places: TokenPositions, inputs: Inputs, *, blocks: bool) -> list[np.ndarray]:
     """Outputs of what is no padding, and the gradients of their weighted sum."""
-    real = places.segments[..., None, None] > 0
+    real = places.segment_ids[..., None, None] > 0
     weights = jnp.array(np.random.default_rng(1).normal(size=inputs[0].shape), jnp.float32)
 
     def total(q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, jax.Array]:
         if blocks:  # what comes out is balanced, too
-            out = per_device(whole_rows, (HEADS,), KEYS)(attend(balanced(q), balanced(k), balanced(v), places))
+            out = shard_map_by_axes(all_gather_rows, (QUERY_AXES,), KEY_VALUE_AXES)(
+                packed_attention(to_zigzag_order(q), to_zigzag_order(k), to_zigzag_order(v), places)
+            )
         else:
-            out = attend_whole(q, k, v, places, places)
+            out = dense_attention(q, k, v, places, places)
         out = jnp.where(real, out.astype(jnp.float32), 0.0)
         return (out * weights).sum(), out
 
@@ -129,7 +131,7 @@ def test_a_mesh_changes_nothing(sizes: dict[str, int], length: int) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize(("length", "block"), [(4096, 64), pytest.param(32_768, 256, marks=exhaustive)])
 def test_long_rows_over_eight_devices(length: int, block: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(attention, "BLOCK", block)
+    monkeypatch.setattr(attention, "BLOCK_SIZE", block)
     places = _places([[length * share // 1000 for share in (610, 275, 21, 91)]], length)
     inputs = _inputs(places, 2, 1)
     expected = _values_and_gradients(places, inputs, blocks=True)
@@ -140,20 +142,20 @@ def test_long_rows_over_eight_devices(length: int, block: int, monkeypatch: pyte
 
 
 def test_rows_that_are_split_are_short_rows_too(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(attention, "BLOCK", 96)
+    monkeypatch.setattr(attention, "BLOCK_SIZE", 96)
     test_a_mesh_changes_nothing({"context": 4, "tensor": 2}, 96)
 
 
 def test_bounds_are_those_of_the_mask() -> None:
     for rows in ROWS.values():
         places = _places([[min(count, 96) for count in row] for row in rows], 96)
-        for segments, positions in zip(np.asarray(places.segments), np.asarray(places.positions), strict=True):
+        for segments, positions in zip(np.asarray(places.segment_ids), np.asarray(places.positions), strict=True):
             seen = (segments[:, None] == segments[None]) & (np.arange(96)[:, None] >= np.arange(96))
             seen &= segments[:, None] > 0
-            row = Places(jnp.array(segments), jnp.array(positions))
+            row = TokenPositions(jnp.array(segments), jnp.array(positions))
             for starts in ([0], [0, 80], [16, 64]):  # a whole row, and what devices hold of one that is split
                 length = 96 if len(starts) == 1 else 2 * BLOCK
-                found = map(np.asarray, block_bounds(row, jnp.array(starts), length))
+                found = map(np.asarray, visible_key_blocks(row, jnp.array(starts), length))
                 firsts = np.concatenate([np.arange(start, start + length // len(starts), BLOCK) for start in starts])
                 for first, low, high in zip(firsts, *found, strict=True):
                     blocks = seen[first : first + BLOCK].reshape(BLOCK, 6, BLOCK).any(axis=(0, 2))
@@ -174,13 +176,13 @@ def test_blocks_of_other_segments_are_never_read() -> None:
 
 
 def test_memory_grows_with_the_row_and_not_with_its_square(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(attention, "BLOCK", 64)
+    monkeypatch.setattr(attention, "BLOCK_SIZE", 64)
 
     def temporary(length: int, *, blocks: bool) -> int:
         places = _places([[length // 2, length // 3]], length)
 
         def total(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-            return (attend(q, k, v, places) if blocks else attend_whole(q, k, v, places, places)).sum()
+            return (packed_attention(q, k, v, places) if blocks else dense_attention(q, k, v, places, places)).sum()
 
         program = jax.jit(jax.grad(total, argnums=(0, 1, 2))).lower(*_inputs(places, 4, 2)).compile()
         memory: Any = program.memory_analysis()
@@ -194,8 +196,8 @@ def test_short_rows_are_computed_whole_and_a_cache_may_have_any_order() -> None:
     places = _places([[10, 6]], BLOCK)
     inputs = _inputs(places, 4, 2)
     longer = _places(ROWS["long and short"], 96)
-    np.testing.assert_array_equal(attend_whole(*inputs, places, places), attend(*inputs, places))
+    np.testing.assert_array_equal(dense_attention(*inputs, places, places), packed_attention(*inputs, places))
     cached = jax.tree.map(lambda array: array[:, ::-1], longer)  # whatever the order in which keys are kept
     q, k, v = _inputs(longer, 4, 2)
-    expected, found = attend(q, k, v, longer), attend_whole(q, k[:, ::-1], v[:, ::-1], longer, cached)
+    expected, found = packed_attention(q, k, v, longer), dense_attention(q, k[:, ::-1], v[:, ::-1], longer, cached)
     np.testing.assert_allclose(found, expected, atol=2e-6)

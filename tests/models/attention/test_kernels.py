@@ -23,12 +23,19 @@ from support.selection import cases, combinations, exhaustive
 
 from thinkpo_jax.models.attention import cudnn as cudnn_module
 from thinkpo_jax.models.attention import splash as splash_module
-from thinkpo_jax.models.attention.cudnn import cudnn, segment_starts
-from thinkpo_jax.models.attention.dense import ATTENDED, Places, attend_whole
-from thinkpo_jax.models.attention.dispatch import Form, choose
-from thinkpo_jax.models.attention.splash import PADDING, _by_keys, _by_queries, block_sizes, seen_blocks, splash
+from thinkpo_jax.models.attention.cudnn import cudnn_attention, segment_starts
+from thinkpo_jax.models.attention.dense import ATTENTION_OUTPUT, TokenPositions, dense_attention
+from thinkpo_jax.models.attention.dispatch import AttentionKernel, select_kernel
+from thinkpo_jax.models.attention.splash import (
+    PADDING_SEGMENT_ID,
+    _by_keys,
+    _by_queries,
+    block_sizes,
+    splash_attention,
+    visible_blocks,
+)
 from thinkpo_jax.planning.compile import ENVIRONMENT
-from thinkpo_jax.planning.topology import slices, topology
+from thinkpo_jax.planning.topology import list_slices, parse_topology
 from thinkpo_jax.runtime.config import UserError
 
 S, H = 512, 8
@@ -53,16 +60,16 @@ Attend = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
 
 @pytest.fixture
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(splash_module, "BLOCKS", (256, 128))
-    monkeypatch.setattr(splash_module, "COMPUTED", 128)
+    monkeypatch.setattr(splash_module, "BLOCK_SIZES", (256, 128))
+    monkeypatch.setattr(splash_module, "MAX_COMPUTE_BLOCK", 128)
 
 
-def _places(lengths: list[list[int]]) -> Places:
+def _places(lengths: list[list[int]]) -> TokenPositions:
     segments, positions = np.zeros((2, len(lengths), S), np.int32)
     for row, of_row in enumerate(lengths):
         segments[row, : sum(of_row)] = np.repeat(np.arange(1, len(of_row) + 1), of_row)
         positions[row, : sum(of_row)] = np.concatenate([np.arange(0), *map(np.arange, of_row)])
-    return Places(jnp.array(segments), jnp.array(positions))
+    return TokenPositions(jnp.array(segments), jnp.array(positions))
 
 
 def _inputs(rows: int, queries: int, heads: int = 4, kv_heads: int = 2) -> Inputs:
@@ -102,14 +109,16 @@ def _values_and_gradients(attend: Attend, inputs: Inputs, segments: tuple[jax.Ar
 def test_splash_is_the_whole_form(
     order: str, heads: tuple[int, int], fused: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(splash_module, "FUSED", 4 if fused else 0)
+    monkeypatch.setattr(splash_module, "MAX_FUSED_BACKWARD_BLOCKS", 4 if fused else 0)
     places = jnp.asarray(ORDERS[order], jnp.int32)
     assert block_sizes(len(places), S).use_fused_bwd_kernel == fused
     keys = _places(ROWS)
-    queries = Places(keys.segments[:, places], keys.positions[:, places])
-    inputs, segments = _inputs(len(ROWS), len(places), *heads), (queries.segments, keys.segments)
-    expected = _values_and_gradients(lambda q, k, v: attend_whole(q, k, v, queries, keys), inputs, segments)
-    found = _values_and_gradients(lambda q, k, v: splash(q, k, v, *segments, places, interpret=True), inputs, segments)
+    queries = TokenPositions(keys.segment_ids[:, places], keys.positions[:, places])
+    inputs, segments = _inputs(len(ROWS), len(places), *heads), (queries.segment_ids, keys.segment_ids)
+    expected = _values_and_gradients(lambda q, k, v: dense_attention(q, k, v, queries, keys), inputs, segments)
+    found = _values_and_gradients(
+        lambda q, k, v: splash_attention(q, k, v, *segments, places, interpret=True), inputs, segments
+    )
     for a, b in zip(expected, found, strict=True):
         np.testing.assert_allclose(b, a, atol=2e-5, rtol=2e-5)
 
@@ -119,19 +128,19 @@ def test_splash_on_two_devices_that_share_rows() -> None:
     """The first has the outer stretches, the second the inner ones; which it has it finds while the program runs."""
     keys = _places(ROWS[1:3])
     order = np.r_[ORDERS["outer"], ORDERS["inner"]]
-    queries = Places(keys.segments[:, order], keys.positions[:, order])
-    inputs, segments = _inputs(2, S), (queries.segments, keys.segments)
+    queries = TokenPositions(keys.segment_ids[:, order], keys.positions[:, order])
+    inputs, segments = _inputs(2, S), (queries.segment_ids, keys.segment_ids)
     mesh = Mesh(np.array(jax.devices()[:2]), ("context",), axis_types=(AxisType.Auto,))
     split, whole = PartitionSpec(None, "context"), PartitionSpec()
 
     def part(q: jax.Array, k: jax.Array, v: jax.Array, query_segments: jax.Array) -> jax.Array:
         device = jax.lax.axis_index("context")
         stretches = jnp.stack([device, 3 - device])[:, None] * 128 + jnp.arange(128)[None]
-        return splash(q, k, v, query_segments, keys.segments, stretches.reshape(-1), interpret=True)
+        return splash_attention(q, k, v, query_segments, keys.segment_ids, stretches.reshape(-1), interpret=True)
 
     shared = jax.shard_map(part, mesh=mesh, in_specs=(split, whole, whole, split), out_specs=split, check_vma=False)
-    expected = _values_and_gradients(lambda q, k, v: attend_whole(q, k, v, queries, keys), inputs, segments)
-    found = _values_and_gradients(lambda q, k, v: shared(q, k, v, queries.segments), inputs, segments)
+    expected = _values_and_gradients(lambda q, k, v: dense_attention(q, k, v, queries, keys), inputs, segments)
+    found = _values_and_gradients(lambda q, k, v: shared(q, k, v, queries.segment_ids), inputs, segments)
     for a, b in zip(expected, found, strict=True):
         np.testing.assert_allclose(b, a, atol=2e-5, rtol=2e-5)
 
@@ -140,13 +149,13 @@ def test_splash_on_two_devices_that_share_rows() -> None:
 @pytest.mark.parametrize("order", ORDERS)
 def test_blocks_are_computed_where_segments_need_them(order: str, blocks: tuple[int, int]) -> None:
     places = ORDERS[order]
-    for segments in np.asarray(_places(ROWS).segments):
+    for segments in np.asarray(_places(ROWS).segment_ids):
         seen = (segments[places][:, None] == segments[None]) & (places[:, None] >= np.arange(S)[None])
         seen &= segments[None] > 0
         seen |= places[:, None] == np.arange(S)[None]  # padding sees itself
         needed = seen.reshape(len(places) // blocks[0], blocks[0], S // blocks[1], blocks[1]).any(axis=(1, 3))
-        ids = jnp.where(jnp.asarray(segments) > 0, jnp.asarray(segments), PADDING)
-        found = seen_blocks(ids[places], ids, jnp.asarray(places), blocks)
+        ids = jnp.where(jnp.asarray(segments) > 0, jnp.asarray(segments), PADDING_SEGMENT_ID)
+        found = visible_blocks(ids[places], ids, jnp.asarray(places), blocks)
         for info in (_by_queries(found, jnp.asarray(places)), _by_keys(found, jnp.asarray(places))):
             assert info.block_mask is not None
             np.testing.assert_array_equal(np.asarray(info.block_mask[0]), needed)
@@ -154,10 +163,10 @@ def test_blocks_are_computed_where_segments_need_them(order: str, blocks: tuple[
 
 def test_blocks_that_are_skipped_are_not_loaded() -> None:
     """Of every pass through the grid, no more blocks are asked for than are computed."""
-    for segments in np.asarray(_places(ROWS).segments):
-        ids = jnp.where(jnp.asarray(segments) > 0, jnp.asarray(segments), PADDING)
+    for segments in np.asarray(_places(ROWS).segment_ids):
+        ids = jnp.where(jnp.asarray(segments) > 0, jnp.asarray(segments), PADDING_SEGMENT_ID)
         order = jnp.arange(S)
-        seen = seen_blocks(ids, ids, order, (64, 64))
+        seen = visible_blocks(ids, ids, order, (64, 64))
         by_queries, by_keys = _by_queries(seen, order), _by_keys(seen, order)
         for info, passes in ((by_queries, lambda x: x[0].reshape(1, -1)), (by_keys, lambda x: x[0].T)):
             for asked, computed in zip(
@@ -175,7 +184,7 @@ def test_blocks_of_other_segments_are_never_read() -> None:
     inputs = jax.tree.map(lambda array: array.at[:, :256].set(jnp.nan), _inputs(1, S))
 
     def total(q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, jax.Array]:
-        out = splash(q, k, v, places.segments, places.segments, order, interpret=True)
+        out = splash_attention(q, k, v, places.segment_ids, places.segment_ids, order, interpret=True)
         return out[:, 256:].sum(), out
 
     gradients, out = jax.jit(jax.grad(total, argnums=(0, 1, 2), has_aux=True))(*inputs)
@@ -228,13 +237,13 @@ def test_remat_keeps_what_attention_gave() -> None:
     segments, lengths = jnp.ones((2, 256), jnp.int32), jnp.array([[256, 0], [100, 20]])
 
     def on_tpu(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-        return splash(q, k, v, segments, segments, jnp.arange(256), name=ATTENDED)
+        return splash_attention(q, k, v, segments, segments, jnp.arange(256), name=ATTENTION_OUTPUT)
 
     def on_gpu(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-        return cudnn(q, k, v, lengths, name=ATTENDED)
+        return cudnn_attention(q, k, v, lengths, name=ATTENTION_OUTPUT)
 
     for attend, forward in ((on_tpu, "_fwd"), (on_gpu, "_fwd")):
-        for names, calls in (((ATTENDED,), 1), ((), 2)):
+        for names, calls in (((ATTENTION_OUTPUT,), 1), ((), 2)):
             found = _kernels(attend, inputs, names)
             assert sum(forward in name for name in found) == calls
             assert len(found) == calls + 1
@@ -250,7 +259,7 @@ def test_cudnn_finds_the_segments() -> None:
 def test_rows_of_one_segment_are_packed_rows_to_cudnn() -> None:
     """With room for one segment only, jax would compile attention over whole rows, which takes no offsets."""
     x = jax.ShapeDtypeStruct((2, 128, 2, 64), jnp.bfloat16)
-    program = jax.make_jaxpr(cudnn)(x, x, x, jax.ShapeDtypeStruct((2, 1), jnp.int32))
+    program = jax.make_jaxpr(cudnn_attention)(x, x, x, jax.ShapeDtypeStruct((2, 1), jnp.int32))
     (kernel,) = (one for one in _primitives(program.jaxpr) if str(one.primitive) == "dot_product_attention_fwd")
     assert [array.aval.shape for array in kernel.invars[4:8]] == [(2, 2), (2, 2), (2, 3), (2, 3)]
 
@@ -291,9 +300,9 @@ def test_what_cudnn_is_given_are_the_rows(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(cudnn_module, "BACKWARD", _Nothing())
     places, inputs = _places(ROWS), _inputs(len(ROWS), S)
     lengths = jnp.array([row + [0] * (8 - len(row)) for row in ROWS])
-    real = np.asarray(places.segments > 0)[..., None, None]
+    real = np.asarray(places.segment_ids > 0)[..., None, None]
     out, residuals = cudnn_module._forward(None, *inputs, lengths)
-    expected = attend_whole(*inputs, places, places)
+    expected = dense_attention(*inputs, places, places)
     np.testing.assert_allclose(out, np.where(real, expected, 0), atol=2e-5)
     for gradient in cudnn_module._backward(None, residuals, jnp.ones_like(out))[:3]:
         np.testing.assert_array_equal(np.isnan(gradient), np.broadcast_to(real, gradient.shape))
@@ -303,7 +312,7 @@ def test_what_cudnn_is_given_are_the_rows(monkeypatch: pytest.MonkeyPatch) -> No
 def test_cudnn_says_what_it_cannot(monkeypatch: pytest.MonkeyPatch) -> None:
     def attend(dtype: str, width: int = 64, tokens: int = 128) -> None:
         x = jax.ShapeDtypeStruct((2, tokens, 2, width), dtype)
-        jax.eval_shape(cudnn, x, x, x, jax.ShapeDtypeStruct((2, 1), jnp.int32))
+        jax.eval_shape(cudnn_attention, x, x, x, jax.ShapeDtypeStruct((2, 1), jnp.int32))
 
     attend("bfloat16")
     with pytest.raises(UserError, match="bfloat16 or float16, not in float32"):
@@ -335,9 +344,9 @@ def _other_backward(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(cudnn_module, "LOWERINGS", [cudnn_module.LOWERINGS[0]] * 2)
 
 
-def _choose(asked: Form, capability: str = "9.0", context: int = 1) -> Form:
+def _choose(asked: AttentionKernel, capability: str = "9.0", context: int = 1) -> AttentionKernel:
     gpu = SimpleNamespace(platform="gpu", device_kind="NVIDIA GPU", compute_capability=capability)
-    return choose(asked, gpu, dtype="bfloat16", head_dim=128, context=context, lengths=[4096])
+    return select_kernel(asked, gpu, dtype="bfloat16", head_dim=128, context=context, lengths=[4096])
 
 
 @pytest.mark.parametrize("change", [_missing, _newer, _other_setting, _other_backward])
@@ -368,7 +377,7 @@ def test_cudnn_lowers_for_a_gpu() -> None:
     arrays = [jax.ShapeDtypeStruct((2, 128, heads, 64), jnp.bfloat16) for heads in (4, 2, 2)]
 
     def total(*inputs: jax.Array) -> jax.Array:
-        return cudnn(*inputs).astype(jnp.float32).sum()
+        return cudnn_attention(*inputs).astype(jnp.float32).sum()
 
     traced = jax.jit(jax.grad(total, argnums=(0, 1, 2))).trace(*arrays, jax.ShapeDtypeStruct((2, 3), jnp.int32))
     text = traced.lower(lowering_platforms=("cuda",)).as_text()
@@ -423,7 +432,7 @@ def _program(device: Any, attend: Callable[..., jax.Array], arrays: dict[str, tu
 
 
 def _compile_splash(chip: str, heads: int, kv_heads: int, width: int) -> None:
-    device = slices(chip)[0].devices()[0]
+    device = list_slices(chip)[0].devices()[0]
     for length in (8192, 32_768):
         arrays = {
             "q": ((1, length, heads, width), jnp.bfloat16),
@@ -433,12 +442,12 @@ def _compile_splash(chip: str, heads: int, kv_heads: int, width: int) -> None:
             "key_segments": ((1, length), jnp.int32),
             "order": ((length,), jnp.int32),
         }
-        memory = _program(device, splash, arrays).memory_analysis()
+        memory = _program(device, splash_attention, arrays).memory_analysis()
         print(json.dumps({"length": length, "temporary": memory.temp_size_in_bytes}), flush=True)
 
 
 def _compile_cudnn() -> None:
-    device = topology("h100:1").devices()[0]
+    device = parse_topology("h100:1").devices()[0]
     for heads, kv_heads, width in ((28, 4, 128), (14, 2, 64)):
         arrays = {
             "q": ((1, 32_768, heads, width), jnp.bfloat16),
@@ -446,7 +455,7 @@ def _compile_cudnn() -> None:
             "v": ((1, 32_768, kv_heads, width), jnp.bfloat16),
             "lengths": ((1, 16), jnp.int32),
         }
-        program = _program(device, cudnn, arrays)
+        program = _program(device, cudnn_attention, arrays)
         calls = [
             line.split('custom_call_target="')[1].split('"')[0]
             for line in program.as_text().splitlines()

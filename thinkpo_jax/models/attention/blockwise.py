@@ -17,33 +17,37 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from thinkpo_jax.models.attention.dense import ATTENDED, Places
-from thinkpo_jax.runtime.context_parallel import chunk_starts, whole_rows
+from thinkpo_jax.models.attention.dense import ATTENTION_OUTPUT, TokenPositions
+from thinkpo_jax.runtime.context_parallel import all_gather_rows, local_chunk_starts
 
-BLOCK = 256  # tokens; rows of up to so many are computed whole
+BLOCK_SIZE = 256  # tokens; rows of up to so many are computed whole
 
-LOWEST = -1e30  # a score that is none: finite, so that a row of them is no NaN
+MASKED_SCORE = -1e30  # a score that is none: finite, so that a row of them is no NaN
 
 
-def _blockwise_part(
+def blockwise_attention(
     q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, segments_BS: jax.Array, positions_BS: jax.Array
 ) -> jax.Array:
     """What one device computes: all keys of its rows for the queries that it holds."""
-    starts = chunk_starts(segments_BS.shape[1])
-    return _blockwise(q_BTNH, whole_rows(k_BTKH), whole_rows(v_BTKH), Places(segments_BS, positions_BS), starts)
+    starts = local_chunk_starts(segments_BS.shape[1])
+    return _blockwise(
+        q_BTNH, all_gather_rows(k_BTKH), all_gather_rows(v_BTKH), TokenPositions(segments_BS, positions_BS), starts
+    )
 
 
 @jax.custom_vjp
-def _blockwise(q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, keys: Places, starts: jax.Array) -> jax.Array:
+def _blockwise(
+    q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, keys: TokenPositions, starts: jax.Array
+) -> jax.Array:
     """Queries of chunks of equal length, which start at `starts` of rows whose keys are all there."""
     return _forward(q_BTNH, k_BSKH, v_BSKH, keys, starts)[0]
 
 
 def _forward(
-    q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, keys: Places, starts: jax.Array
+    q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, keys: TokenPositions, starts: jax.Array
 ) -> tuple[jax.Array, tuple]:
     found = _forward_rows(q_BTNH, k_BSKH, v_BSKH, keys, starts)
-    out_BTNH, lse_BTN = checkpoint_name(found, ATTENDED)
+    out_BTNH, lse_BTN = checkpoint_name(found, ATTENTION_OUTPUT)
     return out_BTNH, (q_BTNH, k_BSKH, v_BSKH, keys, starts, out_BTNH, lse_BTN)
 
 
@@ -58,27 +62,27 @@ _blockwise.defvjp(_forward, _backward)
 
 
 def _forward_rows(
-    q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, keys: Places, starts: jax.Array
+    q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, keys: TokenPositions, starts: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
     """Outputs, and the log-sum-exp [B, T, N] of every query's scores. Row by row: each has bounds of its own."""
     K, T = k_BSKH.shape[2], q_BTNH.shape[1]
 
     def row(arrays: tuple) -> tuple[jax.Array, jax.Array]:
         q, k, v, places = arrays
-        starts_X, (lows_X, highs_X) = block_starts(starts, T), block_bounds(places, starts, T)
-        q, k, v, segments = _queries(q, K, starts), _keys(k), _keys(v), _padded(places.segments)
+        starts_X, (lows_X, highs_X) = query_block_starts(starts, T), visible_key_blocks(places, starts, T)
+        q, k, v, segments = _queries(q, K, starts), _keys(k), _keys(v), _padded(places.segment_ids)
 
         def queries(index: jax.Array) -> tuple[jax.Array, jax.Array]:
             def keys(other: jax.Array, carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
                 maximum, total, out = carry
-                scores = _scores(q[index], k[other], segments, starts_X[index], other * BLOCK)
+                scores = _scores(q[index], k[other], segments, starts_X[index], other * BLOCK_SIZE)
                 new = jnp.maximum(maximum, scores.max(axis=-1))
                 weights, kept = jnp.exp(scores - new[..., None]), jnp.exp(maximum - new)
                 values = _product("kgct,kth->kgch", weights.astype(v.dtype), v[other])
                 return new, total * kept + weights.sum(axis=-1), out * kept[..., None] + values
 
             empty = jnp.zeros(q.shape[1:-1], jnp.float32)
-            start = (empty + LOWEST, empty, jnp.zeros(q.shape[1:], jnp.float32))
+            start = (empty + MASKED_SCORE, empty, jnp.zeros(q.shape[1:], jnp.float32))
             maximum, total, out = jax.lax.fori_loop(lows_X[index], highs_X[index] + 1, keys, start)
             total = jnp.maximum(total, 1e-30)  # of blocks of padding, which see nothing
             return (out / total[..., None]).astype(q.dtype), maximum + jnp.log(total)
@@ -93,7 +97,7 @@ def _backward_rows(
     q_BTNH: jax.Array,
     k_BSKH: jax.Array,
     v_BSKH: jax.Array,
-    keys: Places,
+    keys: TokenPositions,
     starts: jax.Array,
     dout_BTNH: jax.Array,
     lse_BTN: jax.Array,
@@ -105,16 +109,16 @@ def _backward_rows(
 
     def row(arrays: tuple) -> tuple[jax.Array, jax.Array, jax.Array]:
         q, k, v, places, *others = arrays
-        starts_X, (lows_X, highs_X) = block_starts(starts, T), block_bounds(places, starts, T)
+        starts_X, (lows_X, highs_X) = query_block_starts(starts, T), visible_key_blocks(places, starts, T)
         q, dout, lse, weight = (_queries(array, K, starts) for array in (q, *others))
-        k, v, segments = _keys(k), _keys(v), _padded(places.segments)
+        k, v, segments = _keys(k), _keys(v), _padded(places.segment_ids)
         firsts_Y = jnp.searchsorted(highs_X, jnp.arange(len(k)), side="left")
         ends_Y = jnp.searchsorted(lows_X, jnp.arange(len(k)), side="right")
 
         def keys(dq: jax.Array, other: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
             def queries(index: jax.Array, carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
                 dq, dk, dv = carry
-                scores = _scores(q[index], k[other], segments, starts_X[index], other * BLOCK)
+                scores = _scores(q[index], k[other], segments, starts_X[index], other * BLOCK_SIZE)
                 p = jnp.exp(scores - lse[index][..., None])
                 dv = dv + _product("kgct,kgch->kth", p.astype(dout.dtype), dout[index])
                 dp = _product("kgch,kth->kgct", dout[index], v[other])
@@ -133,39 +137,39 @@ def _backward_rows(
     return jax.lax.map(row, (q_BTNH, k_BSKH, v_BSKH, keys, dout_BTNH, lse_BTN, weight_BTN))
 
 
-def block_starts(starts: jax.Array, length: int) -> jax.Array:
+def query_block_starts(starts: jax.Array, length: int) -> jax.Array:
     """The places in the row at which the X blocks of `length` queries begin; each chunk has blocks of its own."""
-    blocks = -(-length // len(starts) // BLOCK)
-    return (starts[:, None] + jnp.arange(blocks) * BLOCK).reshape(-1)
+    blocks = -(-length // len(starts) // BLOCK_SIZE)
+    return (starts[:, None] + jnp.arange(blocks) * BLOCK_SIZE).reshape(-1)
 
 
-def block_bounds(row: Places, starts: jax.Array, length: int) -> tuple[jax.Array, jax.Array]:
+def visible_key_blocks(row: TokenPositions, starts: jax.Array, length: int) -> tuple[jax.Array, jax.Array]:
     """For each of X blocks of queries the first and the last block of keys that it sees.
 
     What a block sees begins where the segment of its first token does, and ends with its last token. A block of padding
     sees none: its first is the one behind its last. Both ascend.
     """
-    starts_X, S = block_starts(starts, length), row.segments.shape[0]
-    highs_X = (jnp.minimum(starts_X + BLOCK, S) - 1) // BLOCK
-    lows_X = (starts_X - row.positions[starts_X]) // BLOCK
-    return jnp.where(row.segments[starts_X] > 0, lows_X, highs_X + 1), highs_X
+    starts_X, S = query_block_starts(starts, length), row.segment_ids.shape[0]
+    highs_X = (jnp.minimum(starts_X + BLOCK_SIZE, S) - 1) // BLOCK_SIZE
+    lows_X = (starts_X - row.positions[starts_X]) // BLOCK_SIZE
+    return jnp.where(row.segment_ids[starts_X] > 0, lows_X, highs_X + 1), highs_X
 
 
 def _queries(array: jax.Array, kv_heads: int, starts: jax.Array) -> jax.Array:
     """[T, N, ...] in blocks [X, K, G, C, ...]; the last one of each chunk is padded."""
     chunks = array.reshape(len(starts), -1, *array.shape[1:])
-    padding = ((0, 0), (0, -chunks.shape[1] % BLOCK), *((0, 0),) * (array.ndim - 1))
-    blocks = jnp.pad(chunks, padding).reshape(-1, BLOCK, kv_heads, array.shape[1] // kv_heads, *array.shape[2:])
+    padding = ((0, 0), (0, -chunks.shape[1] % BLOCK_SIZE), *((0, 0),) * (array.ndim - 1))
+    blocks = jnp.pad(chunks, padding).reshape(-1, BLOCK_SIZE, kv_heads, array.shape[1] // kv_heads, *array.shape[2:])
     return jnp.moveaxis(blocks, 1, 3)
 
 
 def _keys(array: jax.Array) -> jax.Array:
     """[S, K, H] in blocks [Y, K, C, H]; the last one is padded."""
-    return jnp.moveaxis(_padded(array).reshape(-1, BLOCK, *array.shape[1:]), 1, 2)
+    return jnp.moveaxis(_padded(array).reshape(-1, BLOCK_SIZE, *array.shape[1:]), 1, 2)
 
 
 def _padded(array: jax.Array) -> jax.Array:
-    return jnp.pad(array, ((0, -array.shape[0] % BLOCK), *((0, 0),) * (array.ndim - 1)))
+    return jnp.pad(array, ((0, -array.shape[0] % BLOCK_SIZE), *((0, 0),) * (array.ndim - 1)))
 
 
 def _in_rows(blocks: jax.Array, starts: jax.Array, length: int) -> jax.Array:
@@ -179,13 +183,13 @@ def _scores(
     q_KGCH: jax.Array, k_KCH: jax.Array, segments_S: jax.Array, start: jax.Array, other: jax.Array
 ) -> jax.Array:
     """Scaled scores of the queries from place `start` for the keys from place `other` on, float32 [K, G, C, C]."""
-    order_C = jnp.arange(BLOCK)
+    order_C = jnp.arange(BLOCK_SIZE)
     causal_CC = (start + order_C)[:, None] >= (other + order_C)[None]
     # A last block of queries that is padded may run over the row's end; its padding is read by nobody.
     queries_C = segments_S[jnp.minimum(start + order_C, len(segments_S) - 1)]
-    seen_CC = causal_CC & (queries_C[:, None] == jax.lax.dynamic_slice_in_dim(segments_S, other, BLOCK)[None])
+    seen_CC = causal_CC & (queries_C[:, None] == jax.lax.dynamic_slice_in_dim(segments_S, other, BLOCK_SIZE)[None])
     scores = _product("kgch,kth->kgct", q_KGCH, k_KCH) * q_KGCH.shape[-1] ** -0.5
-    return jnp.where(seen_CC, scores, LOWEST)
+    return jnp.where(seen_CC, scores, MASKED_SCORE)
 
 
 def _product(subscripts: str, a: jax.Array, b: jax.Array) -> jax.Array:

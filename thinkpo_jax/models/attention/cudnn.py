@@ -43,7 +43,7 @@ except (ImportError, AttributeError, TypeError, ValueError):
     LOWERINGS, SETTINGS = [], {}
 
 
-def cudnn(
+def cudnn_attention(
     q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, lengths_BM: jax.Array, *, name: str | None = None
 ) -> jax.Array:
     """Causal attention within segments, scaled by H**-0.5; [B, T, N, H] in the dtype of the queries, 0 for padding.
@@ -58,7 +58,7 @@ def cudnn(
     return _attend(name, q_BTNH, k_BTKH, v_BTKH, lengths_BM)
 
 
-def refusal(dtype: Any, head_dim: int) -> str | None:
+def unsupported_reason(dtype: Any, head_dim: int) -> str | None:
     """Why cuDNN cannot attend in this dtype with heads of this width; None where it can."""
     if problem := unsupported_jax():
         return problem
@@ -88,7 +88,7 @@ def unsupported_jax() -> str | None:
 
 def _check(q_BTNH: jax.Array) -> None:
     B, T, N, H = q_BTNH.shape
-    if problem := refusal(q_BTNH.dtype, H):
+    if problem := unsupported_reason(q_BTNH.dtype, H):
         raise UserError(problem)
     if B * T * N * H > 2**31 - 1:
         raise UserError(
@@ -107,10 +107,10 @@ def _attend(
 def _forward(
     name: str | None, q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, lengths_BM: jax.Array
 ) -> tuple[jax.Array, tuple[jax.Array, ...]]:
-    places = _places(q_BTNH, k_BTKH, lengths_BM)
+    places = _segment_arguments(q_BTNH, k_BTKH, lengths_BM)
     scale = q_BTNH.shape[-1] ** -0.5
     out_BTNH, stats = FORWARD.bind(q_BTNH, k_BTKH, v_BTKH, *places, scale=scale, is_training=True, **SETTINGS)
-    out_BTNH = _where_real(out_BTNH, lengths_BM)
+    out_BTNH = _zero_padding(out_BTNH, lengths_BM)
     if name is not None:
         out_BTNH, stats = checkpoint_name((out_BTNH, stats), name)
     return out_BTNH, (q_BTNH, k_BTKH, v_BTKH, lengths_BM, out_BTNH, stats)
@@ -120,24 +120,24 @@ def _backward(
     _name: str | None, residuals: tuple[jax.Array, ...], dout_BTNH: jax.Array
 ) -> tuple[jax.Array, jax.Array, jax.Array, None]:
     q_BTNH, k_BTKH, v_BTKH, lengths_BM, out_BTNH, stats = residuals
-    places = _places(q_BTNH, k_BTKH, lengths_BM)
+    places = _segment_arguments(q_BTNH, k_BTKH, lengths_BM)
     scale = q_BTNH.shape[-1] ** -0.5
     arrays = (q_BTNH, k_BTKH, v_BTKH, *places, stats, out_BTNH, dout_BTNH)
     gradients = BACKWARD.bind(*arrays, scale=scale, **SETTINGS)
-    dq_BTNH, dk_BTKH, dv_BTKH = (_where_real(gradient, lengths_BM) for gradient in gradients)
+    dq_BTNH, dk_BTKH, dv_BTKH = (_zero_padding(gradient, lengths_BM) for gradient in gradients)
     return dq_BTNH, dk_BTKH, dv_BTKH, None
 
 
 _attend.defvjp(_forward, _backward)
 
 
-def _where_real(x_BTNH: jax.Array, lengths_BM: jax.Array) -> jax.Array:
+def _zero_padding(x_BTNH: jax.Array, lengths_BM: jax.Array) -> jax.Array:
     """0 for padding, where cuDNN writes nothing: there is what was in memory before."""
     real_BT = jnp.arange(x_BTNH.shape[1])[None] < lengths_BM.sum(axis=1)[:, None]
     return jnp.where(real_BT[..., None, None], x_BTNH, 0)
 
 
-def _places(q_BTNH: jax.Array, k_BTKH: jax.Array, lengths_BM: jax.Array) -> tuple[jax.Array, ...]:
+def _segment_arguments(q_BTNH: jax.Array, k_BTKH: jax.Array, lengths_BM: jax.Array) -> tuple[jax.Array, ...]:
     """The arguments between the values and the residuals: where cuDNN finds the segments (bias and pages: none)."""
     (_, T, N, H), K = q_BTNH.shape, k_BTKH.shape[2]
     lengths, starts = segment_starts(lengths_BM, T)

@@ -14,13 +14,15 @@ from jax.experimental.pallas.ops.tpu.splash_attention.splash_attention_mask_info
 
 from thinkpo_jax.runtime.config import UserError
 
-BLOCKS = (1024, 512, 256, 128)  # tokens, the widest that divides is taken
-COMPUTED = 512  # keys of a block that are computed at once, at most
-FUSED = 8  # blocks of keys; the fused backward pass keeps a gradient of all queries for each of them
-PADDING = 2**30  # padding's segment, behind all others
+BLOCK_SIZES = (1024, 512, 256, 128)  # tokens, the widest that divides is taken
+MAX_COMPUTE_BLOCK = 512  # keys of a block that are computed at once, at most
+MAX_FUSED_BACKWARD_BLOCKS = (
+    8  # blocks of keys; the fused backward pass keeps a gradient of all queries for each of them
+)
+PADDING_SEGMENT_ID = 2**30  # padding's segment, behind all others
 
 
-def splash(
+def splash_attention(
     q_BTNH: jax.Array,
     k_BSKH: jax.Array,
     v_BSKH: jax.Array,
@@ -41,13 +43,15 @@ def splash(
     """
     T, S = q_BTNH.shape[1], k_BSKH.shape[1]
     blocks = block_sizes(T, S)
-    query_ids_BT, key_ids_BS = (jnp.where(ids > 0, ids, PADDING) for ids in (query_segments_BT, key_segments_BS))
+    query_ids_BT, key_ids_BS = (
+        jnp.where(ids > 0, ids, PADDING_SEGMENT_ID) for ids in (query_segments_BT, key_segments_BS)
+    )
     # In float32, or the scale itself would be rounded to bfloat16.
     q_BTNH = (q_BTNH.astype(jnp.float32) * q_BTNH.shape[-1] ** -0.5).astype(q_BTNH.dtype)
 
     def row(arrays: tuple[jax.Array, ...]) -> jax.Array:
         q_NTH, k_KSH, v_KSH, ids_T, ids_S = arrays
-        seen_XY = seen_blocks(ids_T, ids_S, order_T, (blocks.block_q, blocks.block_kv))
+        seen_XY = visible_blocks(ids_T, ids_S, order_T, (blocks.block_q, blocks.block_kv))
         by_queries, by_keys = _by_queries(seen_XY, order_T), _by_keys(seen_XY, order_T)
         attend = kernel.SplashAttentionKernel(
             by_queries,
@@ -74,30 +78,30 @@ def splash(
 def block_sizes(queries: int, keys: int) -> kernel.BlockSizes:
     """The blocks for rows of `keys` tokens: the widest that divide them, and each contiguous stretch of the queries."""
     stretch = queries if queries == keys else queries // 2
-    found = [next((block for block in BLOCKS if tokens % block == 0), None) for tokens in (stretch, keys)]
+    found = [next((block for block in BLOCK_SIZES if tokens % block == 0), None) for tokens in (stretch, keys)]
     if None in found or (queries != keys and queries % 2):
         part = "" if queries == keys else f", of which a device attends from two stretches of {queries / 2:g}"
         raise UserError(
-            f"Rows of {keys} tokens{part}, do not fit attention on TPU, which goes in blocks of {BLOCKS[-1]} tokens or "
-            f"a multiple. Choose a row length that {BLOCKS[-1]} divides, with context parallelism over C devices one "
-            f"that 2 x C x {BLOCKS[-1]} divides; best are multiples of {BLOCKS[0]}."
+            f"Rows of {keys} tokens{part}, do not fit attention on TPU, which goes in blocks of {BLOCK_SIZES[-1]} tokens or "
+            f"a multiple. Choose a row length that {BLOCK_SIZES[-1]} divides, with context parallelism over C devices one "
+            f"that 2 x C x {BLOCK_SIZES[-1]} divides; best are multiples of {BLOCK_SIZES[0]}."
         )
     block_q, block_kv = (block or 0 for block in found)
-    fused = keys // block_kv <= FUSED
+    fused = keys // block_kv <= MAX_FUSED_BACKWARD_BLOCKS
     return kernel.BlockSizes(
         block_q=block_q,
         block_kv=block_kv,
-        block_kv_compute=min(block_kv, COMPUTED),
+        block_kv_compute=min(block_kv, MAX_COMPUTE_BLOCK),
         block_q_dkv=block_q,
         block_kv_dkv=block_kv,
-        block_kv_dkv_compute=min(block_kv, COMPUTED),
+        block_kv_dkv_compute=min(block_kv, MAX_COMPUTE_BLOCK),
         block_q_dq=None if fused else block_q,
         block_kv_dq=None if fused else block_kv,
         use_fused_bwd_kernel=fused,
     )
 
 
-def seen_blocks(ids_T: jax.Array, ids_S: jax.Array, order_T: jax.Array, blocks: tuple[int, int]) -> jax.Array:
+def visible_blocks(ids_T: jax.Array, ids_S: jax.Array, order_T: jax.Array, blocks: tuple[int, int]) -> jax.Array:
     """Which blocks of keys a query of each block of queries sees, [X, Y].
 
     Ids ascend along the row. A block of queries sees the blocks that it overlaps itself, and those before it that reach
@@ -109,19 +113,19 @@ def seen_blocks(ids_T: jax.Array, ids_S: jax.Array, order_T: jax.Array, blocks: 
     lowest_X1, highest_1Y = ids_T[::block_q, None], ids_S[None, block_kv - 1 :: block_kv]
     start_1Y = jnp.arange(0, ids_S.shape[0], block_kv)[None]
     overlaps_XY = (start_1Y <= last_X1) & (start_1Y + block_kv > first_X1)
-    before_XY = (start_1Y <= last_X1) & (highest_1Y >= lowest_X1) & (lowest_X1 < PADDING)
+    before_XY = (start_1Y <= last_X1) & (highest_1Y >= lowest_X1) & (lowest_X1 < PADDING_SEGMENT_ID)
     return overlaps_XY | before_XY
 
 
 def _by_queries(seen_XY: jax.Array, order_T: jax.Array) -> MaskInfo:
     """For kernels that go through the blocks of keys for each block of queries."""
-    upcoming_XY = _upcoming(seen_XY.reshape(-1)).reshape(seen_XY.shape) % seen_XY.shape[1]
+    upcoming_XY = _next_visible_block(seen_XY.reshape(-1)).reshape(seen_XY.shape) % seen_XY.shape[1]
     return _mask_info(seen_XY, upcoming_XY, order_T)
 
 
 def _by_keys(seen_XY: jax.Array, order_T: jax.Array) -> MaskInfo:
     """For kernels that go through the blocks of queries, of all heads, for each block of keys."""
-    return _mask_info(seen_XY, _upcoming(seen_XY.T).T, order_T)
+    return _mask_info(seen_XY, _next_visible_block(seen_XY.T).T, order_T)
 
 
 def _mask_info(seen_XY: jax.Array, upcoming_XY: jax.Array, order_T: jax.Array) -> MaskInfo:
@@ -134,7 +138,7 @@ def _mask_info(seen_XY: jax.Array, upcoming_XY: jax.Array, order_T: jax.Array) -
     )
 
 
-def _upcoming(seen: jax.Array) -> jax.Array:
+def _next_visible_block(seen: jax.Array) -> jax.Array:
     """The number of each block along the last axis, or, where it is skipped, of the one to be loaded next.
 
     Behind the last one stands the last one again: what is loaded already is not loaded anew.
