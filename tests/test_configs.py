@@ -79,7 +79,7 @@ def test_paper_configs_carry_the_papers_figures(name: str):
     optimizer = stage.optimizer
     assert (found.model.path, optimizer.learning_rate) == PAPER[name]
     assert (stage.data[0].path, stage.batch.size, stage.beta) == ("VanWang/Bespoke_dpo_filter", 48, 0.01)
-    assert (stage.epochs, stage.steps, stage.start) == (1, None, None)
+    assert (stage.epochs, stage.steps, stage.init_from) == (1, None, None)
     assert (optimizer.schedule, optimizer.warmup_ratio, optimizer.max_grad_norm) == ("cosine", 0.1, 1.0)
     assert optimizer.weight_decay == 0
     assert stage.batch.row_length == 8192 + 1280

@@ -114,7 +114,7 @@ def test_a_retrained_stage_asks_for_what_stands_on_it(
     before = json.loads((folder / "evaluation" / "control" / "miniature.json").read_text())["settings"]["model"]
     shutil.rmtree(folder / "sft")
     assert _train(folder, "seed=0", "stages.sft.optimizer.learning_rate=3e-3") == 2
-    assert "there is no model, and stage 'thinkpo' was trained from it" in capsys.readouterr().err
+    assert "there is no model, but stage 'thinkpo' was trained from it" in capsys.readouterr().err
     shutil.rmtree(folder / "thinkpo")
     shutil.rmtree(folder / "control")
     assert _train(folder, "stages.sft.optimizer.learning_rate=3e-3") == 0
@@ -206,7 +206,7 @@ def test_export_writes_a_checkpoint_as_a_model(straight: Path, tmp_path: Path) -
         "base_model: builtin:miniature",
         "beta: 0.1",
         "examples",
-        "digest of the tokenised data",
+        "digest of the tokenized data",
         "Metrics of update 4",
         "rewards/margins",
         "miniature: accuracy",
@@ -317,7 +317,17 @@ def test_a_run_has_one_writer(straight: Path, capsys: pytest.CaptureFixture[str]
 
 
 DAMAGED = {
-    "record": ("sft/stage.json", "{}", "sft/stage.json: damaged: settings, summary is not there"),
+    "record": (
+        "sft/stage.json",
+        '{"format": 2}',
+        "sft/stage.json is damaged: settings, data_digest, summary is missing",
+    ),
+    "older record": (
+        "sft/stage.json",
+        '{"settings": {}, "data": "0", "summary": null}',
+        "stage.json has no format number",
+    ),
+    "newer record": ("sft/stage.json", '{"format": 3}', "sft/stage.json has format 3, but this version of thinkpo_jax"),
     "answers": ("evaluation/sft/miniature.json", "{", "miniature.json: cannot be read as JSON"),
     "metrics": ("thinkpo/metrics.jsonl", "{\n", "thinkpo/metrics.jsonl: damaged"),
 }
@@ -357,7 +367,12 @@ def test_export_leaves_other_folders_alone(straight: Path, tmp_path: Path, capsy
     )
     assert run_command(export.main, ["--run", str(tmp_path / "nowhere"), "--out", str(tmp_path / "other")]) == 2
     errors = capsys.readouterr().err
-    for part in ("left by an export", "cannot be written", "there is no stage '../sft'", "no config.yaml there"):
+    for part in (
+        "left from an interrupted export",
+        "cannot be written",
+        "there is no stage '../sft'",
+        "no config.yaml there",
+    ):
         assert part in errors
 
 

@@ -1,15 +1,16 @@
-"""Argument parsing and one call."""
+"""Evaluates the models of a run, or any other model on the benchmarks of a configuration.
+
+Example: python -m thinkpo_jax.evaluate --config configs/quickstart.yaml
+"""
 
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-import jax
-
 from thinkpo_jax.models.compute_config import describe_compute
 from thinkpo_jax.models.model_folder import ModelConfig
 from thinkpo_jax.run.evaluate_run import evaluate_run, load_all_questions, pool_runs
-from thinkpo_jax.run.resolve import resolve_run
+from thinkpo_jax.run.resolve import is_stage_finished, resolve_run
 from thinkpo_jax.run.run_config import load_run_config
 from thinkpo_jax.runtime.cli import add_config_arguments, run_and_exit
 from thinkpo_jax.runtime.config import UserError
@@ -28,16 +29,20 @@ def main(arguments: Sequence[str]) -> None:
     add_config_arguments(parser, required=False)
     add_distributed_arguments(parser)
     parser.add_argument(
-        "--pool", nargs="+", type=Path, metavar="RUN", help="compare over several finished runs (seeds)"
+        "--pool",
+        nargs="+",
+        type=Path,
+        metavar="RUN",
+        help="pool the questions of finished runs that differ in the seed",
     )
     parser.add_argument(
         "--model", metavar="FOLDER", help="evaluate this Hugging Face folder or Hub id instead of the run"
     )
-    parser.add_argument("--out", metavar="DIR", help="where the report of --model goes")
+    parser.add_argument("--out", metavar="DIR", help="the folder for the report of --model")
     parsed = parser.parse_args(arguments)
     if parsed.pool is not None:
         if parsed.config or parsed.assignments or parsed.model or parsed.out:
-            parser.error("--pool goes alone: it reads finished runs")
+            parser.error("--pool reads finished runs and cannot be combined with other options")
         print(pool_runs(parsed.pool))
         return
     initialize_distributed(parsed)
@@ -45,24 +50,24 @@ def main(arguments: Sequence[str]) -> None:
         parser.error("give --config FILE, or --pool RUN RUN ...")
     config = load_run_config(parsed.config, parsed.assignments)
     if config.evaluation is None:
-        raise UserError(f"{parsed.config}: the section `evaluation` is missing; it says what to ask.")
+        raise UserError(f"{parsed.config}: the section `evaluation` is missing. Add one that names the benchmarks.")
     if (parsed.model is None) != (parsed.out is None):
-        raise UserError("--model and --out go together: the model to evaluate, and the folder for its report.")
+        raise UserError("--model and --out go together. Give the model to evaluate and the folder for its report.")
     if parsed.model is not None:
         evaluation = config.evaluation.model_copy(update={"compare": ()})
         model = ModelConfig(path=parsed.model)
         if (Path(parsed.out) / "config.yaml").exists() and load_run_config(Path(parsed.out) / "config.yaml").stages:
-            raise UserError(f"--out {parsed.out} is the folder of a run with stages; choose another folder.")
+            raise UserError(f"--out {parsed.out} is the folder of a run with stages. Choose another folder.")
         config = config.model_copy(
             update={"model": model, "stages": (), "evaluation": evaluation, "run_dir": parsed.out}
         )
     run = resolve_run(config)
     log_info(describe_compute(run.compute, run.mesh))
-    asked = load_all_questions(run.config, run.chat)
+    questions = load_all_questions(config.evaluation, run.model_source.tokenizer, seed=config.seed)
     for stage in config.stages:
-        run.finished(stage.name)  # raises where the folder holds a stage with other settings
-    with run.writing(), jax.set_mesh(run.mesh):
-        evaluate_run(run, asked)
+        is_stage_finished(run, stage)  # raises if the folder holds a stage with other settings
+    with run.folder.locked(config):
+        evaluate_run(run, questions)
 
 
 if __name__ == "__main__":

@@ -1,10 +1,13 @@
-"""Argument parsing and one call."""
+"""Exports a checkpoint of a run as a Hugging Face folder.
+
+Example: python -m thinkpo_jax.export --run runs/quickstart --stage thinkpo --out thinkpo-model
+"""
 
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from thinkpo_jax.run.export_checkpoint import export, has_checkpoint
+from thinkpo_jax.run.export_checkpoint import export_checkpoint
 from thinkpo_jax.run.resolve import resolve_run
 from thinkpo_jax.run.run_config import load_run_config
 from thinkpo_jax.runtime.cli import run_and_exit
@@ -20,23 +23,18 @@ def main(arguments: Sequence[str]) -> None:
         epilog="example: python -m thinkpo_jax.export --run runs/quickstart --stage thinkpo --out thinkpo-model",
     )
     parser.add_argument("--run", type=Path, required=True, metavar="RUN_DIR", help="the folder of a run")
-    parser.add_argument("--stage", metavar="NAME", help="which stage (default: the last one with a checkpoint)")
-    parser.add_argument("--step", type=int, metavar="N", help="which checkpoint (default: the latest)")
-    parser.add_argument(
-        "--out", type=Path, required=True, metavar="DIR", help="where the model goes; must not exist yet"
-    )
+    parser.add_argument("--stage", metavar="NAME", help="the stage (default: the last one with a checkpoint)")
+    parser.add_argument("--step", type=int, metavar="N", help="the update of the checkpoint (default: the latest)")
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="the new folder, must not exist yet")
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="default: bfloat16")
     parsed = parser.parse_args(arguments)
     if not (parsed.run / "config.yaml").is_file():
         raise UserError(f"--run {parsed.run}: no config.yaml there. Give the folder of a run.")
     config = load_run_config(parsed.run / "config.yaml")
-    # The training's mesh need not be one of this machine, its kernel is not used, and the folder may have been moved.
+    # This machine may have other devices than the training, and the run folder may have been moved.
     compute = config.compute.model_copy(update={"attention": "blockwise"})
-    run = resolve_run(config.model_copy(update={"mesh": MeshConfig(), "compute": compute, "run_dir": str(parsed.run)}))
-    stages = [name for name in run.model_names()[1:] if has_checkpoint(run.folder / name / "checkpoints")]
-    if not stages:
-        raise UserError(f"{parsed.run}: no stage has a checkpoint yet.")
-    export(run, parsed.stage or stages[-1], step=parsed.step, out=parsed.out, dtype=parsed.dtype)
+    config = config.model_copy(update={"mesh": MeshConfig(), "compute": compute, "run_dir": str(parsed.run)})
+    export_checkpoint(resolve_run(config), parsed.stage, step=parsed.step, out=parsed.out, dtype=parsed.dtype)
 
 
 if __name__ == "__main__":

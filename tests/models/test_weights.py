@@ -19,7 +19,7 @@ from support.weights import MINIATURE, TOKENIZER, hf_config, like, random_model
 from thinkpo_jax.data.chat_tokenizer import ChatTokenizer
 from thinkpo_jax.models import weight_saving
 from thinkpo_jax.models.architecture import Architecture, read_architecture
-from thinkpo_jax.models.model_folder import check_folder, read_stop_token_ids, resolve_model_folder
+from thinkpo_jax.models.model_folder import check_model_folder, read_stop_token_ids, resolve_model_folder
 from thinkpo_jax.models.rope import build_rope
 from thinkpo_jax.models.safetensors_files import WEIGHTS_INDEX_FILE
 from thinkpo_jax.models.transformer import Transformer
@@ -336,7 +336,7 @@ def test_all_problems_of_a_folder_are_reported_together(sharded: Path) -> None:
     file.write_bytes(file.read_bytes()[:-1])
     (sharded / "tokenizer.json").write_text("{")
     with pytest.raises(UserError) as caught:
-        check_folder(sharded, weights=True)
+        check_model_folder(sharded, weights=True)
     for part in ("config.json: hidden_act 'gelu'", f"{file}: cannot be read as safetensors", "no usable tokenizer"):
         assert part in str(caught.value)
 
@@ -345,9 +345,9 @@ def test_a_tokenizer_larger_than_the_embedding_is_refused_beside_other_problems(
     folder = like(tmp_path)
     _edit(folder / "config.json", vocab_size=3)
     with pytest.raises(UserError) as caught:
-        check_folder(folder, weights=True)
+        check_model_folder(folder, weights=True)
     assert "no *.safetensors file" in str(caught.value)
-    assert "the embedding only 3 rows" in str(caught.value)
+    assert "the embedding has only 3 rows" in str(caught.value)
 
 
 def test_fields_that_have_a_default_may_be_left_out_or_null(tmp_path: Path) -> None:
@@ -403,7 +403,7 @@ def test_a_config_that_is_none_is_refused(tmp_path: Path, content: bytes | None,
 
 @pytest.mark.parametrize("name", ["nothing", "", "../builtin/miniature", "."])
 def test_an_unknown_builtin_lists_those_that_are(name: str) -> None:
-    with pytest.raises(UserError, match=f"there is no builtin:{name}; there is: builtin:miniature"):
+    with pytest.raises(UserError, match=f"there is no builtin:{name}. Built-in models: builtin:miniature"):
         resolve_model_folder(f"builtin:{name}")
 
 

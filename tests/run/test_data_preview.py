@@ -94,9 +94,9 @@ def test_it_shows_counts_lengths_packing_and_the_first_pair(
         f"rejected           {2:>8} {2:>8}",
         "  chosen answers with an end token: 100.0%\n",
         "  rejected answers with an end token: 100.0%\n",
-        "  chosen answers that begin to think and do not end that: 0 of 8\n",
+        "  chosen answers that open a thought and never close it: 0 of 8\n",
         "  on one device: 2 updates of 4 examples on average",
-        "full rows: ",
+        "packing: ",
         f"[user]2+2?[assistant][[{LONG.split(chr(10))[0]}\n",
         f"[user]2+2?[assistant][[{SHORT}<end>]]\n",
         "chat template: keeps the thinking",
@@ -140,11 +140,11 @@ def test_bad_rows_are_all_counted_and_then_it_fails(model: Path, tmp_path: Path)
     path = config(tmp_path, model, *rows)
     file = tmp_path / "rows.jsonl"
     assert problems(path).split("\n") == [
-        f"stage only: {file}: 2 rows: not JSON; the first: {file}, line 2: not valid JSON: Expecting property name "
+        f"stage only: {file}: 2 rows: not JSON. The first: {file}, line 2: not valid JSON: Expecting property name "
         "enclosed in double quotes, at character 3. Expected one object per line.",
-        f"stage only: {file}: 1 rows: identical answers; the first: {file}, line 3: chosen and rejected are the same "
+        f"stage only: {file}: 1 rows: identical answers. The first: {file}, line 3: chosen and rejected are the same "
         "text; a pair needs two answers.",
-        f"stage only: {file}: 2 rows: no text; the first: {file}, line 4, chosen: expected a text, found null.",
+        f"stage only: {file}: 2 rows: no text. The first: {file}, line 4, chosen: expected a text, found null.",
     ]
 
 
@@ -153,17 +153,17 @@ def test_bad_rows_are_all_counted_and_then_it_fails(model: Path, tmp_path: Path)
     [
         (
             [PAIR | {"chosen": "a" * 600}],
-            "stage only: no example is left. Raise batch.row_length, or mend the data.",
+            "stage only: no example is left. Raise batch.row_length, or fix the data.",
         ),
         (
             [{**PAIR, "chosen": SHORT, "rejected": LONG}] * 2 + [PAIR],
-            "stage only: chosen is shorter than rejected in 2 of 3 pairs: ThinkPO prefers the long answer. "
-            "Unless this is the control of swapped pairs, `chosen` and `rejected` are the wrong way round.",
+            "stage only: chosen is shorter than rejected in 2 of 3 pairs, but ThinkPO prefers the long "
+            "answer. Swap `chosen` and `rejected`, unless this is the control with swapped pairs.",
         ),
         (
             [PAIR | {"chosen": LONG[:30]}] * 2 + [PAIR],
-            "stage only: 2 of 3 chosen answers begin to think and never end that: the model would learn not to come to "
-            "an end. Leave cut answers out.",
+            "stage only: 2 of 3 chosen answers open a thought and never close it. The model would learn not to stop. "
+            "Remove answers that were cut off.",
         ),
     ],
     ids=["none left", "wrong way round", "never ends"],
@@ -208,5 +208,5 @@ def test_real_pairs_under_a_real_tokenizer(tmp_path: Path, capsys: pytest.Captur
     path.write_text(path.read_text().replace(str(tmp_path / "rows.jsonl"), real).replace("512", "9472"))
     shown = checked(path, capsys)
     assert f"100 of 100 rows of {real}\n" in shown
-    assert "chosen answers that begin to think and do not end that: 0 of 100" in shown
+    assert "chosen answers that open a thought and never close it: 0 of 100" in shown
     assert "[[<|begin_of_thought|>" in shown

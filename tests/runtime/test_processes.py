@@ -148,7 +148,7 @@ def test_two_processes_make_the_run_of_one(alone: Path, tmp_path: Path) -> None:
     # One speaks, and one writes: a log, a checkpoint of the last update, a report.
     for index, output in enumerate(outputs):
         assert f"process {index} of 2 (counted from 0) waits for the others" in output
-    assert "before the first update the loss is 0.693" in outputs[0]
+    assert "the loss before the first update is 0.693" in outputs[0]
     assert not [line for line in outputs[1].splitlines() if "update" in line or "report" in line]
     assert [path.name for path in (run / "sft" / "checkpoints").iterdir()] == [str(STEPS)]
     expected, found = (json.loads((folder / "report.json").read_text())["models"] for folder in (alone, run))

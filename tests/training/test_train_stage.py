@@ -10,11 +10,21 @@ import pytest
 import safetensors.numpy
 import yaml
 
-from thinkpo_jax.models.model_folder import resolve_model_folder
+from thinkpo_jax.data.packing import split_held_out
+from thinkpo_jax.data.record_formats import PreferenceDataConfig
+from thinkpo_jax.data.tokenization import tokenize_sources
+from thinkpo_jax.models.compute_config import ComputeConfig
+from thinkpo_jax.models.model_folder import ModelConfig, resolve_model_folder, resolve_model_source
+from thinkpo_jax.models.weight_saving import save_model
 from thinkpo_jax.runtime.cli import run_command
+from thinkpo_jax.runtime.config import parse_config
 from thinkpo_jax.runtime.console import read_metrics
+from thinkpo_jax.runtime.files import StageFolder
+from thinkpo_jax.runtime.mesh import MeshConfig, make_mesh
 from thinkpo_jax.train import main
 from thinkpo_jax.training import train_stage as train
+from thinkpo_jax.training.stage_config import ThinkpoStage
+from thinkpo_jax.training.train_stage import StageInputs, train_stage
 
 STAGE: dict[str, Any] = {
     "name": "thinkpo",
@@ -109,8 +119,11 @@ def test_an_update_that_is_not_finite_stops_the_run_and_the_last_good_checkpoint
     _poisoned(monkeypatch, update=3)
     assert _run(_config(tmp_path)) == 1
     error = capsys.readouterr().err
-    assert "error: stage thinkpo, update 3: loss nan, gradient norm nan; the update was not applied." in error
-    assert f"Its examples, counted among the rows kept of {tmp_path / 'pairs.jsonl'}: " in error
+    assert (
+        "error: stage thinkpo, update 3: the loss is nan and the gradient norm is nan. The update was not applied."
+        in error
+    )
+    assert f"Its examples, counted among the rows used of {tmp_path / 'pairs.jsonl'}: " in error
     named = error.split("pairs.jsonl: ")[1].split(".")[0].split(", ")
     assert 4 <= len(named) <= 8
     assert {int(name) for name in named} <= set(range(1, 25))
@@ -120,8 +133,8 @@ def test_an_update_that_is_not_finite_stops_the_run_and_the_last_good_checkpoint
     # What the message advises is possible: the stage goes on from that checkpoint.
     assert _run(_config(tmp_path, on_nonfinite="skip")) == 0
     said = capsys.readouterr().err
-    assert "going on from update 2" in said
-    assert "1 of at most 10 are skipped" in said
+    assert "resuming from update 2" in said
+    assert "1 of at most 10 updates are skipped" in said
 
 
 def test_updates_that_are_not_finite_are_skipped_and_counted(
@@ -130,8 +143,8 @@ def test_updates_that_are_not_finite_are_skipped_and_counted(
     _poisoned(monkeypatch, update=3)
     assert _run(_config(tmp_path, on_nonfinite="skip")) == 0
     said = capsys.readouterr().err
-    assert "warning: stage thinkpo, update 3: loss nan" in said
-    assert "1 of at most 10 are skipped" in said
+    assert "warning: stage thinkpo, update 3: the loss is nan" in said
+    assert "1 of at most 10 updates are skipped" in said
     lines = read_metrics(tmp_path / "run" / "thinkpo" / "metrics.jsonl")
     assert [line["step"] for line in lines] == [1, 2, 3, 4, 5, 6]
     assert [line.get("skipped") for line in lines] == [None, None, 1, None, None, None]
@@ -145,8 +158,8 @@ def test_too_many_skips_stop_the_run(tmp_path: Path, capsys: pytest.CaptureFixtu
     huge = {"learning_rate": 1e30, "schedule": "constant", "warmup_ratio": 0.0}
     assert _run(_config(tmp_path, optimizer=huge, on_nonfinite="skip", max_skipped=2)) == 1
     error = capsys.readouterr().err
-    assert "2 of at most 2 are skipped" in error
-    assert "These are more than `max_skipped: 2`." in error
+    assert "2 of at most 2 updates are skipped" in error
+    assert "More than `max_skipped: 2` updates are skipped." in error
     assert "update 4" in error
 
 
@@ -184,7 +197,7 @@ def test_a_sweep_computes_the_reference_once(tmp_path: Path, capsys: pytest.Capt
         assert _run(_config(tmp_path, run=f"sweep{number}", steps=1, **keys)) == 0
         said = capsys.readouterr().err
         assert "the log-probs of all 24 examples are kept" in said
-        assert "before the first update the loss is" in said
+        assert "the loss before the first update is" in said
 
 
 def test_a_stage_goes_on_with_the_reference_that_it_was_begun_with(
@@ -235,3 +248,37 @@ def test_a_learning_rate_of_1e_7_moves_bfloat16_computed_weights(tmp_path: Path)
     share = np.mean(np.concatenate([(change > 0).ravel() for change in moved.values()]))
     assert share > 0.5
     assert max(change.max() for change in moved.values()) < 3e-7  # two updates of 1e-7 each
+
+
+def test_a_stage_can_be_trained_as_a_library_call(tmp_path: Path) -> None:
+    """Without a YAML file and in any folder it gives the weights that the command gives, and it resumes there."""
+    assert _run(_config(tmp_path, steps=3, validation={"share": 0.25, "every": 2})) == 0
+    data = PreferenceDataConfig(path=str(tmp_path / "pairs.jsonl"))
+    stage = parse_config(
+        ThinkpoStage, STAGE | {"data": data, "steps": 3, "validation": {"share": 0.25, "every": 2}}, source="test"
+    )
+    mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
+    initial_model = resolve_model_source(ModelConfig(path="builtin:miniature"), seed=0)
+    dataset = tokenize_sources(stage.data, initial_model.tokenizer, row_length=stage.batch.row_length, seed=0)
+    inputs = StageInputs(
+        config=stage,
+        initial_model=initial_model,
+        compute=ComputeConfig(dtype="float32", attention="blockwise"),
+        mesh=mesh,
+        dataset=dataset,
+        held_out=split_held_out(dataset, 0.25, seed=0),
+        folder=StageFolder(tmp_path / "anywhere"),
+        seed=0,
+    )
+    result = train_stage(inputs)
+    assert (result.num_updates, len(read_metrics(inputs.folder.metrics))) == (3, 3)
+    assert [line["step"] for line in read_metrics(inputs.folder.validation)] == [0, 2, 3]
+    save_model(
+        result.state.model, tmp_path / "model", template_folder=initial_model.folder, dtype="float32",
+        stop_token_ids=[1], model_card="",
+    )  # fmt: skip
+    expected = _weights(tmp_path)
+    for name, array in safetensors.numpy.load_file(tmp_path / "model" / "model.safetensors").items():
+        np.testing.assert_array_equal(array, expected[name])
+    resumed = train_stage(inputs)
+    assert (int(resumed.state.step), resumed.seconds) == (3, result.seconds)

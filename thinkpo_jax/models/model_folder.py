@@ -1,20 +1,24 @@
-"""Finds a model folder (local, Hub, builtin) and fingerprints it."""
+"""Finds and opens a model folder: local, from the Hugging Face Hub, or built in."""
 
 import hashlib
 import os
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 import huggingface_hub
+from jax.sharding import Mesh
 
 from thinkpo_jax.data.chat_tokenizer import ChatTokenizer
 from thinkpo_jax.models.architecture import Architecture, read_architecture
-from thinkpo_jax.models.weight_loading import check_weights
+from thinkpo_jax.models.compute_config import ComputeConfig
+from thinkpo_jax.models.transformer import Transformer
+from thinkpo_jax.models.weight_loading import check_weights, init_random_model, load_model
 from thinkpo_jax.runtime.config import ConfigPath, ConfigSection, UserError, collect_errors
 from thinkpo_jax.runtime.files import read_json_object
 
-_SAMPLED_BYTES = 2**22
+_SAMPLED_BYTES = 2**22  # read from each end of a file
 
 BUILTIN_PREFIX = "builtin:"
 BUILTIN_MODELS_FOLDER = Path(__file__).parent / "builtin"
@@ -23,23 +27,29 @@ MODEL_FILES = ("*.json", "*.safetensors", "*.jinja", "*.txt", "tokenizer.model")
 
 
 class ModelConfig(ConfigSection):
-    """The start model: a Hugging Face folder, a Hub id or `builtin:NAME`. `random` takes its shape, not its weights."""
+    """The start model: a Hugging Face folder, a Hub id or `builtin:NAME`.
+
+    With `weights: random` the folder gives the shape and the tokenizer, and the seed of the run gives the weights.
+    """
 
     path: ConfigPath
     weights: Literal["pretrained", "random"] = "pretrained"
 
 
 def resolve_model_folder(path: str, *, weights: bool = True) -> Path:
-    """The folder of a model: `builtin:NAME`, a local folder, or a Hub id (downloaded or from the cache).
+    """Returns the folder of a model: `builtin:NAME`, a local folder, or a Hub id (downloaded or cached).
 
-    Without `weights` no more of a Hub id is downloaded than its shape and tokenizer.
+    If `weights` is false, only the configuration and the tokenizer of a Hub id are downloaded.
+
+    Raises:
+        UserError: there is no such model.
     """
     if path.startswith(BUILTIN_PREFIX):
         builtins = {
             f"{BUILTIN_PREFIX}{file.parent.name}": file.parent for file in BUILTIN_MODELS_FOLDER.glob("*/config.json")
         }
         if path not in builtins:
-            raise UserError(f"model.path: there is no {path}; there is: {', '.join(sorted(builtins))}.")
+            raise UserError(f"model.path: there is no {path}. Built-in models: {', '.join(sorted(builtins))}.")
         return builtins[path]
     folder = Path(path).expanduser()
     if folder.is_dir():
@@ -53,28 +63,24 @@ def resolve_model_folder(path: str, *, weights: bool = True) -> Path:
         return Path(huggingface_hub.snapshot_download(path, allow_patterns=files))
     except (OSError, ValueError, huggingface_hub.errors.HfHubHTTPError) as error:
         raise UserError(
-            f"model.path: {path} is neither a local folder nor available from the Hub: {error} Check the name; "
-            f"where there is no network, download it elsewhere (hf download {path}) and give the folder."
+            f"model.path: {path} is neither a local folder nor available from the Hub: {error} Check the name. "
+            f"Without a network, download it elsewhere (hf download {path}) and give the folder."
         ) from None
 
 
 def read_stop_token_ids(folder: Path) -> list[int]:
-    """The ids that generation_config.json (or config.json) says end a generation."""
-    for name in ("generation_config.json", "config.json"):
-        if (folder / name).exists():
-            found = read_json_object(folder / name).get("eos_token_id")
-            if found is not None:
-                ids = found if isinstance(found, list) else [found]
-                if not all(type(number) is int and number >= 0 for number in ids):
-                    raise UserError(
-                        f"{folder / name}: eos_token_id is {found!r}, expected a token id or a list of them."
-                    )
-                return ids
+    """Returns the token ids that end a completion, from generation_config.json or else config.json."""
+    for path in (folder / "generation_config.json", folder / "config.json"):
+        if path.exists() and (value := read_json_object(path).get("eos_token_id")) is not None:
+            ids = value if isinstance(value, list) else [value]
+            if not all(type(number) is int and number >= 0 for number in ids):
+                raise UserError(f"{path}: eos_token_id is {value!r}, expected a token id or a list of token ids.")
+            return ids
     return []
 
 
 def quick_fingerprint(folder: Path) -> str | None:
-    """A digest of a model's configuration and weights (of each file its size and both ends); None without a model."""
+    """Returns a digest of the configuration and of size and both ends of each weight file, or None without a model."""
     digest = hashlib.sha256()
     files = [folder / "config.json", *sorted(folder.glob("*.safetensors"))]
     if not files[0].exists():
@@ -90,28 +96,74 @@ def quick_fingerprint(folder: Path) -> str | None:
 
 
 def weights_digest(folder: Path) -> str:
-    """A digest of a model's configuration and of every byte of its weights."""
+    """Returns a digest of the configuration and of every byte of the weights."""
     files = [folder / "config.json", *sorted(folder.glob("*.safetensors"))]
 
-    def of_file(path: Path) -> bytes:
+    def file_digest(path: Path) -> bytes:
         with path.open("rb") as file:
             return path.name.encode() + hashlib.file_digest(file, "sha256").digest()
 
-    with ThreadPoolExecutor(os.cpu_count()) as pool:  # hashing lets go of the interpreter
-        return hashlib.sha256(b"".join(pool.map(of_file, files))).hexdigest()[:32]
+    with ThreadPoolExecutor(os.cpu_count()) as pool:  # hashing releases the interpreter lock
+        return hashlib.sha256(b"".join(pool.map(file_digest, files))).hexdigest()[:32]
 
 
-def check_folder(folder: Path, *, weights: bool) -> tuple[Architecture, ChatTokenizer]:
-    """What a model's folder says of network and text. Raises one `UserError` with all that is wrong with it."""
+@dataclass(frozen=True)
+class ModelSource:
+    """An opened model folder: what the model is, and how to load it.
+
+    `random_seed` is None for pretrained weights. Otherwise the folder gives the shape only, and the seed the weights.
+    """
+
+    folder: Path
+    architecture: Architecture
+    tokenizer: ChatTokenizer
+    random_seed: int | None = None
+
+    def load(self, compute: ComputeConfig, mesh: Mesh) -> Transformer:
+        """Loads or initializes the weights, sharded over the mesh."""
+        if self.random_seed is None:
+            return load_model(self.folder, compute, mesh)
+        return init_random_model(self.folder, compute, mesh, seed=self.random_seed)
+
+    def quick_fingerprint(self) -> str | None:
+        """Returns a digest of the configuration and the ends of each weight file, or None if there is no model."""
+        return quick_fingerprint(self.folder)
+
+    def weights_digest(self) -> str:
+        """Returns a digest that stands for every weight."""
+        digest = weights_digest(self.folder)
+        return digest if self.random_seed is None else f"random, seed {self.random_seed}, {digest}"
+
+
+def resolve_model_source(config: ModelConfig, *, seed: int, require_weights: bool = True) -> ModelSource:
+    """Opens a model folder and checks that architecture, weights and tokenizer fit together.
+
+    Without `require_weights` the weights of a Hub id are not downloaded, and no weights are checked.
+
+    Raises:
+        UserError: the folder does not exist or is not supported. All problems of the folder are in one error.
+    """
+    folder = resolve_model_folder(config.path, weights=require_weights)
+    check = require_weights and config.weights == "pretrained"
+    architecture, tokenizer = check_model_folder(folder, weights=check)
+    return ModelSource(folder, architecture, tokenizer, seed if config.weights == "random" else None)
+
+
+def check_model_folder(folder: Path, *, weights: bool) -> tuple[Architecture, ChatTokenizer]:
+    """Reads the architecture and the tokenizer of a model folder, and checks its weights if `weights` is true.
+
+    Raises:
+        UserError: lists every problem of the folder.
+    """
     with collect_errors() as attempt:
-        arch = attempt(read_architecture, folder)
+        architecture = attempt(read_architecture, folder)
         if weights:
-            attempt(check_weights, folder, arch)
-        chat = attempt(lambda: ChatTokenizer.from_folder(folder, stop_ids=read_stop_token_ids(folder)))
-        if arch is not None and chat is not None and len(chat.tokenizer) > arch.vocab_size:
+            attempt(check_weights, folder, architecture)
+        tokenizer = attempt(lambda: ChatTokenizer.from_folder(folder, stop_ids=read_stop_token_ids(folder)))
+        if architecture is not None and tokenizer is not None and len(tokenizer.tokenizer) > architecture.vocab_size:
             attempt.fail(
-                f"{folder}: the tokenizer has {len(chat.tokenizer)} tokens, the embedding only {arch.vocab_size} rows; "
-                "take the tokenizer that belongs to the weights."
+                f"{folder}: the tokenizer has {len(tokenizer.tokenizer)} tokens, but the embedding has only "
+                f"{architecture.vocab_size} rows. Use the tokenizer that belongs to the weights."
             )
-    assert arch is not None and chat is not None  # noqa: PT018 -- `together` raised otherwise
-    return arch, chat
+    assert architecture is not None and tokenizer is not None  # noqa: PT018 -- `collect_errors` raised otherwise
+    return architecture, tokenizer

@@ -20,7 +20,7 @@ from thinkpo_jax.inference.engine import generate
 from thinkpo_jax.inference.openai_engine import ServerConfig, request_completions
 from thinkpo_jax.inference.sampling import SamplingConfig
 from thinkpo_jax.models.compute_config import ComputeConfig
-from thinkpo_jax.models.model_folder import ModelConfig, check_folder, quick_fingerprint, resolve_model_folder
+from thinkpo_jax.models.model_folder import ModelConfig, check_model_folder, quick_fingerprint, resolve_model_folder
 from thinkpo_jax.models.weight_loading import load_model
 from thinkpo_jax.pair_building.filters import normalize_question
 from thinkpo_jax.runtime.config import ConfigSection, UserError
@@ -205,7 +205,7 @@ def _ask_model(
     """
     mesh = make_mesh(config.mesh)
     folder = resolve_model_folder(config.model.path)
-    _, chat = check_folder(folder, weights=True)
+    _, chat = check_model_folder(folder, weights=True)
     prompts: dict[str, list[int]] = {}
     for key, messages in conversations.items():
         try:

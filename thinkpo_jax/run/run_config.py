@@ -13,7 +13,7 @@ from thinkpo_jax.runtime.config import ConfigPath, ConfigSection, apply_override
 from thinkpo_jax.runtime.mesh import MeshConfig
 from thinkpo_jax.training.stage_config import StageConfig
 
-BASE_MODEL_NAME = "base"  # the name of the start model among the models of a run
+BASE_MODEL_NAME = "base"  # the start model
 RESERVED_NAMES = (BASE_MODEL_NAME, "evaluation", "plots", "config.yaml", "report.md", "report.json")
 
 
@@ -30,13 +30,15 @@ class RunConfig(ConfigSection):
     evaluation: EvaluationConfig | None = None
 
     @pydantic.model_validator(mode="after")
-    def _names(self) -> "RunConfig":
+    def _check_names(self) -> "RunConfig":
         known = [BASE_MODEL_NAME]
         for stage in self.stages:
             if stage.name in known or stage.name in RESERVED_NAMES:
-                raise ValueError(f"stage name {stage.name!r} is taken; names differ, and are none of {RESERVED_NAMES}")
-            if stage.start is not None and stage.start not in known:
-                raise ValueError(f"stage {stage.name}: start {stage.start!r} is none of the models before it: {known}")
+                raise ValueError(
+                    f"the stage name {stage.name!r} is taken. Choose another name, none of {RESERVED_NAMES}"
+                )
+            if stage.init_from is not None and stage.init_from not in known:
+                raise ValueError(f"stage {stage.name}: init_from {stage.init_from!r} is not an earlier model: {known}")
             known.append(stage.name)
         benchmarks = [benchmark.name for benchmark in (self.evaluation.benchmarks if self.evaluation else ())]
         if len(set(benchmarks)) < len(benchmarks):
@@ -48,7 +50,24 @@ class RunConfig(ConfigSection):
                 )
         return self
 
+    def model_names(self) -> list[str]:
+        """Returns the names of the run's models in order: `base`, then the stages."""
+        return [BASE_MODEL_NAME, *(stage.name for stage in self.stages)]
+
+    def stage(self, name: str) -> StageConfig:
+        """Returns the stage of this name."""
+        return next(stage for stage in self.stages if stage.name == name)
+
+    def initial_model_of(self, stage: StageConfig) -> str:
+        """Returns the name of the model that a stage starts from."""
+        names = self.model_names()
+        return stage.init_from or names[names.index(stage.name) - 1]
+
 
 def load_run_config(path: Path, assignments: Sequence[str] = ()) -> RunConfig:
-    """The configuration of a YAML file with `--set` assignments applied. Raises `UserError`."""
+    """Reads a YAML file and applies `--set` assignments.
+
+    Raises:
+        UserError: lists every problem of the configuration.
+    """
     return parse_config(RunConfig, apply_overrides(read_yaml(path), assignments), source=str(path))

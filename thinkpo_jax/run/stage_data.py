@@ -1,102 +1,117 @@
 """Loads, checks and splits the data of a stage."""
 
+from dataclasses import dataclass
+
 import numpy as np
 
 from thinkpo_jax.data.chat_tokenizer import ChatTokenizer
 from thinkpo_jax.data.examples import TokenizedDataset
 from thinkpo_jax.data.packing import split_held_out
 from thinkpo_jax.data.tokenization import tokenize_sources
-from thinkpo_jax.run.run_config import RunConfig
-from thinkpo_jax.run.run_folder import Run, read_json_record
+from thinkpo_jax.run.run_folder import RunFolder
 from thinkpo_jax.runtime.config import UserError
 from thinkpo_jax.runtime.console import log_info, log_warning
 from thinkpo_jax.runtime.processes import broadcast_from_primary
 from thinkpo_jax.training.stage_config import StageConfig, ThinkpoStage
 
 
-def tokenize_stage_data(
-    config: RunConfig, stage: StageConfig, chat: ChatTokenizer, *, keep_going: bool = False
-) -> TokenizedDataset:
-    """The tokenised examples of a stage; see `prepare`. Raises `UserError` that names the stage."""
-    options = {"row_length": stage.batch.row_length, "seed": config.seed, "title": f"{stage.name} data"}
-    try:
-        return tokenize_sources(stage.data, chat, **options, keep_going=keep_going)
-    except UserError as error:
-        raise UserError(f"stage {stage.name}: {error}") from None
+@dataclass(frozen=True)
+class StageData:
+    """The examples of a stage, and the sorted indices of those that are held out for validation."""
+
+    dataset: TokenizedDataset
+    held_out: np.ndarray
 
 
-def held_out_indices(config: RunConfig, stage: StageConfig, examples: TokenizedDataset) -> np.ndarray:
-    """The indices of the examples that a stage holds out; none without `validation`. Raises `UserError`."""
-    if stage.validation is None:
-        return np.zeros(0, np.int64)
-    try:
-        return split_held_out(examples, stage.validation.share, seed=config.seed)
-    except UserError as error:
-        raise UserError(f"stage {stage.name}: {error}") from None
+def load_stage_data(stage: StageConfig, tokenizer: ChatTokenizer, *, seed: int) -> StageData:
+    """Tokenizes the data of a stage, logs what became of its rows, and splits off the validation examples.
 
-
-def answer_names(stage: StageConfig) -> tuple[str, ...]:
-    return ("chosen", "rejected") if isinstance(stage, ThinkpoStage) else ("response",)
-
-
-def count_unclosed_thoughts(examples: TokenizedDataset) -> tuple[int, int]:
-    """How many (chosen) answers do not end the thinking that they begin, of how many rows."""
-    return sum(report.num_unclosed_thoughts for report in examples.reports), sum(
-        report.num_used for report in examples.reports
-    )
-
-
-def find_stage_problems(stage: StageConfig, examples: TokenizedDataset) -> list[str]:
-    """What would stop a stage, or make it pointless."""
-    found = [
-        f"{report.name}: {report.dropped[reason]} rows: {reason}; the first: {first}"
-        for report in examples.reports
-        for reason, first in report.stopping_error_by_reason.items()
-    ]
-    if not len(examples):
-        found.append("no example is left. Raise batch.row_length, or mend the data.")
-    unfinished, kept = count_unclosed_thoughts(examples)
-    if 2 * unfinished > kept:
-        found.append(
-            f"{unfinished} of {kept} {answer_names(stage)[0]} answers begin to think and never end that: the model would "
-            "learn not to come to an end. Leave cut answers out."
-        )
-    if isinstance(stage, ThinkpoStage):
-        spans = examples.prompt_and_answer_lengths()
-        shorter = int((spans[:, 0, 1] < spans[:, 1, 1]).sum())
-        if 2 * shorter > len(spans):
-            found.append(
-                f"chosen is shorter than rejected in {shorter} of {len(spans)} pairs: ThinkPO prefers the long answer. "
-                "Unless this is the control of swapped pairs, `chosen` and `rejected` are the wrong way round."
-            )
-    return [f"stage {stage.name}: {problem}" for problem in found]
-
-
-def read_examples(run: Run, stage: StageConfig) -> TokenizedDataset:
-    """The tokenised examples of a stage; says what became of the rows. Raises `UserError`."""
-    found = tokenize_stage_data(run.config, stage, run.chat)
-    for note in found.describe_sources():
+    Raises:
+        UserError: a row cannot be used, no example is left, or the validation split is not possible.
+    """
+    dataset = tokenize_stage_data(stage, tokenizer, seed=seed)
+    for note in dataset.describe_sources():
         log_info(f"{stage.name}: {note}")
-    problems = find_stage_problems(stage, found)
-    if not len(found):
+    problems = find_stage_problems(stage, dataset)
+    if not len(dataset):
         raise UserError("\n".join(problems))
     for problem in problems:
         log_warning(problem)
-    check_data_unchanged(run, stage, found)
-    held_out_indices(run.config, stage, found)
-    return found
+    return StageData(dataset, held_out_indices(stage, dataset, seed=seed))
 
 
-def check_data_unchanged(run: Run, stage: StageConfig, examples: TokenizedDataset) -> None:
-    """Raises `UserError` where a stage was begun with other data than these."""
-    digest = np.frombuffer(examples.digest().encode(), np.uint8)
-    if not np.array_equal(digest, broadcast_from_primary(digest)):
+def tokenize_stage_data(
+    stage: StageConfig, tokenizer: ChatTokenizer, *, seed: int, keep_going: bool = False
+) -> TokenizedDataset:
+    """Returns the examples of a stage, see `tokenize_sources`. A `UserError` names the stage."""
+    options = {"row_length": stage.batch.row_length, "seed": seed, "title": f"{stage.name} data"}
+    try:
+        return tokenize_sources(stage.data, tokenizer, **options, keep_going=keep_going)
+    except UserError as error:
+        raise UserError(f"stage {stage.name}: {error}") from None
+
+
+def held_out_indices(stage: StageConfig, dataset: TokenizedDataset, *, seed: int) -> np.ndarray:
+    """Returns the indices of the validation examples, none without `validation`. A `UserError` names the stage."""
+    if stage.validation is None:
+        return np.zeros(0, np.int64)
+    try:
+        return split_held_out(dataset, stage.validation.share, seed=seed)
+    except UserError as error:
+        raise UserError(f"stage {stage.name}: {error}") from None
+
+
+def check_data_unchanged(stage: StageConfig, data: StageData, folder: RunFolder) -> None:
+    """Checks that all processes read the same data, and that a begun stage reads the data that it was begun with.
+
+    Raises:
+        UserError: the data differs.
+    """
+    digest = data.dataset.digest()
+    digest_bytes = np.frombuffer(digest.encode(), np.uint8)
+    if not np.array_equal(digest_bytes, broadcast_from_primary(digest_bytes)):
         raise UserError(
-            f"stage {stage.name}: this process reads other data than the first one. Give all processes the same files."
+            f"stage {stage.name}: this process reads other data than process 0. Give all processes the same files."
         )
-    record = read_json_record(run.folder / stage.name / "stage.json", "data")
-    if record is not None and record["data"] != examples.digest():
+    record = folder.read_stage_record(stage.name)
+    if record is not None and record.data_digest != digest:
         raise UserError(
-            f"stage {stage.name} was begun with other data. Remove {run.folder / stage.name} to train it from its "
-            "start, or restore the data."
+            f"stage {stage.name} was begun with other data. Restore that data, or remove "
+            f"{folder.stage(stage.name).path} to train the stage from its start."
         )
+
+
+def answer_names(stage: StageConfig) -> tuple[str, ...]:
+    """Returns the names of the answers of an example."""
+    return ("chosen", "rejected") if isinstance(stage, ThinkpoStage) else ("response",)
+
+
+def count_unclosed_thoughts(dataset: TokenizedDataset) -> tuple[int, int]:
+    """Returns how many (chosen) answers open a thought and never close it, and how many rows are used."""
+    return sum(r.num_unclosed_thoughts for r in dataset.reports), sum(r.num_used for r in dataset.reports)
+
+
+def find_stage_problems(stage: StageConfig, dataset: TokenizedDataset) -> list[str]:
+    """Returns what would stop a stage, or would make its training useless."""
+    problems = [
+        f"{report.name}: {report.dropped[reason]} rows: {reason}. The first: {first}"
+        for report in dataset.reports
+        for reason, first in report.stopping_error_by_reason.items()
+    ]
+    if not len(dataset):
+        problems.append("no example is left. Raise batch.row_length, or fix the data.")
+    num_unclosed, num_rows = count_unclosed_thoughts(dataset)
+    if 2 * num_unclosed > num_rows:
+        problems.append(
+            f"{num_unclosed} of {num_rows} {answer_names(stage)[0]} answers open a thought and never close it. The "
+            "model would learn not to stop. Remove answers that were cut off."
+        )
+    if isinstance(stage, ThinkpoStage):
+        lengths = dataset.prompt_and_answer_lengths()
+        num_shorter = int((lengths[:, 0, 1] < lengths[:, 1, 1]).sum())
+        if 2 * num_shorter > len(lengths):
+            problems.append(
+                f"chosen is shorter than rejected in {num_shorter} of {len(lengths)} pairs, but ThinkPO prefers the "
+                "long answer. Swap `chosen` and `rejected`, unless this is the control with swapped pairs."
+            )
+    return [f"stage {stage.name}: {problem}" for problem in problems]

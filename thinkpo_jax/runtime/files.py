@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -114,3 +115,57 @@ def _commit() -> str:
     except (OSError, subprocess.TimeoutExpired):
         return "unknown"
     return told.stdout.strip() if told.returncode == 0 else "unknown"
+
+
+@dataclass(frozen=True)
+class StageFolder:
+    """The files of one stage of a run."""
+
+    path: Path
+
+    @property
+    def record(self) -> Path:
+        """What the stage is trained with and, once it is finished, its summary."""
+        return self.path / "stage.json"
+
+    @property
+    def checkpoints(self) -> Path:
+        """The folder of the checkpoints."""
+        return self.path / "checkpoints"
+
+    @property
+    def metrics(self) -> Path:
+        """The metrics of each update."""
+        return self.path / "metrics.jsonl"
+
+    @property
+    def validation(self) -> Path:
+        """The metrics of the validation examples."""
+        return self.path / "validation.jsonl"
+
+    @property
+    def reference(self) -> Path:
+        """The reference log-probs that the stage started with."""
+        return self.path / "reference.npz"
+
+    @property
+    def model(self) -> Path:
+        """The exported Hugging Face folder. It exists once the stage is finished."""
+        return self.path / "model"
+
+
+def read_json_record(path: Path, *keys: str, remedy: str = "Remove the file.") -> dict[str, Any] | None:
+    """Returns a JSON object that a command wrote, or None if there is none yet.
+
+    Raises:
+        UserError: the file is damaged, or lacks one of `keys`. The message ends with `remedy`.
+    """
+    if not path.exists():
+        return None
+    try:
+        record = read_json_object(path)
+    except UserError as error:
+        raise UserError(f"{error} {remedy}") from None
+    if missing := [key for key in keys if key not in record]:
+        raise UserError(f"{path} is damaged: {', '.join(missing)} is missing. {remedy}")
+    return record

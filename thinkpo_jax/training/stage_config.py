@@ -1,4 +1,4 @@
-"""The config sections of SFT and ThinkPO stages."""
+"""Config sections of SFT and ThinkPO stages."""
 
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal, TypeVar
@@ -16,25 +16,27 @@ from thinkpo_jax.training.optimizer import OptimizerConfig
 DataT = TypeVar("DataT")
 
 
-def _listed(value: Any) -> Any:
+def _as_tuple(value: Any) -> Any:
     if not isinstance(value, Mapping | tuple | ConfigSection):
-        raise ValueError("expected keys (one source), or a list of sources")
+        raise ValueError("expected one source (keys) or a list of sources")
     return value if isinstance(value, tuple) else (value,)
 
 
 # One source, or a list of them.
-Sources = Annotated[tuple[DataT, ...], pydantic.BeforeValidator(_listed), pydantic.Field(min_length=1)]
+Sources = Annotated[tuple[DataT, ...], pydantic.BeforeValidator(_as_tuple), pydantic.Field(min_length=1)]
 
 
 class _StageConfig(ConfigSection):
-    """What every stage has. It starts from `start` (a stage, or `base`), by default from the stage before it.
+    """The keys of every stage.
 
-    `on_nonfinite`: whether an update whose loss or gradient is not finite stops the run, or is left out, `max_skipped`
-    of them at most.
+    The stage starts from the model that `init_from` names: an earlier stage, or `base`. The default is the
+    stage before. `on_nonfinite` says what an update does whose loss or gradient is not finite. It stops the run, or it is skipped, at
+    most `max_skipped` times.
     """
 
     name: str = pydantic.Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")
-    start: str | None = None
+    # `start` is the old name of this key.
+    init_from: str | None = pydantic.Field(default=None, validation_alias=pydantic.AliasChoices("init_from", "start"))
     steps: int | None = pydantic.Field(default=None, ge=1)
     epochs: float | None = pydantic.Field(default=None, gt=0, le=1000)
     batch: BatchConfig
@@ -45,27 +47,27 @@ class _StageConfig(ConfigSection):
     checkpoint: CheckpointConfig = CheckpointConfig()
 
     @pydantic.model_validator(mode="after")
-    def _skips_are_allowed(self) -> "_StageConfig":
+    def _check_max_skipped(self) -> "_StageConfig":
         if self.on_nonfinite == "stop" and self.max_skipped != 10:
             raise ValueError("`max_skipped` has no effect without `on_nonfinite: skip`")
         return self
 
     @pydantic.model_validator(mode="after")
-    def _one_length(self) -> "_StageConfig":
+    def _check_length(self) -> "_StageConfig":
         if (self.steps is None) == (self.epochs is None):
-            raise ValueError("give either `steps` or `epochs`, one of the two")
+            raise ValueError("give either `steps` or `epochs`")
         return self
 
 
 class SftStage(_StageConfig):
-    """Supervised fine-tuning on answers."""
+    """A stage of supervised fine-tuning on answers."""
 
     objective: Literal["sft"]
     data: Sources[SftDataConfig]
 
 
 class ThinkpoStage(_StageConfig, PreferenceConfig):
-    """ThinkPO on (long, short) pairs against the model that the stage starts from."""
+    """A stage of ThinkPO on (long, short) pairs. Its reference is the model that the stage starts from."""
 
     objective: Literal["thinkpo"]
     data: Sources[PreferenceDataConfig]

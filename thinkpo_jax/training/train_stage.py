@@ -1,26 +1,29 @@
-"""What is a run? Read `run_all` and `train_stage` top to bottom.
+"""Trains one stage: the loop, its objective, and what it logs for each update.
 
-Example: python -m thinkpo_jax.train --config configs/quickstart.yaml --set seed=1
+`train_stage` needs no YAML file, no run folder and no other stage. `StageInputs` holds everything it needs.
 """
 
 import importlib.metadata
 import math
 import time
-from contextlib import ExitStack, closing
+from collections.abc import Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
 from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 
-from thinkpo_jax.data.batches import BatchPlan
+from thinkpo_jax.data.batches import BatchPlan, HostBatch
 from thinkpo_jax.data.examples import TokenizedDataset
+from thinkpo_jax.models.compute_config import ComputeConfig
+from thinkpo_jax.models.model_folder import ModelSource
 from thinkpo_jax.models.transformer import Transformer
-from thinkpo_jax.run.run_folder import Run
-from thinkpo_jax.run.stage_data import held_out_indices
-from thinkpo_jax.run.stage_output import save_stage_output, write_stage_record
 from thinkpo_jax.runtime.cli import defer_interrupts
 from thinkpo_jax.runtime.config import RunError
-from thinkpo_jax.runtime.console import METRICS, MetricsFile, ProgressReporter, log_info, log_warning, read_metrics
+from thinkpo_jax.runtime.console import MetricsFile, ProgressReporter, log_info, log_warning, read_metrics
+from thinkpo_jax.runtime.files import StageFolder
 from thinkpo_jax.runtime.mesh import local_data_shards, num_data_shards
 from thinkpo_jax.runtime.processes import any_process, broadcast_from_primary
 from thinkpo_jax.runtime.sharding import put_batch
@@ -30,133 +33,222 @@ from thinkpo_jax.training.optimizer import learning_rate_schedule, make_optimize
 from thinkpo_jax.training.preference_metrics import finalize_metrics, headline_metrics
 from thinkpo_jax.training.reference_cache import load_stage_reference, save_stage_reference
 from thinkpo_jax.training.reference_log_probs import check_initial_loss, load_or_compute_reference
-from thinkpo_jax.training.stage_config import SftStage, StageConfig, ThinkpoStage
+from thinkpo_jax.training.stage_config import StageConfig, ThinkpoStage
 from thinkpo_jax.training.throughput import throughput_metrics
-from thinkpo_jax.training.train_step import init_train_state, make_train_step
+from thinkpo_jax.training.train_step import TrainState, init_train_state, make_train_step
 from thinkpo_jax.training.validation import PeriodicEvaluation
 
 
-def train_stage(run: Run, stage: StageConfig, examples: TokenizedDataset) -> None:
-    """Trains one stage from its last checkpoint, or from its start model, and exports its end."""
-    folder, start = run.folder / stage.name, run.initial_model_of(stage)
+@dataclass(frozen=True)
+class StageInputs:
+    """Everything that the training of one stage needs.
+
+    `initial_model` is the model that the stage starts from. For ThinkPO it is the reference model too.
+    `compute` names the attention kernel, see `resolve_attention_kernel`. `held_out` are the sorted indices of the
+    validation examples, see `split_held_out`. `folder` can be any folder. Training resumes from its checkpoints.
+    """
+
+    config: StageConfig
+    initial_model: ModelSource
+    compute: ComputeConfig
+    mesh: Mesh
+    dataset: TokenizedDataset
+    held_out: np.ndarray
+    folder: StageFolder
+    seed: int
+
+
+@dataclass(frozen=True)
+class StageResult:
+    """The end of a stage: its last state, and what the record of the stage says of it."""
+
+    state: TrainState
+    num_updates: int
+    seconds: float  # of training, over all resumed parts, without validation
+    notes: tuple[str, ...]
+
+
+def train_stage(inputs: StageInputs) -> StageResult:
+    """Trains one stage from its latest checkpoint, or else from its initial model.
+
+    Raises:
+        UserError: an example does not fit into a row.
+        RunError: the reference, the first loss, an update or a checkpoint is wrong.
+        KeyboardInterrupt: a stop was requested. The state is saved, and the same call resumes.
+    """
+    config, mesh = inputs.config, inputs.mesh
     batches = BatchPlan(
-        examples,
-        stage.batch,
-        seed=run.config.seed,
-        num_shards=num_data_shards(run.mesh),
-        local_shards=local_data_shards(run.mesh),
-        num_updates=stage.steps,
-        epochs=stage.epochs or 1.0,
-        held_out=held_out_indices(run.config, stage, examples),
+        inputs.dataset,
+        config.batch,
+        seed=inputs.seed,
+        num_shards=num_data_shards(mesh),
+        local_shards=local_data_shards(mesh),
+        num_updates=config.steps,
+        epochs=config.epochs or 1.0,
+        held_out=inputs.held_out,
     )
-    log_info(f"{stage.name}: {batches.describe()}, from {start}")
-    write_stage_record(run, stage, examples, None)
-    model = run.load(start)
-    objective = sft_objective if isinstance(stage, SftStage) else against_reference(run, stage, batches, model)
-    optimizer = make_optimizer(stage.optimizer, len(batches))
-    state = init_train_state(model, optimizer, run.mesh)
-    del model  # it is part of the state now
-    with ExitStack() as stack:
-        checkpoints = stack.enter_context(CheckpointStore(folder / "checkpoints", keep=stage.checkpoint.keep))
-        stopping = stack.enter_context(defer_interrupts())
+    log_info(f"{config.name}: {batches.describe()}")
+    with jax.set_mesh(mesh), ExitStack() as stack:
+        model = inputs.initial_model.load(inputs.compute, mesh)
+        objective = make_stage_objective(inputs, batches, model)
+        optimizer = make_optimizer(config.optimizer, len(batches))
+        state = init_train_state(model, optimizer, mesh)
+        del model  # the state holds it now, and the update donates its memory
+        checkpoints = stack.enter_context(CheckpointStore(inputs.folder.checkpoints, keep=config.checkpoint.keep))
+        stop_requested = stack.enter_context(defer_interrupts())
         if checkpoints.latest_step() is not None:
             state = checkpoints.restore(state)
-            log_info(f"{stage.name}: going on from update {int(state.step)}")
-        step = make_train_step(objective, optimizer, run.mesh, state)
-        metrics_file = stack.enter_context(closing(MetricsFile(folder / METRICS, step=int(state.step))))
-        validate = stack.enter_context(PeriodicEvaluation(run, stage, batches, objective, step=int(state.step)))
-        progress = stack.enter_context(
-            closing(ProgressReporter(stage.name, len(batches), done=int(state.step), unit="update"))
-        )
-        rate = learning_rate_schedule(stage.optimizer, len(batches))
-        skipped = int(
-            broadcast_from_primary(np.array(sum("skipped" in line for line in read_metrics(folder / METRICS))))
-        )
-        validate(state)
-        began = time.monotonic()
-        for index, batch in enumerate(batches.prefetch_from(int(state.step)), int(state.step)):
-            # What is skipped moves no counter of the optimizer, so its schedule stays behind.
-            line = {"learning_rate": np.asarray(rate(index - skipped)).item()}
-            state, metrics = step(state, put_batch(batch, run.mesh))
-            line = metrics_line(jax.device_get(metrics), index, batches) | line
-            seconds = time.monotonic() - began  # the wait for data and saving included, looking at held-out ones not
-            line |= throughput_metrics(
-                batches.count_work(batch), batches.tokens_per_update(), state.model.arch, state.model.compute, seconds
-            )
-            if not line.pop("finite"):
-                skipped += 1
-                handle_nonfinite_update(
-                    stage, line, skipped, examples.describe_examples(batch.example_ids[batch.example_ids >= 0].tolist())
-                )
-                line = {name: value for name, value in line.items() if math.isfinite(value)} | {"skipped": 1}
-            metrics_file.write(line)
-            progress.update(index + 1, progress_values(line))
-            stop = any_process(stopping())
-            began = time.monotonic() + validate(state)
-            if (index + 1) % stage.checkpoint.every == 0 or index + 1 == len(batches) or stop:
+            log_info(f"{config.name}: resuming from update {int(state.step)}")
+        start = int(state.step)
+        train_step = make_train_step(objective, optimizer, mesh, state)
+        metrics = stack.enter_context(StageMetrics(inputs, batches, start))
+        validation = stack.enter_context(PeriodicEvaluation(config, inputs.folder, mesh, batches, objective, start))
+        validation.run_if_due(start, state)
+        metrics.start_clock()
+        for update, batch in enumerate(batches.prefetch_from(start), start + 1):
+            state, step_metrics = train_step(state, put_batch(batch, mesh))
+            metrics.log_update(update, jax.device_get(step_metrics), batch)
+            should_stop = any_process(stop_requested())
+            metrics.exclude_seconds(validation.run_if_due(update, state))
+            if should_stop or update == len(batches) or update % config.checkpoint.every == 0:
                 checkpoints.save(state)
-            if stop:  # asked of this process, or of another one
+            if should_stop:
                 raise KeyboardInterrupt
-    save_stage_output(run, stage, state, batches, examples)
+    lines = read_metrics(inputs.folder.metrics)
+    _warn_if_saturated(config, lines[-1] if lines else {})
+    notes = (*inputs.dataset.describe_sources(), f"{len(inputs.dataset)} examples", batches.describe())
+    return StageResult(state, len(batches), sum(line["seconds"] for line in lines), notes)
 
 
-def against_reference(run: Run, stage: ThinkpoStage, batches: BatchPlan, model: Transformer) -> Objective:
-    """ThinkPO against the start model: puts its log-probs into the batches, and sees that the first loss is right."""
-    # A stage keeps the values that it was begun with: others, of other rows, may differ in their last bits.
-    path = run.folder / stage.name / "reference.npz"
-    begun = load_stage_reference(path, like=batches.reference_log_probs)
-    if begun is None:
-        begun = looked_up(run, stage, batches, model)
-        save_stage_reference(path, begun)
-    batches.reference_log_probs = begun
-    tags = {"end_of_turn_id": run.chat.end_of_turn_id, "thought_end_token_ids": run.chat.thought_end_token_ids()}
-    loss = check_initial_loss(stage, make_preference_loss(stage, **tags), model, batches[0], run.mesh)
-    log_info(f"{stage.name}: before the first update the loss is {loss:.6f}")
-    return make_thinkpo_objective(stage, **tags)
+def make_stage_objective(inputs: StageInputs, batches: BatchPlan, model: Transformer) -> Objective:
+    """Returns the objective of a stage.
+
+    For ThinkPO it first puts the log-probs of the reference model into the batches, and checks the initial loss.
+    """
+    config = inputs.config
+    if not isinstance(config, ThinkpoStage):
+        return sft_objective
+    # A resumed stage must reuse its original reference log-probs. Another packing would change their last bits.
+    log_probs = load_stage_reference(inputs.folder.reference, like=batches.reference_log_probs)
+    if log_probs is None:
+        log_probs = _reference_log_probs(inputs, batches, model)
+        save_stage_reference(inputs.folder.reference, log_probs)
+    batches.reference_log_probs = log_probs
+    tokenizer = inputs.initial_model.tokenizer
+    markers = {
+        "end_of_turn_id": tokenizer.end_of_turn_id,
+        "thought_end_token_ids": tokenizer.thought_end_token_ids(),
+    }
+    loss = check_initial_loss(config, make_preference_loss(config, **markers), model, batches[0], inputs.mesh)
+    log_info(f"{config.name}: the loss before the first update is {loss:.6f}")
+    return make_thinkpo_objective(config, **markers)
 
 
-def looked_up(run: Run, stage: ThinkpoStage, batches: BatchPlan, model: Transformer) -> np.ndarray:
-    """The start model's log-probs, as they are kept for all runs, or computed."""
+def _reference_log_probs(inputs: StageInputs, batches: BatchPlan, model: Transformer) -> np.ndarray:
+    """Returns the log-probs of the initial model, from the cache of all runs or computed."""
     device = jax.devices()[0]
     identity = {
-        "weights": run.weights_digest(run.initial_model_of(stage)),
-        "dtype": run.config.compute.dtype,
-        "attention": run.compute.attention,
+        "weights": inputs.initial_model.weights_digest(),
+        "dtype": inputs.compute.dtype,
+        "attention": inputs.compute.attention,
         "device": f"{device.platform} {device.device_kind}",
         "jaxlib": importlib.metadata.version("jaxlib"),
     }
-    progress: ProgressReporter | None = None
+    with ExitStack() as stack:
+        progress: ProgressReporter | None = None
 
-    def watch(done: int, total: int) -> None:
-        nonlocal progress
-        progress = progress or ProgressReporter(f"{stage.name} reference", total, unit="batch")
-        progress.update(done)
+        def on_progress(num_done: int, total: int) -> None:
+            nonlocal progress
+            if progress is None:
+                progress = ProgressReporter(f"{inputs.config.name} reference", total, unit="batch")
+                stack.callback(progress.close)
+            progress.update(num_done)
 
-    found = load_or_compute_reference(model, batches, run.mesh, identity=identity, on_progress=watch)
-    if progress is not None:
-        progress.close()
-    return found
+        return load_or_compute_reference(model, batches, inputs.mesh, identity=identity, on_progress=on_progress)
 
 
-def handle_nonfinite_update(stage: StageConfig, line: dict[str, float], skipped: int, names: str) -> None:
-    """Says which update was not applied. Raises `RunError` where the stage stops at it, or has skipped too many."""
+class StageMetrics:
+    """Writes one line of `metrics.jsonl` for each update, and shows progress."""
+
+    def __init__(self, inputs: StageInputs, batches: BatchPlan, start: int) -> None:
+        """Removes the lines of updates after `start`, which an interrupted run may have left."""
+        self._inputs, self._batches = inputs, batches
+        self._schedule = learning_rate_schedule(inputs.config.optimizer, len(batches))
+        self._file = MetricsFile(inputs.folder.metrics, step=start)
+        num_skipped = sum("skipped" in line for line in read_metrics(inputs.folder.metrics))
+        self._num_skipped = int(broadcast_from_primary(np.array(num_skipped)))
+        self._progress = ProgressReporter(inputs.config.name, len(batches), done=start, unit="update")
+        self._clock = 0.0
+
+    def __enter__(self) -> "StageMetrics":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._progress.close()
+        self._file.close()
+
+    def start_clock(self) -> None:
+        """Starts the time of the first update. Later updates start where the one before them ended."""
+        self._clock = time.monotonic()
+
+    def exclude_seconds(self, seconds: float) -> None:
+        """Leaves validation out of the time of the next update. Reading batches and saving stay in."""
+        self._clock += seconds
+
+    def log_update(self, update: int, metrics: Mapping[str, Any], batch: HostBatch) -> None:
+        """Logs one update. `update` counts from 1.
+
+        Raises:
+            RunError: the update is not finite, and the stage stops at it.
+        """
+        inputs, batches = self._inputs, self._batches
+        seconds = time.monotonic() - self._clock
+        line: dict[str, float] = {"step": update, "epoch": update / batches.updates_per_epoch}
+        line |= finalize_metrics({name: float(value) for name, value in metrics.items()})
+        # A skipped update does not move the counter of the optimizer, so its schedule stays behind.
+        line["learning_rate"] = np.asarray(self._schedule(update - 1 - self._num_skipped)).item()
+        line |= throughput_metrics(
+            batches.count_work(batch),
+            batches.tokens_per_update(),
+            inputs.initial_model.architecture,
+            inputs.compute,
+            seconds,
+        )
+        if not line.pop("finite"):
+            self._num_skipped += 1
+            names = inputs.dataset.describe_examples(batch.example_ids[batch.example_ids >= 0].tolist())
+            handle_nonfinite_update(inputs.config, line, self._num_skipped, names)
+            line = {name: value for name, value in line.items() if math.isfinite(value)} | {"skipped": 1}
+        self._file.write(line)
+        speed = f"{line['tokens_per_second']:,.0f}"
+        self._progress.update(update, headline_metrics(line) | {"tok/s": speed})
+        self._clock = time.monotonic()
+
+
+def handle_nonfinite_update(config: StageConfig, line: Mapping[str, float], num_skipped: int, names: str) -> None:
+    """Warns about an update that was not applied, because its loss or gradient is not finite.
+
+    Raises:
+        RunError: the stage does not skip such updates, or has skipped too many.
+    """
     problem = (
-        f"stage {stage.name}, update {line['step']}: loss {line['loss']}, gradient norm {line['grad_norm']}; the "
-        f"update was not applied. Its examples, counted among the rows kept of {names}."
+        f"stage {config.name}, update {line['step']}: the loss is {line['loss']} and the gradient norm is "
+        f"{line['grad_norm']}. The update was not applied. Its examples, counted among the rows used of {names}."
     )
-    if stage.on_nonfinite == "stop":
-        raise RunError(f"{problem} A lower learning rate may help; `on_nonfinite: skip` leaves such updates out.")
-    if skipped > stage.max_skipped:
-        raise RunError(f"{problem} These are more than `max_skipped: {stage.max_skipped}`.")
-    log_warning(f"{problem} {skipped} of at most {stage.max_skipped} are skipped.")
+    if config.on_nonfinite == "stop":
+        raise RunError(f"{problem} Lower the learning rate, or set `on_nonfinite: skip` to skip such updates.")
+    if num_skipped > config.max_skipped:
+        raise RunError(f"{problem} More than `max_skipped: {config.max_skipped}` updates are skipped.")
+    log_warning(f"{problem} {num_skipped} of at most {config.max_skipped} updates are skipped.")
 
 
-def metrics_line(metrics: dict[str, Any], index: int, batches: BatchPlan) -> dict[str, float]:
-    """The metrics of update `index` (from 0) as plain numbers."""
-    line = finalize_metrics({name: float(value) for name, value in metrics.items()})
-    return {"step": index + 1, "epoch": (index + 1) / batches.updates_per_epoch, **line}
-
-
-def progress_values(line: dict[str, float]) -> dict[str, str]:
-    """What the progress bar shows of an update."""
-    return headline_metrics(line) | {"tok/s": f"{line['tokens_per_second']:,.0f}"}
+def _warn_if_saturated(config: StageConfig, line: Mapping[str, float]) -> None:
+    """Warns if most pairs had almost no gradient at the last update."""
+    if not isinstance(config, ThinkpoStage) or line.get("saturated", 0.0) <= 0.5:
+        return
+    advice = "With a smaller beta they would count. For DPO's loss, `loss: sigmoid_norm` helps too."
+    if config.loss != "sigmoid_norm" and (margin := line.get("rewards/margins", 0.0)) > 1:
+        advice += f" With beta {config.beta / margin:.1g} the mean margin would be 1 (gradient weight 27 %)."
+    log_warning(
+        f"stage {config.name}: at its end, {line['saturated']:.0%} of the pairs had almost no gradient. {advice}"
+    )

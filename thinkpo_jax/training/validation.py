@@ -1,13 +1,14 @@
-"""Held-out loss, and later probes, at intervals."""
+"""Evaluates the held-out examples of a stage at intervals."""
 
 import time
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 
 from thinkpo_jax.data.batches import BatchPlan
-from thinkpo_jax.run.run_folder import Run
-from thinkpo_jax.runtime.console import VALIDATION, MetricsFile, log_info, read_metrics
+from thinkpo_jax.runtime.console import MetricsFile, log_info, read_metrics
+from thinkpo_jax.runtime.files import StageFolder
 from thinkpo_jax.runtime.processes import broadcast_from_primary
 from thinkpo_jax.runtime.sharding import put_batch
 from thinkpo_jax.training.objectives import Objective
@@ -17,17 +18,26 @@ from thinkpo_jax.training.train_step import TrainState, make_eval_step
 
 
 class PeriodicEvaluation:
-    """Loss and metrics of the examples that a stage holds out, into `validation.jsonl`; nothing without them."""
+    """Writes loss and metrics of the held-out examples to `validation.jsonl`. Does nothing without `validation`."""
 
-    def __init__(self, run: Run, stage: StageConfig, batches: BatchPlan, objective: Objective, *, step: int) -> None:
-        """`step`: the updates that are done; lines of later ones, from an earlier try, are removed."""
-        self._mesh, self._last, self._every = run.mesh, len(batches), stage.validation and stage.validation.every
-        if self._every is not None:
-            self._evaluate, self._batches = make_eval_step(objective, run.mesh), batches.batches_of(batches.held_out)
-            self._file = MetricsFile(run.folder / stage.name / VALIDATION, step=step)
-            done = np.zeros(self._last + 1, bool)
-            done[[int(line["step"]) for line in read_metrics(run.folder / stage.name / VALIDATION)]] = True
-            self._done = broadcast_from_primary(done)
+    def __init__(
+        self,
+        config: StageConfig,
+        folder: StageFolder,
+        mesh: Mesh,
+        batches: BatchPlan,
+        objective: Objective,
+        start: int,
+    ) -> None:
+        """Removes the lines of updates after `start`, which an interrupted run may have left."""
+        self._mesh, self._last, self._every = mesh, len(batches), config.validation and config.validation.every
+        if self._every is None:
+            return
+        self._eval_step, self._batches = make_eval_step(objective, mesh), batches.batches_of(batches.held_out)
+        self._file = MetricsFile(folder.validation, step=start)
+        is_done = np.zeros(self._last + 1, bool)
+        is_done[[int(line["step"]) for line in read_metrics(folder.validation)]] = True
+        self._is_done = broadcast_from_primary(is_done)
 
     def __enter__(self) -> "PeriodicEvaluation":
         return self
@@ -36,19 +46,17 @@ class PeriodicEvaluation:
         if self._every is not None:
             self._file.close()
 
-    def __call__(self, state: TrainState) -> float:
-        """Computes and writes a line where it is time for one and there is none yet; gives the seconds that it took."""
-        step, began = int(state.step), time.monotonic()
-        if self._every is None or self._done[step] or (step % self._every and step != self._last):
+    def run_if_due(self, update: int, state: TrainState) -> float:
+        """Evaluates if an evaluation is due after `update` updates and not written yet. Returns the seconds it took."""
+        if self._every is None or self._is_done[update] or (update % self._every and update != self._last):
             return 0.0
-        found = [jax.device_get(self._evaluate(state.model, put_batch(batch, self._mesh))) for batch in self._batches]
-        total = jax.tree.map(lambda *sums: sum(sums), *found)
+        began = time.monotonic()
+        sums = [jax.device_get(self._eval_step(state.model, put_batch(batch, self._mesh))) for batch in self._batches]
+        total = jax.tree.map(lambda *values: sum(values), *sums)
         means = {name: float(value / total.weight) for name, value in total.metrics.items()}
         line = finalize_metrics(means | {"loss": float(total.loss / total.weight)})
-        self._file.write({"step": step, **line})
-        self._done[step] = True
-        log_info(
-            f"held out, after {step} updates: "
-            + ", ".join(f"{name} {value}" for name, value in headline_metrics(line).items())
-        )
+        self._file.write({"step": update, **line})
+        self._is_done[update] = True
+        summary = ", ".join(f"{name} {value}" for name, value in headline_metrics(line).items())
+        log_info(f"validation after {update} updates: {summary}")
         return time.monotonic() - began
