@@ -45,11 +45,11 @@ def test_it_is_computed_once_and_comes_back_bit_by_bit(capsys: pytest.CaptureFix
     expected = compute_reference(small.model(), _batches(), small.mesh())
     first, said, seen = _stored(_batches(), capsys)
     np.testing.assert_array_equal(first, expected)
-    assert "computing the log-probs of 24 examples (nothing is kept yet)" in said
+    assert "computing the log-probs of 24 examples (nothing is cached yet)" in said
     assert seen
     again, said, seen = _stored(_batches(), capsys)
     assert again.tobytes() == first.tobytes()
-    assert f"the log-probs of all 24 examples are kept in {reference_cache_folder()}" in said
+    assert f"the log-probs of all 24 examples are cached in {reference_cache_folder()}" in said
     assert not seen
 
 
@@ -60,7 +60,7 @@ def test_other_rows_of_the_same_data_find_it_and_only_new_examples_are_computed(
     # Another order, row length and batch, and eight examples more, one of which stands twice.
     examples = [*PAIRS[::-1], PAIRS[20]]
     found, said, seen = _stored(_batches(examples, row_length=80), capsys)
-    assert "computing the log-probs of 8 examples (16 others are kept)" in said
+    assert "computing the log-probs of 8 examples (16 others are cached)" in said
     assert 0 < len(seen) < len(_batches(examples, row_length=80).batches_of(range(25)))
     np.testing.assert_array_equal(found[:-1][::-1][:16], first)
     np.testing.assert_allclose(found[:-1][::-1], compute_reference(small.model(), _batches(), small.mesh()), rtol=1e-5)
@@ -71,7 +71,7 @@ def test_other_rows_of_the_same_data_find_it_and_only_new_examples_are_computed(
 def test_another_identity_computes_again_and_says_why(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     _stored(_batches(), capsys)
     _, said, seen = _stored(_batches(), capsys, **{name: "another"})
-    assert f"computing the log-probs of 24 examples (what is kept differs in: {name})" in said
+    assert f"computing the log-probs of 24 examples (the cached ones differ in: {name})" in said
     assert seen
     _, said, seen = _stored(_batches(), capsys)  # the first one is still there
     assert not seen
@@ -141,7 +141,7 @@ def test_a_pass_that_is_killed_goes_on_where_it_was(tmp_path: Path, capsys: pyte
     total = int(killed.stdout.split()[1])
     assert total > 2
     found, said, seen = _stored(_batches(), capsys)
-    assert "others are kept" in said
+    assert "others are cached" in said
     assert len(seen) <= total - 2 + 1
     np.testing.assert_allclose(found, compute_reference(small.model(), _batches(), small.mesh()), rtol=1e-5)
 
@@ -171,7 +171,7 @@ def test_a_second_process_waits_and_finds_it(tmp_path: Path) -> None:
     computed = [out.count("computed") for out, _ in outputs]
     assert min(computed) == 0 < max(computed)
     (waited,) = (err for (out, err) in outputs if "computed" not in out)
-    assert "are kept in" in waited
+    assert "are cached in" in waited
 
 
 def test_log_probs_that_are_not_finite_name_the_example(monkeypatch: pytest.MonkeyPatch) -> None:

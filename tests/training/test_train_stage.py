@@ -196,7 +196,7 @@ def test_a_sweep_computes_the_reference_once(tmp_path: Path, capsys: pytest.Capt
     for number, keys in enumerate(sweep):
         assert _run(_config(tmp_path, run=f"sweep{number}", steps=1, **keys)) == 0
         said = capsys.readouterr().err
-        assert "the log-probs of all 24 examples are kept" in said
+        assert "the log-probs of all 24 examples are cached" in said
         assert "the loss before the first update is" in said
 
 
@@ -235,7 +235,7 @@ def test_a_reference_of_other_weights_is_refused_before_the_first_update(
     )
     assert _run(_config(tmp_path)) == 1
     error = capsys.readouterr().err
-    assert "before the first update the model's log-probs differ from the cached reference by" in error
+    assert "before the first update, the model's log-probs differ from the cached reference by" in error
     assert not (tmp_path / "run" / "thinkpo" / "metrics.jsonl").exists()
 
 

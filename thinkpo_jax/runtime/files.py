@@ -7,7 +7,6 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -117,41 +116,17 @@ def _commit() -> str:
     return told.stdout.strip() if told.returncode == 0 else "unknown"
 
 
-@dataclass(frozen=True)
 class StageFolder:
-    """The files of one stage of a run."""
+    """The files of one stage of a run. `path` can be any folder."""
 
-    path: Path
-
-    @property
-    def record(self) -> Path:
-        """What the stage is trained with and, once it is finished, its summary."""
-        return self.path / "stage.json"
-
-    @property
-    def checkpoints(self) -> Path:
-        """The folder of the checkpoints."""
-        return self.path / "checkpoints"
-
-    @property
-    def metrics(self) -> Path:
-        """The metrics of each update."""
-        return self.path / "metrics.jsonl"
-
-    @property
-    def validation(self) -> Path:
-        """The metrics of the validation examples."""
-        return self.path / "validation.jsonl"
-
-    @property
-    def reference(self) -> Path:
-        """The reference log-probs that the stage started with."""
-        return self.path / "reference.npz"
-
-    @property
-    def model(self) -> Path:
-        """The exported Hugging Face folder. It exists once the stage is finished."""
-        return self.path / "model"
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.record = path / "stage.json"  # what the stage was begun with and, once it is finished, its summary
+        self.checkpoints = path / "checkpoints"
+        self.metrics = path / "metrics.jsonl"
+        self.validation = path / "validation.jsonl"
+        self.reference = path / "reference.npz"  # the reference log-probs that the stage was begun with
+        self.model = path / "model"  # a Hugging Face folder, once the stage is finished
 
 
 def read_json_record(path: Path, *keys: str, remedy: str = "Remove the file.") -> dict[str, Any] | None:

@@ -1,7 +1,7 @@
-"""What is saved, and how does it come back? The only file that imports orbax.
+"""Saves and restores the train state. Only this file imports orbax.
 
-A checkpoint holds two items, `model` and `training` (optimizer state and step), each a flat mapping from the path of a
-parameter to its array. The position in the data is the step itself (`packing.Batches`).
+A checkpoint holds two items, `model` and `training` (optimizer state and step). Each is a flat mapping from the path of
+a parameter to its array. The step itself is the position in the data, see `BatchPlan`.
 """
 
 from pathlib import Path
@@ -21,18 +21,18 @@ TreeT = TypeVar("TreeT")
 
 
 class CheckpointConfig(ConfigSection):
-    """How often a stage is saved (in updates; always at its end) and how many checkpoints are kept."""
+    """Saves every `every` updates and at the end of the stage, and keeps the last `keep` checkpoints."""
 
     every: int = pydantic.Field(default=100, ge=1)
     keep: int = pydantic.Field(default=1, ge=1)
 
 
 class CheckpointStore:
-    """The checkpoints of one stage, in `folder`."""
+    """The checkpoints of one stage in `folder`."""
 
     def __init__(self, folder: Path, *, keep: int = 1, read_only: bool = False) -> None:
-        """`read_only` leaves alone what a training beside it is writing."""
-        absl.logging.set_verbosity(absl.logging.ERROR)  # Orbax warns a reader of the options that readers have
+        """With `read_only` it does not touch what a running training writes."""
+        absl.logging.set_verbosity(absl.logging.ERROR)  # Orbax warns about options that it sets itself for readers
         options = ocp.CheckpointManagerOptions(
             max_to_keep=None if read_only else keep, cleanup_tmp_directories=not read_only, read_only=read_only
         )
@@ -44,68 +44,76 @@ class CheckpointStore:
 
     def __exit__(self, kind: object, *_: object) -> None:
         try:
-            self._manager.close()  # waits for the checkpoint that is being written
+            self._manager.close()  # waits for a save in the background
         except (ValueError, RuntimeError) as error:
             problem = f"{self.folder}: the last checkpoint cannot be written: {_first_line(error)}"
             if kind is None:
                 raise RunError(problem) from None
-            log_warning(problem)  # beside the error that is on its way
+            log_warning(problem)  # another error is already on its way
 
     def latest_step(self) -> int | None:
-        """The last step that was saved whole; None where there is none."""
+        """Returns the last step that was saved completely, or None."""
         return self._manager.latest_step()
 
     def save(self, state: TrainState) -> None:
-        """Saves the state under its step, in the background; a step that is already saved is left alone."""
+        """Saves the state in the background. A step that is already saved is not saved again.
+
+        Raises:
+            RunError: the checkpoint cannot be written.
+        """
         step = int(state.step)
         if step not in self._manager.all_steps():
-            training = (state.optimizer, state.step)
-            items = {
-                "model": ocp.args.StandardSave(_flat(state.model)),
-                "training": ocp.args.StandardSave(_flat(training)),
-            }
+            items = {"model": state.model, "training": (state.optimizer, state.step)}
+            args = {name: ocp.args.StandardSave(_flatten(item)) for name, item in items.items()}
             try:
-                self._manager.save(step, args=ocp.args.Composite(**items))
-            except (ValueError, RuntimeError) as error:  # OSError speaks for itself
-                if is_distributed() and isinstance(error, jax.errors.JaxRuntimeError):
-                    raise  # another process has gone
+                self._manager.save(step, args=ocp.args.Composite(**args))
+            except (ValueError, RuntimeError) as error:  # the message of an OSError is clear already
+                _raise_if_process_died(error)
                 raise RunError(f"{self.folder}: checkpoint {step} cannot be written: {_first_line(error)}") from None
 
     def restore(self, like: TrainState, step: int | None = None) -> TrainState:
-        """The state of `step` (default: the latest), laid out like `like`."""
+        """Returns the state of `step` (default: the latest), sharded like `like`.
+
+        Raises:
+            UserError: there is no such checkpoint, or it cannot be read.
+        """
         model = self._restore("model", like.model, step)
         optimizer, count = self._restore("training", (like.optimizer, like.step), step)
         return TrainState(model, optimizer, count)
 
     def restore_model(self, like: TreeT, step: int | None = None) -> TreeT:
-        """The parameters of `step` alone, laid out like `like`, which may be abstract (shapes with shardings)."""
+        """Returns only the model of `step`, sharded like `like`. `like` may be abstract. Raises like `restore`."""
         return self._restore("model", like, step)
 
     def _restore(self, item: str, like: TreeT, step: int | None) -> TreeT:
         steps = sorted(self._manager.all_steps())
-        chosen = self.latest_step() if step is None else step
-        if chosen not in steps:
+        if not steps or (step is not None and step not in steps):
             raise UserError(
-                f"{self.folder}: there is no checkpoint {chosen if step is not None else ''}; there are: {steps}."
+                f"{self.folder}: there is no checkpoint{f' {step}' if step is not None else ''}. There are: {steps}."
             )
-        targets = jax.tree.map(ocp.utils.to_shape_dtype_struct, _flat(like))
+        step = steps[-1] if step is None else step
+        targets = jax.tree.map(ocp.utils.to_shape_dtype_struct, _flatten(like))
         try:
             args = ocp.args.Composite(**{item: ocp.args.StandardRestore(targets)})
-            restored = self._manager.restore(chosen, args=args)
-        except Exception as error:  # Orbax and TensorStore raise of many kinds over damaged files
-            if is_distributed() and isinstance(error, jax.errors.JaxRuntimeError):
-                raise  # another process has gone
+            restored = self._manager.restore(step, args=args)
+        except Exception as error:  # for damaged files Orbax and TensorStore raise errors of many types
+            _raise_if_process_died(error)
             raise UserError(
-                f"{self.folder / str(chosen)}: the checkpoint cannot be read: {_first_line(error)} If its files are "
-                "damaged, move that folder away to go on from an earlier checkpoint, or from the start of the stage."
+                f"{self.folder / str(step)}: the checkpoint cannot be read: {_first_line(error)} If its files are "
+                "damaged, move that folder away. Training then resumes from an earlier checkpoint or from the start."
             ) from None
         return jax.tree.unflatten(jax.tree.structure(like), list(restored[item].values()))
+
+
+def _raise_if_process_died(error: Exception) -> None:
+    if is_distributed() and isinstance(error, jax.errors.JaxRuntimeError):
+        raise error
 
 
 def _first_line(error: Exception) -> str:
     return (str(error).splitlines() or [type(error).__name__])[0]
 
 
-def _flat(tree: Any) -> dict[str, Any]:
+def _flatten(tree: Any) -> dict[str, Any]:
     paths, _ = jax.tree_util.tree_flatten_with_path(tree)
     return {jax.tree_util.keystr(path, simple=True, separator="/").removesuffix("/value"): leaf for path, leaf in paths}

@@ -1,7 +1,9 @@
-"""What is minimised? Each objective maps a model and rows to sums, so that any split of the rows gives the same result.
+"""The objectives of SFT and ThinkPO.
 
-Letters: R rows, T row length, D embed, A slots for trained tokens, P examples per row, S answers per example (2 for a
-pair: chosen, rejected), 3 the regions of an answer (`Batch.regions`).
+An objective maps a model and the rows of a batch to sums. So any split of the rows gives the same result.
+
+Letters: R rows, T row length, D hidden size, A slots for trained tokens, P examples per row, S answers per example (2
+for a pair: chosen, rejected), 3 the regions of an answer (`Batch.target_regions`).
 """
 
 from collections.abc import Callable, Sequence
@@ -15,17 +17,12 @@ from thinkpo_jax.data.batches import DeviceBatch
 from thinkpo_jax.models.transformer import Transformer
 from thinkpo_jax.runtime.config import ConfigSection
 from thinkpo_jax.training.preference_losses import PREFERENCE_LOSSES
-from thinkpo_jax.training.preference_metrics import (
-    REGION_NAMES,
-    SATURATION_THRESHOLD,
-    length_gap_buckets,
-    sum_tag_log_probs,
-)
+from thinkpo_jax.training.preference_metrics import REGION_NAMES, SATURATION_THRESHOLD, length_gap_sums, tag_sums
 from thinkpo_jax.training.token_log_probs import answer_token_log_probs, sum_by_region
 
 
 class LossSums(NamedTuple):
-    """What an objective returns. Divided by `weight`, `loss` and `metrics` are means."""
+    """The result of an objective. `loss` and `metrics` divided by `weight` are means."""
 
     loss: jax.Array
     weight: jax.Array
@@ -37,11 +34,12 @@ PreferenceLossFn = Callable[[jax.Array, DeviceBatch], LossSums]
 
 
 class PreferenceConfig(ConfigSection):
-    """How pairs are compared; the default is the paper's (arXiv 2502.13173): DPO's sigmoid loss with a small beta.
+    """How pairs are compared. The default is the paper's (arXiv 2502.13173): DPO's sigmoid loss with a small beta.
 
-    `loss`: see losses.py. `label_smoothing`: the chance that a pair is the wrong way round (sigmoid, sigmoid_norm,
-    robust). `ld_alpha`: LD-DPO (arXiv 2409.06411), the weight of what only the longer answer has. `nll_weight`: of the
-    chosen answer's mean negative log-prob per token, added to the loss (arXiv 2404.19733).
+    - `loss`: see `preference_losses`.
+    - `label_smoothing`: the probability that a pair is swapped (`sigmoid`, `sigmoid_norm`, `robust`).
+    - `ld_alpha`: LD-DPO (arXiv 2409.06411), the weight of the tokens that only the longer answer has.
+    - `nll_weight`: the weight of the mean negative log-prob of the chosen answer's tokens (arXiv 2404.19733).
     """
 
     beta: float = pydantic.Field(default=0.01, gt=0)
@@ -51,17 +49,17 @@ class PreferenceConfig(ConfigSection):
     nll_weight: float = pydantic.Field(default=0.0, ge=0)
 
     @pydantic.model_validator(mode="after")
-    def _smoothing_has_an_effect(self) -> "PreferenceConfig":
+    def _check_label_smoothing(self) -> "PreferenceConfig":
         if self.label_smoothing > 0 and not PREFERENCE_LOSSES[self.loss].supports_label_smoothing:
-            smoothed = [name for name, loss in PREFERENCE_LOSSES.items() if loss.supports_label_smoothing]
+            supported = [name for name, loss in PREFERENCE_LOSSES.items() if loss.supports_label_smoothing]
             raise ValueError(
-                f"`label_smoothing` has no effect on the loss {self.loss!r}; it has on {', '.join(smoothed)}"
+                f"`label_smoothing` has no effect on the loss {self.loss!r}. It has an effect on {', '.join(supported)}"
             )
         return self
 
 
 def sft_objective(model: Transformer, batch: DeviceBatch) -> LossSums:
-    """Cross-entropy of the answer tokens; the weight is their number."""
+    """Returns the cross-entropy of the answer tokens. The weight is their number."""
     loss = -answer_token_log_probs(model, batch).sum()
     return LossSums(loss, (batch.target_regions > 0).sum().astype(jnp.float32), {})
 
@@ -69,88 +67,72 @@ def sft_objective(model: Transformer, batch: DeviceBatch) -> LossSums:
 def make_thinkpo_objective(
     config: PreferenceConfig, *, end_of_turn_id: int, thought_end_token_ids: Sequence[Sequence[int]] = ()
 ) -> Objective:
-    """DPO on (long, short) pairs: arXiv 2502.13173, section 2.2, with a loss of losses.py; see `comparison`."""
-    compare = make_preference_loss(config, end_of_turn_id=end_of_turn_id, thought_end_token_ids=thought_end_token_ids)
-    return lambda model, batch: compare(answer_token_log_probs(model, batch), batch)
+    """Returns DPO on (long, short) pairs (arXiv 2502.13173, section 2.2), see `make_preference_loss`."""
+    loss_fn = make_preference_loss(config, end_of_turn_id=end_of_turn_id, thought_end_token_ids=thought_end_token_ids)
+    return lambda model, batch: loss_fn(answer_token_log_probs(model, batch), batch)
 
 
 def make_preference_loss(
     config: PreferenceConfig, *, end_of_turn_id: int, thought_end_token_ids: Sequence[Sequence[int]] = ()
 ) -> PreferenceLossFn:
-    """What the log-probs [R, A] of a batch's trained tokens come to against its reference.
+    """Returns the function from the log-probs [R, A] of a batch's trained tokens to its loss against the reference.
 
-    Log-probs are summed over the answer; the weight is the number of pairs. Metrics carry TRL's names where it has
-    them; `readable` makes the others out of sums. `end_id` is the token that ends an answer, `thought_ends` are the
-    ids of the tags that end a thought.
+    Log-probs are summed over the answer. The weight is the number of pairs. Metrics have TRL's names where TRL has
+    them. `end_of_turn_id` is the token that ends an answer. `thought_end_token_ids` are the tags that end a thought.
     """
-    loss = PREFERENCE_LOSSES[config.loss]
-    smoothing = _smoothing(config)
-    region_weights = jnp.array([1.0, 1.0, config.ld_alpha])
+    loss, region_weights = PREFERENCE_LOSSES[config.loss], jnp.array([1.0, 1.0, config.ld_alpha])
+    tags: dict[str, Sequence[Sequence[int]]] = {"end": [[end_of_turn_id]]}
+    tags |= {"thought_end": thought_end_token_ids} if thought_end_token_ids else {}
 
-    def whole(values_RPS3: jax.Array) -> jax.Array:
-        """The sum over the regions; no matrix product, which an accelerator would round to bfloat16."""
+    def sum_regions(values_RPS3: jax.Array) -> jax.Array:
+        """Weighted sum over the regions. Not a matrix product, which an accelerator would round to bfloat16."""
         return (values_RPS3 * region_weights).sum(axis=-1)
 
-    def compare(logprobs_RA: jax.Array, batch: DeviceBatch) -> LossSums:
-        regions_RPS3 = sum_by_region(logprobs_RA, batch)
+    def loss_fn(log_probs_RA: jax.Array, batch: DeviceBatch) -> LossSums:
+        log_probs_RPS3 = sum_by_region(log_probs_RA, batch)
         lengths_RPS = sum_by_region((batch.target_regions > 0).astype(jnp.float32), batch).sum(axis=-1)
-        real_RP = batch.example_ids >= 0
-        ratios_RPS3 = regions_RPS3 - batch.reference_log_probs
-        ratios_RPS = whole(ratios_RPS3)
+        is_real_RP = batch.example_ids >= 0
+        ratios_RPS3 = log_probs_RPS3 - batch.reference_log_probs
+        ratios_RPS = sum_regions(ratios_RPS3)
         compared_RPS = ratios_RPS / jnp.maximum(lengths_RPS, 1.0) if loss.is_length_normalized else ratios_RPS
-        loss_RP = loss.function(compared_RPS[..., 0], compared_RPS[..., 1], config.beta, **smoothing)
-        nll_RP = -regions_RPS3[..., 0, :].sum(axis=-1) / jnp.maximum(lengths_RPS[..., 0], 1.0)
+        loss_RP = loss.function(compared_RPS[..., 0], compared_RPS[..., 1], config.beta, **_smoothing(config))
+        nll_RP = -log_probs_RPS3[..., 0, :].sum(axis=-1) / jnp.maximum(lengths_RPS[..., 0], 1.0)
         if config.nll_weight > 0:
             loss_RP = loss_RP + config.nll_weight * nll_RP
 
         def total(values_RP: jax.Array) -> jax.Array:
-            return jnp.where(real_RP, values_RP.astype(jnp.float32), 0.0).sum()
+            return jnp.where(is_real_RP, values_RP.astype(jnp.float32), 0.0).sum()
 
-        rewards_RPS, logps_RPS = config.beta * ratios_RPS, whole(regions_RPS3)
+        rewards_RPS, sums_RPS = config.beta * ratios_RPS, sum_regions(log_probs_RPS3)
         margins_RP = rewards_RPS[..., 0] - rewards_RPS[..., 1]
         metrics = {
             "rewards/chosen": total(rewards_RPS[..., 0]),
             "rewards/rejected": total(rewards_RPS[..., 1]),
             "rewards/margins": total(margins_RP),
             "rewards/accuracies": total(margins_RP > 0),
-            "logps/chosen": total(logps_RPS[..., 0]),
-            "logps/rejected": total(logps_RPS[..., 1]),
+            "logps/chosen": total(sums_RPS[..., 0]),
+            "logps/rejected": total(sums_RPS[..., 1]),
             "nll/chosen": total(nll_RP),
         }
-        if (
-            loss.supports_label_smoothing
-        ):  # those made of log sigmoid(beta x difference), whose gradient is sigmoid of the opposite
-            compared_RP = config.beta * (compared_RPS[..., 0] - compared_RPS[..., 1])
-            metrics["saturated"] = total(jax.nn.sigmoid(-compared_RP) < SATURATION_THRESHOLD)
+        if loss.supports_label_smoothing:  # these use log sigmoid(logits), with the gradient sigmoid(-logits)
+            logits_RP = config.beta * (compared_RPS[..., 0] - compared_RPS[..., 1])
+            metrics["saturated"] = total(jax.nn.sigmoid(-logits_RP) < SATURATION_THRESHOLD)
         margins_RP3 = config.beta * (ratios_RPS3[..., 0, :] - ratios_RPS3[..., 1, :])
         metrics |= {f"margins/{name}": total(margins_RP3[..., i]) for i, name in enumerate(REGION_NAMES)}
-        gaps_RP = lengths_RPS[..., 0] - lengths_RPS[..., 1]
-        for name, inside_RP in length_gap_buckets(gaps_RP).items():
-            metrics |= {f"_right/{name}": total(inside_RP & (margins_RP > 0)), f"_in/{name}": total(inside_RP)}
-        gaps_RP = gaps_RP / 1024  # so that squares of thousands do not swallow the rest in float32
-        moments = {"m": margins_RP, "g": gaps_RP, "mg": margins_RP * gaps_RP, "mm": margins_RP**2, "gg": gaps_RP**2}
-        metrics |= {f"_moment/{name}": total(values_RP) for name, values_RP in moments.items()}
-        for name, tags in (
-            ("end", [[end_of_turn_id]]),
-            *([("thought_end", thought_end_token_ids)] if thought_end_token_ids else []),
-        ):
-            found = jnp.array([sum_tag_log_probs(tag, logprobs_RA, batch) for tag in tags]).sum(axis=0)
-            metrics |= {f"_{name}/logps": found[0], f"_{name}/count": found[1]}
-        return LossSums(total(loss_RP), real_RP.sum().astype(jnp.float32), metrics)
+        metrics |= length_gap_sums(total, margins_RP, lengths_RPS[..., 0] - lengths_RPS[..., 1])
+        metrics |= tag_sums(tags, log_probs_RA, batch)
+        return LossSums(total(loss_RP), is_real_RP.sum().astype(jnp.float32), metrics)
 
-    return compare
+    return loss_fn
 
 
 def _smoothing(config: PreferenceConfig) -> dict[str, float]:
-    return (
-        {"label_smoothing": config.label_smoothing} if PREFERENCE_LOSSES[config.loss].supports_label_smoothing else {}
-    )
+    supports = PREFERENCE_LOSSES[config.loss].supports_label_smoothing
+    return {"label_smoothing": config.label_smoothing} if supports else {}
 
 
 def expected_initial_loss(config: PreferenceConfig, nll: float) -> float:
-    """The loss where policy and reference are one model, ln 2 for DPO's; `nll` is the metric `nll/chosen`."""
-    same = jnp.zeros(())
-    return (
-        float(PREFERENCE_LOSSES[config.loss].function(same, same, config.beta, **_smoothing(config)))
-        + config.nll_weight * nll
-    )
+    """Returns the loss if policy and reference are the same model: ln 2 for DPO. `nll` is the metric `nll/chosen`."""
+    zero = jnp.zeros(())
+    loss = PREFERENCE_LOSSES[config.loss].function(zero, zero, config.beta, **_smoothing(config))
+    return float(loss) + config.nll_weight * nll

@@ -1,4 +1,4 @@
-"""How do gradients become updates? AdamW with warm-up, clipping and float32 state."""
+"""The optimizer: clipping, AdamW, and the learning rate schedule."""
 
 import math
 from typing import Any, Literal
@@ -12,10 +12,10 @@ from thinkpo_jax.runtime.config import ConfigSection
 
 
 class OptimizerConfig(ConfigSection):
-    """AdamW (arXiv 1711.05101) and its learning rate over the stage's updates.
+    """AdamW (arXiv 1711.05101) and its learning rate over the updates of a stage.
 
-    `moment_dtype` is that of the first moment; bfloat16 saves two bytes a parameter. The second one, whose small
-    changes bfloat16 would swallow, and the weights are float32 always.
+    `moment_dtype` is the dtype of the first moment. bfloat16 saves two bytes per parameter. The second moment and the
+    weights are always float32, because bfloat16 would lose their small changes.
     """
 
     learning_rate: float = pydantic.Field(gt=0)
@@ -29,27 +29,27 @@ class OptimizerConfig(ConfigSection):
     moment_dtype: Literal["float32", "bfloat16"] = "float32"
 
 
-def learning_rate_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
-    """Learning rate by update: linear warm-up from 0 over `warmup_ratio` of the steps, then down.
+def learning_rate_schedule(config: OptimizerConfig, num_updates: int) -> optax.Schedule:
+    """Returns the learning rate by update: linear warm-up over `warmup_ratio` of the updates, then the schedule.
 
-    As in other trainers the first update of a warm-up has rate 0; a stage of one update has no warm-up.
+    As in other trainers the first update of a warm-up has rate 0. A stage of one update has no warm-up.
     """
-    warmup = min(math.ceil(config.warmup_ratio * steps), steps - 1)
-    rest = max(steps - warmup, 1)
-    after = {
+    warmup = min(math.ceil(config.warmup_ratio * num_updates), num_updates - 1)
+    rest = max(num_updates - warmup, 1)
+    schedule = {
         "cosine": optax.cosine_decay_schedule(config.learning_rate, rest),
         "linear": optax.linear_schedule(config.learning_rate, 0.0, rest),
         "constant": optax.constant_schedule(config.learning_rate),
     }[config.schedule]
-    return optax.join_schedules([optax.linear_schedule(0.0, config.learning_rate, warmup), after], [warmup])
+    return optax.join_schedules([optax.linear_schedule(0.0, config.learning_rate, warmup), schedule], [warmup])
 
 
-def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:
-    """Clipping by global norm, then AdamW; weight decay spares norms and biases."""
+def make_optimizer(config: OptimizerConfig, num_updates: int) -> optax.GradientTransformation:
+    """Returns clipping by global norm, then AdamW. Norms and biases have no weight decay."""
     return optax.chain(
         optax.clip_by_global_norm(config.max_grad_norm),
         optax.adamw(
-            learning_rate_schedule(config, steps),
+            learning_rate_schedule(config, num_updates),
             b1=config.b1,
             b2=config.b2,
             eps=config.eps,
@@ -61,9 +61,9 @@ def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransfo
 
 
 def _weight_decay_mask(params: Any) -> Any:
-    """True for weights that are decayed: those with an embed axis (no norm, no bias has one)."""
+    """Returns True for weights with an embed axis. Norms and biases have none."""
 
-    def one(leaf: Any) -> Any:
+    def has_embed_axis(leaf: Any) -> Any:
         return jax.tree.map(lambda _: "embed" in leaf.get_metadata()["axes"], leaf)
 
-    return jax.tree.map(one, params, is_leaf=lambda leaf: isinstance(leaf, nnx.Variable))
+    return jax.tree.map(has_embed_axis, params, is_leaf=lambda leaf: isinstance(leaf, nnx.Variable))

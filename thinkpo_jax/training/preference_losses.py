@@ -1,7 +1,7 @@
-"""The mathematics of preferences: arrays in, arrays out.
+"""Preference losses on log-ratios: pure functions of arrays.
 
-`chosen` and `rejected` are log-ratios of policy to reference, log pi(y|x) - log pi_ref(y|x), summed over an answer
-unless a function says otherwise; float32, one per pair. Every function gives the loss of each pair.
+`chosen` and `rejected` are log-ratios of policy to reference, log pi(y|x) - log pi_ref(y|x), float32, one per pair.
+They are summed over the answer, unless a function says otherwise. Every function returns the loss of each pair.
 """
 
 from collections.abc import Callable
@@ -13,17 +13,17 @@ PerPair = jax.Array
 
 
 def sigmoid_loss(chosen: PerPair, rejected: PerPair, beta: float, label_smoothing: float = 0.0) -> PerPair:
-    """DPO: -log sigmoid(beta * (chosen - rejected)), arXiv 2305.18290, equation 7; ln 2 where both ratios are equal.
+    """DPO: -log sigmoid(beta * (chosen - rejected)), arXiv 2305.18290, equation 7. It is ln 2 for equal ratios.
 
-    With `label_smoothing`, the chance that a label is the wrong way round, it is conservative DPO: the loss of the pair
-    as labelled and as exchanged, weighted with both chances (https://ericmitchell.ai/cdpo.pdf, equation 3).
+    `label_smoothing` is the probability that a label is swapped. With it, this is conservative DPO: the losses of the
+    pair as labeled and of the swapped pair, weighted by their probabilities (https://ericmitchell.ai/cdpo.pdf, eq. 3).
     """
     logits = beta * (chosen - rejected)
     return -(1 - label_smoothing) * jax.nn.log_sigmoid(logits) - label_smoothing * jax.nn.log_sigmoid(-logits)
 
 
 def robust_loss(chosen: PerPair, rejected: PerPair, beta: float, label_smoothing: float = 0.0) -> PerPair:
-    """Robust DPO: unbiased where `label_smoothing` of the labels are exchanged (arXiv 2403.00409, equation 12)."""
+    """Robust DPO: unbiased if a fraction `label_smoothing` of the labels is swapped (arXiv 2403.00409, equation 12)."""
     logits = beta * (chosen - rejected)
     clean, flipped = -jax.nn.log_sigmoid(logits), -jax.nn.log_sigmoid(-logits)
     return ((1 - label_smoothing) * clean - label_smoothing * flipped) / (1 - 2 * label_smoothing)
@@ -40,17 +40,17 @@ def ipo_loss(chosen: PerPair, rejected: PerPair, beta: float) -> PerPair:
 
 
 def apo_zero_loss(chosen: PerPair, rejected: PerPair, beta: float) -> PerPair:
-    """APO-zero: chosen up, rejected down, each by itself (arXiv 2408.06266, equation 7)."""
+    """APO-zero: raises chosen and lowers rejected independently (arXiv 2408.06266, equation 7)."""
     return 1 - jax.nn.sigmoid(beta * chosen) + jax.nn.sigmoid(beta * rejected)
 
 
 def apo_down_loss(chosen: PerPair, rejected: PerPair, beta: float) -> PerPair:
-    """APO-down: both down, rejected further; for chosen answers worse than the model's (arXiv 2408.06266, eq. 8)."""
+    """APO-down: lowers both, rejected more, for chosen answers worse than the model's (arXiv 2408.06266, eq. 8)."""
     return jax.nn.sigmoid(beta * chosen) + 1 - jax.nn.sigmoid(beta * (chosen - rejected))
 
 
 class PreferenceLoss(NamedTuple):
-    """A loss, whether its ratios are means over an answer's tokens (not sums), and whether labels can be smoothed."""
+    """A loss and its properties. A length-normalized loss takes means over the tokens of an answer, not sums."""
 
     function: Callable[..., PerPair]
     is_length_normalized: bool = False
@@ -59,9 +59,8 @@ class PreferenceLoss(NamedTuple):
 
 PREFERENCE_LOSSES = {
     "sigmoid": PreferenceLoss(sigmoid_loss, supports_label_smoothing=True),
-    "sigmoid_norm": PreferenceLoss(
-        sigmoid_loss, is_length_normalized=True, supports_label_smoothing=True
-    ),  # length-normalised: arXiv 2411.15124
+    # Length-normalized DPO: arXiv 2411.15124.
+    "sigmoid_norm": PreferenceLoss(sigmoid_loss, is_length_normalized=True, supports_label_smoothing=True),
     "robust": PreferenceLoss(robust_loss, supports_label_smoothing=True),
     "hinge": PreferenceLoss(hinge_loss),
     "ipo": PreferenceLoss(ipo_loss, is_length_normalized=True),

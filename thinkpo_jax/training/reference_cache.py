@@ -1,4 +1,11 @@
-"""Keeps reference log-probs on disk by example."""
+"""Caches reference log-probs on disk by example.
+
+Each identity has a folder below `reference_cache_folder()`. The identity is the weights, the compute dtype, the
+attention kernel, the device, the jaxlib version and the format of this cache. The folder has two files:
+`identity.json`, and `logprobs` with one record per example (its digest, its log-probs, a checksum) in the order of
+computation. The digest of the token ids stands for the row, the tokenizer, the template and the length policy. So
+another subset of the same data finds its records, and adds the missing ones.
+"""
 
 import contextlib
 import hashlib
@@ -18,19 +25,17 @@ from thinkpo_jax.runtime.console import log_warning
 from thinkpo_jax.runtime.files import lock_folder, read_json_object, token_cache_folder, write_atomically
 from thinkpo_jax.runtime.processes import broadcast_from_primary, is_primary_process
 
-CACHE_FORMAT_VERSION = (
-    1  # raised whenever the same weights and tokens give other log-probs, or the files another layout
-)
+CACHE_FORMAT_VERSION = 1  # raised when log-probs of the same weights and tokens change, or the layout of the files
 IDENTITY_FILE, RECORDS_FILE = "identity.json", "logprobs"
 
 
 def reference_cache_folder() -> Path:
-    """Where log-probs are kept, beside the prepared tokens."""
+    """Returns the folder of all cached log-probs, next to the token cache."""
     return token_cache_folder().parent / "reference"
 
 
 class ReferenceCache:
-    """The log-probs that one model gave to answers, on disk; `identity` says by its names what determines them."""
+    """The cached log-probs of one identity. `identity` names everything that determines them."""
 
     def __init__(self, identity: Mapping[str, str], *, answers: int) -> None:
         self.identity = {"format": f"{CACHE_FORMAT_VERSION}, first {FIRST_REGION_TOKENS} tokens apart", **identity}
@@ -41,45 +46,44 @@ class ReferenceCache:
 
     @contextlib.contextmanager
     def writing(self) -> Iterator[None]:
-        """Within it no other process adds to the store; one that computes the same is waited for."""
-        wait_message = "another process computes the reference of the same model: waiting for it"
+        """Locks the cache. If another process computes the same log-probs, waits for it."""
+        wait_message = "another process computes the reference of the same model. Waiting for it."
         with lock_folder(self.folder, "XDG_CACHE_HOME", wait_message=wait_message):
             if not (self.folder / IDENTITY_FILE).exists():
                 write_atomically(self.folder / IDENTITY_FILE, json.dumps(self.identity).encode())
             yield
 
     def read(self) -> dict[bytes, np.ndarray]:
-        """Log-probs [answers, 3] by the digest of an example. Damaged records are left out, said and removed."""
+        """Returns log-probs [answers, 3] by the digest of an example. Removes damaged records with a warning."""
         path = self.folder / RECORDS_FILE
         content = path.read_bytes() if path.exists() else b""
-        whole = len(content) // self._record.itemsize * self._record.itemsize
-        records = np.frombuffer(content[:whole], self._record)
+        num_records = len(content) // self._record.itemsize
+        records = np.frombuffer(content, self._record, count=num_records)
         good = records[self._checksums(records) == records["checksum"]]
         if len(good) < len(records):
-            log_warning(
-                f"{path}: {len(records) - len(good)} of {len(records)} records are damaged; they are computed again."
-            )
+            num_damaged = len(records) - len(good)
+            log_warning(f"{path}: {num_damaged} of {len(records)} records are damaged. They are computed again.")
         if good.nbytes < len(content):
             write_atomically(path, good.tobytes())
         return dict(zip(map(bytes, good["example"]), good["logprobs"], strict=True))
 
-    def add(self, digests: Sequence[bytes], logprobs: np.ndarray) -> None:
+    def add(self, digests: Sequence[bytes], log_probs: np.ndarray) -> None:
         """Appends the log-probs [n, answers, 3] of examples."""
         records = np.zeros(len(digests), self._record)
         records["example"] = np.frombuffer(b"".join(digests), np.uint8).reshape(-1, 16)
-        records["logprobs"] = logprobs
+        records["logprobs"] = log_probs
         records["checksum"] = self._checksums(records)
         with (self.folder / RECORDS_FILE).open("ab") as file:
             file.write(records.tobytes())
 
     def differing_identity_keys(self) -> list[str]:
-        """By which names the identity differs from that of the most similar store; none where there is no other."""
-        found: list[list[str]] = []
+        """Returns the keys in which this identity differs from the most similar cached one."""
+        differences: list[list[str]] = []
         for path in sorted(reference_cache_folder().glob(f"*/{IDENTITY_FILE}")):
             with contextlib.suppress(UserError):
                 other = read_json_object(path)
-                found.append([name for name, value in self.identity.items() if other.get(name) != value])
-        return min(filter(None, found), key=len, default=[])
+                differences.append([name for name, value in self.identity.items() if other.get(name) != value])
+        return min(filter(None, differences), key=len, default=[])
 
     def _checksums(self, records: np.ndarray) -> np.ndarray:
         covered = self._record.itemsize - 4
@@ -87,41 +91,41 @@ class ReferenceCache:
 
 
 def example_digest(example: Example) -> bytes:
-    """16 bytes that stand for the ids of an example and for where its answers begin."""
-    found = hashlib.sha256()
+    """Returns 16 bytes that stand for the token ids of an example and for where its answers begin."""
+    digest = hashlib.sha256()
     for segment in example:
-        found.update(np.array([len(segment.token_ids), segment.answer_start], np.int64).tobytes())
-        found.update(np.asarray(segment.token_ids, np.int32).tobytes())
-    return found.digest()[:16]
+        digest.update(np.array([len(segment.token_ids), segment.answer_start], np.int64).tobytes())
+        digest.update(np.asarray(segment.token_ids, np.int32).tobytes())
+    return digest.digest()[:16]
 
 
 def save_stage_reference(path: Path, log_probs: np.ndarray) -> None:
-    """Keeps the log-probs of a stage as they are, in a file of its own with checksums (those of a zip archive)."""
+    """Writes the log-probs of a stage to a file with checksums (those of a zip archive)."""
     buffer = io.BytesIO()
     np.savez(buffer, logprobs=log_probs)
     write_atomically(path, buffer.getvalue())
 
 
 def load_stage_reference(path: Path, *, like: np.ndarray) -> np.ndarray | None:
-    """What `write_logprobs` wrote; None where there is none yet, or where it is damaged, which is said.
+    """Returns what `save_stage_reference` wrote, or None if there is no such file or it is damaged.
 
-    Several processes get what the first one reads.
+    All processes get what process 0 reads.
     """
-    found = _read_logprobs(path, like) if is_primary_process() else None
-    if not bool(broadcast_from_primary(np.array(found is not None))):
+    log_probs = _read_log_probs(path, like) if is_primary_process() else None
+    if not bool(broadcast_from_primary(np.array(log_probs is not None))):
         return None
-    return broadcast_from_primary(like if found is None else found)
+    return broadcast_from_primary(like if log_probs is None else log_probs)
 
 
-def _read_logprobs(path: Path, like: np.ndarray) -> np.ndarray | None:
+def _read_log_probs(path: Path, like: np.ndarray) -> np.ndarray | None:
     if not path.exists():
         return None
     try:
-        with np.load(path, allow_pickle=False) as found:
-            logprobs = found["logprobs"]
-        if logprobs.shape == like.shape and logprobs.dtype == like.dtype:
-            return logprobs
+        with np.load(path, allow_pickle=False) as file:
+            log_probs = file["logprobs"]
+        if log_probs.shape == like.shape and log_probs.dtype == like.dtype:
+            return log_probs
     except (ValueError, OSError, EOFError, KeyError, zipfile.BadZipFile):
         pass
-    log_warning(f"{path}: damaged; the reference is looked up, or computed, again.")
+    log_warning(f"{path}: damaged. The reference is read from the cache or computed again.")
     return None

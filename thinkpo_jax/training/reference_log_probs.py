@@ -1,11 +1,4 @@
-"""What did the frozen model say? Log-probs of every answer, computed once before training and kept by content.
-
-Below `store_folder()` every identity (weights, compute dtype, kernel of attention, device, jaxlib, this file's format)
-has a folder with two files: `identity.json`, and `logprobs`, records of one example each (its digest, its log-probs, a
-checksum) in the order in which they were computed. A record is looked up by the digest of its token ids, which stand
-for the row, the tokenizer, the template and the length policy alike; so another share of the same data finds what is
-there, and adds the rest.
-"""
+"""Log-probs of all answers under the frozen reference model: computed once before training, then checked."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -25,12 +18,13 @@ from thinkpo_jax.training.objectives import LossSums, PreferenceConfig, Preferen
 from thinkpo_jax.training.reference_cache import ReferenceCache, example_digest, reference_cache_folder
 from thinkpo_jax.training.token_log_probs import answer_region_log_probs, answer_token_log_probs, sum_by_region
 
-# How far a live log-prob of n tokens may be from the cached one: SUMS of 1 + its size, and NOISE nats times sqrt(n). In
-# bfloat16 an answer that stands elsewhere in a row is rounded otherwise, by 0.034 nats per token (rms; SmolLM2-135M on
-# real pairs in rows of 1,600 and 3,072), 0.1 sqrt(n) at most for an answer; in float32 by 2e-5 sqrt(n).
+# How far a recomputed log-prob x of n tokens may be from the cached one: RELATIVE_TOLERANCE * (1 + |x|) plus
+# NOISE_NATS_PER_SQRT_TOKEN * sqrt(n). In bfloat16 rounding depends on the position of an answer in its row.
+# Measured with SmolLM2-135M on real pairs in rows of 1,600 and 3,072 tokens: 0.034 nats per token (rms), at most
+# 0.1 sqrt(n) for an answer. In float32 it was 2e-5 sqrt(n).
 RELATIVE_TOLERANCE, NOISE_NATS_PER_SQRT_TOKEN = 1e-5, {"float32": 0.0, "bfloat16": 0.3}
 
-ProgressCallback = Callable[[int, int], object]  # is told how many batches are done, of how many
+ProgressCallback = Callable[[int, int], object]  # called with the number of finished batches and of all batches
 
 
 def load_or_compute_reference(
@@ -41,130 +35,135 @@ def load_or_compute_reference(
     identity: Mapping[str, str],
     on_progress: ProgressCallback | None = None,
 ) -> np.ndarray:
-    """What `reference_logprobs` gives, for all examples; only those are computed that are not kept on disk.
+    """Returns the result of `compute_reference`, and computes only the examples that are not cached.
 
-    What is computed is kept batch by batch: a pass that was stopped goes on where it was. With several processes the
-    first one reads and writes, and the others get what it found.
+    Each batch is cached at once, so an interrupted pass resumes. Process 0 reads and writes the cache for all.
     """
-    store = ReferenceCache(identity, answers=batches.answers_per_example)
+    cache = ReferenceCache(identity, answers=batches.answers_per_example)
     digests = [example_digest(example) for example in batches.examples]
-    with store.writing():
-        logprobs = np.full(batches.reference_log_probs.shape, np.nan, np.float32)
+    with cache.writing():
+        log_probs = np.full(batches.reference_log_probs.shape, np.nan, np.float32)
         if is_primary_process():
-            kept = store.read()
+            cached = cache.read()
             for index, digest in enumerate(digests):
-                if digest in kept:
-                    logprobs[index] = kept[digest]
-        logprobs = broadcast_from_primary(logprobs)
-        missing = {digests[i]: i for i in np.flatnonzero(np.isnan(logprobs).any(axis=(1, 2))).tolist()}
-        log_info(_tell(store, len(digests), len({*digests} - missing.keys()), len(missing)))
-        for indices, found in _passes(model, batches, [*missing.values()], mesh, on_progress):
-            logprobs[indices] = found
+                if digest in cached:
+                    log_probs[index] = cached[digest]
+        log_probs = broadcast_from_primary(log_probs)
+        missing = {digests[i]: i for i in np.flatnonzero(np.isnan(log_probs).any(axis=(1, 2))).tolist()}
+        log_info(_describe_work(cache, len(digests), len({*digests} - missing.keys()), len(missing)))
+        for indices, batch_log_probs in _reference_batches(model, batches, [*missing.values()], mesh, on_progress):
+            log_probs[indices] = batch_log_probs
             if is_primary_process():
-                store.add([digests[index] for index in indices], found)
-    place = {digest: index for index, digest in reversed([*enumerate(digests)])} | missing
-    return logprobs[[place[digest] for digest in digests]]
+                cache.add([digests[index] for index in indices], batch_log_probs)
+    # Examples with equal tokens are computed once.
+    index_by_digest = {digest: index for index, digest in reversed([*enumerate(digests)])} | missing
+    return log_probs[[index_by_digest[digest] for digest in digests]]
 
 
-def _tell(store: ReferenceCache, examples: int, kept: int, missing: int) -> str:
-    """What is computed of the reference, and why."""
-    if not missing:
-        return f"reference: the log-probs of all {examples} examples are kept in {store.folder}"
-    if kept:
-        why = f"{kept} others are kept"
-    elif different := store.differing_identity_keys():
-        why = f"what is kept differs in: {', '.join(different)}"
+def _describe_work(cache: ReferenceCache, num_examples: int, num_cached: int, num_missing: int) -> str:
+    if not num_missing:
+        return f"reference: the log-probs of all {num_examples} examples are cached in {cache.folder}"
+    if num_cached:
+        reason = f"{num_cached} others are cached"
+    elif keys := cache.differing_identity_keys():
+        reason = f"the cached ones differ in: {', '.join(keys)}"
     else:
-        why = "nothing is kept yet"
-    return f"reference: computing the log-probs of {missing} examples ({why})"
+        reason = "nothing is cached yet"
+    return f"reference: computing the log-probs of {num_missing} examples ({reason})"
 
 
 def compute_reference(model: Transformer, batches: BatchPlan, mesh: Mesh) -> np.ndarray:
-    """The model's log-prob of each region of each answer of each example: float32 [examples, answers, 3].
+    """Returns the model's log-prob of each region of each answer of each example: float32 [examples, answers, 3].
 
-    Uses rows of the shape that training uses, and the function that the objective uses. Raises `RunError` where one is
-    not finite.
+    The rows have the shape of training rows, and the log-probs come from the function that the objective uses.
+
+    Raises:
+        RunError: a log-prob is not finite.
     """
-    logprobs = np.zeros(batches.reference_log_probs.shape, np.float32)
-    for indices, found in _passes(model, batches, range(len(batches.examples)), mesh, None):
-        logprobs[indices] = found
-    return logprobs
+    log_probs = np.zeros(batches.reference_log_probs.shape, np.float32)
+    for indices, batch_log_probs in _reference_batches(model, batches, range(len(batches.examples)), mesh, None):
+        log_probs[indices] = batch_log_probs
+    return log_probs
 
 
 def make_reference_step(mesh: Mesh) -> Callable[[Transformer, DeviceBatch], jax.Array]:
-    """The log-probs [M, R, P, S, 3] of a batch, of the shape that the updates have: the program of a reference pass."""
-    return _compiled(lambda model, batch: jax.lax.map(lambda rows: answer_region_log_probs(model, rows), batch), mesh)
+    """Returns the jitted function from a batch, of the shape that updates have, to its log-probs [M, R, P, S, 3]."""
+    return _jit_replicated(
+        lambda model, batch: jax.lax.map(lambda rows: answer_region_log_probs(model, rows), batch), mesh
+    )
 
 
-def _compiled(function: Callable[..., Any], mesh: Mesh) -> Callable[..., Any]:
-    """Jitted for the devices of the mesh; what it gives is whole on every one."""
+def _jit_replicated(function: Callable[..., Any], mesh: Mesh) -> Callable[..., Any]:
+    """Jits a function whose result every device holds completely."""
     layout = NamedSharding(mesh, PartitionSpec())
     return jax.jit(function, out_shardings=layout, compiler_options=compiler_options(mesh))
 
 
-def _passes(
-    model: Transformer, batches: BatchPlan, indices: Sequence[int], mesh: Mesh, watch: ProgressCallback | None
+def _reference_batches(
+    model: Transformer, batches: BatchPlan, indices: Sequence[int], mesh: Mesh, on_progress: ProgressCallback | None
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Batch by batch, which examples it holds and their log-probs."""
-    score = make_reference_step(mesh)
+    """Yields the example ids of each batch, and their log-probs."""
+    reference_step = make_reference_step(mesh)
     planned = batches.batches_of(indices)
     for number, batch in enumerate(planned, 1):
-        real = batch.example_ids >= 0
-        found = np.asarray(score(model, put_batch(batch, mesh)))[real]
-        if not np.isfinite(found).all():
-            place = int(np.flatnonzero(~np.isfinite(found).all(axis=(1, 2)))[0])
+        is_real = batch.example_ids >= 0
+        example_ids = batch.example_ids[is_real]
+        log_probs = np.asarray(reference_step(model, put_batch(batch, mesh)))[is_real]
+        is_finite = np.isfinite(log_probs).all(axis=(1, 2))
+        if not is_finite.all():
+            index = int(np.flatnonzero(~is_finite)[0])
             raise RunError(
-                f"the start model's log-probs of example {batch.example_ids[real][place]} are "
-                f"{found[place].sum(axis=-1).tolist()}: its weights are broken, or too large for the compute dtype."
+                f"the start model's log-probs of example {example_ids[index]} are "
+                f"{log_probs[index].sum(axis=-1).tolist()}. Its weights are broken, or too large for this dtype. "
+                "Try `compute.dtype: float32`."
             )
-        yield batch.example_ids[real], found
-        if watch is not None:
-            watch(number, len(planned))
+        yield example_ids, log_probs
+        if on_progress is not None:
+            on_progress(number, len(planned))
 
 
 def check_initial_loss(
-    config: PreferenceConfig, compare: PreferenceLossFn, model: Transformer, batch: HostBatch, mesh: Mesh
+    config: PreferenceConfig, loss_fn: PreferenceLossFn, model: Transformer, batch: HostBatch, mesh: Mesh
 ) -> float:
-    """The loss on the rows of a batch before any update; policy and reference are one model, so for DPO it is ln 2.
+    """Returns the loss on a batch before any update. Policy and reference are the same model, so for DPO it is ln 2.
 
-    Raises `RunError`, saying what differs and by how much, where the log-prob of an answer is not the cached one, or
-    where against its own log-probs the model's margins are not 0 or its loss is not that of `start_loss`.
+    Raises:
+        RunError: a log-prob differs from the cached reference, or against its own log-probs the model's margins are not
+            0 or its loss is not `expected_initial_loss`.
     """
 
-    def rows(model: Transformer, rows: DeviceBatch) -> tuple[LossSums, LossSums, jax.Array, jax.Array]:
-        logprobs_RA = answer_token_log_probs(model, rows)
-        live = sum_by_region(logprobs_RA, rows)
+    def check_rows(model: Transformer, rows: DeviceBatch) -> tuple[LossSums, LossSums, jax.Array, jax.Array]:
+        log_probs_RA = answer_token_log_probs(model, rows)
+        live = sum_by_region(log_probs_RA, rows)
         lengths = sum_by_region((rows.target_regions > 0).astype(np.float32), rows)
-        return compare(logprobs_RA, rows), compare(logprobs_RA, rows._replace(reference_log_probs=live)), live, lengths
+        itself = loss_fn(log_probs_RA, rows._replace(reference_log_probs=live))
+        return loss_fn(log_probs_RA, rows), itself, live, lengths
 
-    def batched(model: Transformer, batch: DeviceBatch) -> tuple[LossSums, LossSums, jax.Array, jax.Array]:
-        return jax.lax.map(lambda given: rows(model, given), batch)
-
-    program = _compiled(batched, mesh)
-    found, itself, live, lengths = jax.device_get(program(model, put_batch(batch, mesh)))
-    loss, own = (float(sums.loss.sum() / sums.weight.sum()) for sums in (found, itself))
+    program = _jit_replicated(lambda model, batch: jax.lax.map(lambda rows: check_rows(model, rows), batch), mesh)
+    against_cache, against_itself, live, lengths = jax.device_get(program(model, put_batch(batch, mesh)))
+    loss, loss_itself = (float(sums.loss.sum() / sums.weight.sum()) for sums in (against_cache, against_itself))
     nll, margins = (
-        float(itself.metrics[name].sum() / itself.weight.sum()) for name in ("nll/chosen", "rewards/margins")
+        float(against_itself.metrics[name].sum() / against_itself.weight.sum())
+        for name in ("nll/chosen", "rewards/margins")
     )
-    right = expected_initial_loss(config, nll)
-    real = batch.example_ids >= 0
-    cached = batch.reference_log_probs.sum(axis=-1)[real]
-    apart = np.abs(live.sum(axis=-1)[real] - cached)
-    allowed = RELATIVE_TOLERANCE * (1 + np.abs(cached)) + NOISE_NATS_PER_SQRT_TOKEN[model.compute.dtype] * np.sqrt(
-        lengths.sum(axis=-1)[real]
-    )
-    if not (apart <= allowed).all():
-        example, side = np.unravel_index((apart / allowed).argmax(), apart.shape)
+    expected = expected_initial_loss(config, nll)
+    is_real = batch.example_ids >= 0
+    cached = batch.reference_log_probs.sum(axis=-1)[is_real]
+    differences = np.abs(live.sum(axis=-1)[is_real] - cached)
+    noise = NOISE_NATS_PER_SQRT_TOKEN[model.compute.dtype] * np.sqrt(lengths.sum(axis=-1)[is_real])
+    allowed = RELATIVE_TOLERANCE * (1 + np.abs(cached)) + noise
+    if not (differences <= allowed).all():
+        example, side = np.unravel_index((differences / allowed).argmax(), differences.shape)
         raise RunError(
-            f"before the first update the model's log-probs differ from the cached reference by "
-            f"{apart[example, side]:.3g} nats where rounding explains {allowed[example, side]:.3g} (example "
-            f"{batch.example_ids[real][example]}); the loss is {loss:.6f}, not {right:.6f}. The cached reference is not "
-            f"that of the model that starts: remove {reference_cache_folder()} and run again."
+            f"before the first update, the model's log-probs differ from the cached reference by "
+            f"{differences[example, side]:.3g} nats, but rounding explains only {allowed[example, side]:.3g} (example "
+            f"{batch.example_ids[is_real][example]}). The loss is {loss:.6f} instead of {expected:.6f}. The cached "
+            f"reference belongs to another model. Remove {reference_cache_folder()} and run again."
         )
-    if not (abs(margins) <= 1e-5 and abs(own - right) <= 1e-5 * (1 + abs(right))):
+    if not (abs(margins) <= 1e-5 and abs(loss_itself - expected) <= 1e-5 * (1 + abs(expected))):
         raise RunError(
-            f"before the first update, against its own log-probs, the model's margins are {margins:.6g}, not 0, and "
-            f"the loss is {own:.6f}, not {right:.6f}. Rows and answers are mixed up: a fault of thinkpo_jax; please "
-            "report it with the configuration."
+            f"before the first update, the model's margins against its own log-probs are {margins:.6g} instead of 0, "
+            f"and the loss is {loss_itself:.6f} instead of {expected:.6f}. Rows and answers are mixed up. This is a "
+            "bug of thinkpo_jax. Please report it with the configuration."
         )
     return loss

@@ -29,9 +29,9 @@ Sources = Annotated[tuple[DataT, ...], pydantic.BeforeValidator(_as_tuple), pyda
 class _StageConfig(ConfigSection):
     """The keys of every stage.
 
-    The stage starts from the model that `init_from` names: an earlier stage, or `base`. The default is the
-    stage before. `on_nonfinite` says what an update does whose loss or gradient is not finite. It stops the run, or it is skipped, at
-    most `max_skipped` times.
+    The stage starts from the model that `init_from` names, an earlier stage or `base`. The default is the stage before
+    it. An update whose loss or gradient is not finite stops the run. With `on_nonfinite: skip` it is skipped, at most
+    `max_skipped` times.
     """
 
     name: str = pydantic.Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")

@@ -1,7 +1,7 @@
-"""How many floating-point operations is an update, and how near the device's peak does it come?
+"""FLOPs, MFU and tokens per second of an update.
 
-Only what a model needs is counted: tokens (no padding), keys that a query may see (causal, within its segment), the
-head for trained tokens. A multiplication and an addition are two operations. The look-up in the embedding is none.
+Only what the model needs is counted: tokens without padding, keys that a query may attend to (causal, within its
+segment), and the LM head for trained tokens. A multiply-add is two operations. The embedding lookup counts zero.
 """
 
 from typing import NamedTuple
@@ -15,54 +15,51 @@ from thinkpo_jax.runtime.devices import peak_flops
 
 
 class FlopCount(NamedTuple):
-    """Of an update: what the model needs (forward, and backward twice that), and what is computed for it."""
+    """FLOPs of an update: what the model needs (backward is twice forward), and what the hardware computes."""
 
     model: float
     hardware: float
 
 
 def count_update_flops(arch: Architecture, compute: ComputeConfig, work: BatchWork) -> FlopCount:
-    """Operations of one update; the hardware's are those of the model and what the backward pass computes again.
+    """Counts the FLOPs of one update. Hardware FLOPs add what the backward pass recomputes.
 
-    That is the head's logits (logprobs.py) and the scores of attention (attention.py, half of its products), with remat
-    `attention` and `full` the layers' products with weights (with `offload` those of gate and up), and with `full`
-    those of attention.
+    It always recomputes the logits of the LM head and the attention scores (half of the attention FLOPs). With remat
+    `attention` and `full` it recomputes the linear projections, with `offload` those of gate and up, and with `full`
+    the attention too.
     """
     D, H = arch.hidden_size, arch.head_dim
     weights = arch.num_layers * (2 * D * arch.num_heads * H + 2 * D * arch.num_kv_heads * H + 3 * D * arch.mlp_size)
     projections = 2.0 * weights * work.tokens
     attention = 4.0 * arch.num_layers * arch.num_heads * H * work.attention_pairs
     head = 2.0 * D * arch.vocab_size * work.loss_tokens
-    again = head + attention / 2
-    again += projections if compute.remat in ("attention", "full") else 0.0
-    again += 4.0 * arch.num_layers * D * arch.mlp_size * work.tokens if compute.remat == "offload" else 0.0
-    again += attention if compute.remat == "full" else 0.0
+    recomputed = head + attention / 2
+    recomputed += projections if compute.remat in ("attention", "full") else 0.0
+    recomputed += 4.0 * arch.num_layers * D * arch.mlp_size * work.tokens if compute.remat == "offload" else 0.0
+    recomputed += attention if compute.remat == "full" else 0.0
     model = 3 * (projections + attention + head)
-    return FlopCount(model, model + again)
+    return FlopCount(model, model + recomputed)
 
 
 def throughput_metrics(
-    work: BatchWork, slots: int, arch: Architecture, compute: ComputeConfig, seconds: float
+    work: BatchWork, padded_tokens: int, arch: Architecture, compute: ComputeConfig, seconds: float
 ) -> dict[str, float]:
-    """How fast an update was, as metrics: tokens with padding (`slots`) and without, and the use made of the devices.
+    """Returns the speed of an update as metrics. `padded_tokens` counts the padding too.
 
-    `mfu` is the share of the devices' bfloat16 peak that the model's operations are, `hfu` that of all that is
-    computed; both are left out where the peak is not known, or where the model is not computed in bfloat16.
+    `mfu` is the model's share of the devices' bfloat16 peak, `hfu` the share of all computed FLOPs. Both are left out
+    if the peak is not known, or if the model is not computed in bfloat16.
     """
-    operations, devices = count_update_flops(arch, compute, work), jax.devices()
+    flops, devices = count_update_flops(arch, compute, work), jax.devices()
     metrics = {
         "tokens": work.tokens,
         "seconds": round(seconds, 4),
         "tokens_per_second": round(work.tokens / seconds, 1),
-        "padded_tokens_per_second": round(slots / seconds, 1),
-        "packing_efficiency": round(work.tokens / slots, 4),
-        "tflops_per_device": float(f"{operations.model / seconds / len(devices) / 1e12:.4g}"),
+        "padded_tokens_per_second": round(padded_tokens / seconds, 1),
+        "packing_efficiency": round(work.tokens / padded_tokens, 4),
+        "tflops_per_device": float(f"{flops.model / seconds / len(devices) / 1e12:.4g}"),
     }
-    most = peak_flops(devices[0].device_kind)
-    if most is not None and compute.dtype == "bfloat16":
-        available = most * len(devices) * seconds
-        metrics |= {
-            "mfu": round(operations.model / available, 4),
-            "hfu": round(operations.hardware / available, 4),
-        }
+    peak = peak_flops(devices[0].device_kind)
+    if peak is not None and compute.dtype == "bfloat16":
+        available = peak * len(devices) * seconds
+        metrics |= {"mfu": round(flops.model / available, 4), "hfu": round(flops.hardware / available, 4)}
     return metrics

@@ -1,4 +1,4 @@
-"""What is one update? One jitted function for every objective."""
+"""One optimizer update: one jitted function for every objective."""
 
 import functools
 from collections.abc import Callable
@@ -17,7 +17,7 @@ from thinkpo_jax.training.objectives import LossSums, Objective
 
 
 class TrainState(NamedTuple):
-    """What an update reads and replaces: float32 master weights, the optimizer's moments, updates done so far."""
+    """What an update reads and replaces: float32 master weights, optimizer state, and the number of updates so far."""
 
     model: Transformer
     optimizer: optax.OptState
@@ -29,35 +29,36 @@ TrainStepFn = Callable[[TrainState, DeviceBatch], tuple[TrainState, Metrics]]
 
 
 def init_train_state(model: Transformer, optimizer: optax.GradientTransformation, mesh: Mesh) -> TrainState:
-    """The state before the first update; the moments lie on the mesh like their parameters.
+    """Returns the state before the first update. The moments are sharded like their parameters.
 
-    The model becomes part of the state, which is no second copy: it cannot be used on its own afterwards.
+    The state takes over the memory of the model, so the model cannot be used afterwards.
     """
-    build = functools.partial(_state, optimizer)
+    build = functools.partial(_build_state, optimizer)
     layout = tree_shardings(jax.eval_shape(build, model), mesh)
     return jax.jit(build, donate_argnums=0, out_shardings=layout)(model)
 
 
 def abstract_train_state(model: Transformer, optimizer: optax.GradientTransformation, mesh: Mesh) -> TrainState:
-    """What `initial_state` gives, with shapes and layouts in place of arrays; the model may be abstract too.
+    """Returns the result of `init_train_state` as shapes with shardings. The model may be abstract too.
 
-    `make_step`'s function can be lowered with it. Raises `UserError` where a size does not divide.
+    Raises:
+        UserError: a mesh axis does not divide a size of the model.
     """
-    return abstract_with_shardings(jax.eval_shape(functools.partial(_state, optimizer), model), mesh)
+    return abstract_with_shardings(jax.eval_shape(functools.partial(_build_state, optimizer), model), mesh)
 
 
-def _state(optimizer: optax.GradientTransformation, model: Transformer) -> TrainState:
+def _build_state(optimizer: optax.GradientTransformation, model: Transformer) -> TrainState:
     return TrainState(model, optimizer.init(model), jnp.zeros((), jnp.int32))  # pyright: ignore[reportArgumentType] -- a Module is a pytree
 
 
 def make_train_step(
     objective: Objective, optimizer: optax.GradientTransformation, mesh: Mesh, state: TrainState
 ) -> TrainStepFn:
-    """One update on a batch [M, R, ...]: gradients of M micro-batches are summed, then divided once by the weight.
+    """Returns one jitted update on a batch [M, R, ...].
 
-    An update whose loss or gradient is not finite leaves weights and moments as they were and only counts as a step;
-    its metrics say so (`finite` is 0). Metrics are means over the weight, with `loss`, `grad_norm` (before clipping),
-    `weight` and `finite`.
+    The gradients of the M micro-batches are summed, then divided once by the weight. If the loss or the gradient is not
+    finite, weights and optimizer state stay unchanged, and the step still counts. Metrics are means over the weight,
+    with `loss`, `grad_norm` (before clipping), `weight` and `finite`.
     """
 
     def step(state: TrainState, batch: DeviceBatch) -> tuple[TrainState, Metrics]:
@@ -66,20 +67,21 @@ def make_train_step(
         gradients = jax.tree.map(lambda gradient: gradient / weight, gradients)
         norm = optax.tree.norm(gradients)
         updates, moments = optimizer.update(gradients, state.optimizer, state.model)  # pyright: ignore[reportArgumentType] -- a Module is a pytree
-        finite = jnp.isfinite(sums.loss) & jnp.isfinite(norm)
-        new = (optax.apply_updates(state.model, updates), moments)  # pyright: ignore[reportArgumentType] -- a Module is a pytree
-        kept = jax.tree.map(lambda new, old: jnp.where(finite, new, old), new, (state.model, state.optimizer))
-        state = TrainState(kept[0], kept[1], state.step + 1)
+        is_finite = jnp.isfinite(sums.loss) & jnp.isfinite(norm)
+        updated = (optax.apply_updates(state.model, updates), moments)  # pyright: ignore[reportArgumentType] -- a Module is a pytree
+        model, moments = jax.tree.map(
+            lambda new, old: jnp.where(is_finite, new, old), updated, (state.model, state.optimizer)
+        )
         metrics = {name: value / weight for name, value in sums.metrics.items()}
-        metrics |= {"loss": sums.loss / weight, "grad_norm": norm, "weight": sums.weight, "finite": finite}
-        return state, metrics
+        metrics |= {"loss": sums.loss / weight, "grad_norm": norm, "weight": sums.weight, "finite": is_finite}
+        return TrainState(model, moments, state.step + 1), metrics
 
     layout = (tree_shardings(state, mesh), None)
     return jax.jit(step, donate_argnums=0, out_shardings=layout, compiler_options=compiler_options(mesh))
 
 
 def _accumulate(objective: Objective, model: Transformer, batch: DeviceBatch) -> tuple[Any, LossSums]:
-    """Summed gradients and sums over the micro-batches of a batch."""
+    """Returns gradients and sums, summed over the micro-batches of a batch."""
 
     def loss(model: Transformer, rows: DeviceBatch) -> tuple[jax.Array, LossSums]:
         sums = objective(model, rows)
@@ -87,16 +89,16 @@ def _accumulate(objective: Objective, model: Transformer, batch: DeviceBatch) ->
 
     gradient = jax.grad(loss, has_aux=True)
 
-    def body(total: Any, rows: DeviceBatch) -> tuple[Any, None]:
+    def add(total: Any, rows: DeviceBatch) -> tuple[Any, None]:
         return jax.tree.map(jnp.add, total, gradient(model, rows)), None
 
     first = jax.tree.map(lambda array: array[0], batch)
     zeros = jax.tree.map(lambda like: jnp.zeros(like.shape, like.dtype), jax.eval_shape(gradient, model, first))
-    return jax.lax.scan(body, zeros, batch)[0]
+    return jax.lax.scan(add, zeros, batch)[0]
 
 
 def make_eval_step(objective: Objective, mesh: Mesh) -> Callable[[Transformer, DeviceBatch], LossSums]:
-    """The sums of an objective over a batch [M, R, ...], of the shape that the updates have; nothing is trained."""
+    """Returns the jitted sums of an objective over a batch [M, R, ...] of the shape that updates have."""
 
     def evaluate(model: Transformer, batch: DeviceBatch) -> LossSums:
         return jax.tree.map(lambda sums: sums.sum(axis=0), jax.lax.map(lambda rows: objective(model, rows), batch))
