@@ -1,4 +1,4 @@
-"""An answer is right where it is boxed and equal as mathematics; nothing else is right, and nothing stops the check."""
+"""An answer is correct if it is boxed and equals the reference. No answer can block the grading."""
 
 import json
 import time
@@ -28,7 +28,7 @@ from thinkpo_jax.evaluation.grading import extract_boxed, grade_boxed, grade_mar
         (r"\boxed{}", ""),
     ],
 )
-def test_boxed_is_the_content_of_the_last_box(text: str, content: str):
+def test_extract_boxed_returns_the_content_of_the_last_box(text: str, content: str):
     assert extract_boxed(text) == content
 
 
@@ -36,7 +36,7 @@ UNCLOSED = (r"\boxed", r"\boxed{42", r"\boxed{\frac{1}{2}", r"\boxed{1} then \bo
 
 
 @pytest.mark.parametrize("text", ["", "The answer is 42.", "42", "{42}", r"\fbox{42}", *UNCLOSED])
-def test_a_box_that_is_absent_or_not_closed_has_no_content(text: str):
+def test_extract_boxed_returns_none_for_a_missing_or_unclosed_box(text: str):
     assert extract_boxed(text) is None
 
 
@@ -45,7 +45,7 @@ def test_a_box_that_is_absent_or_not_closed_has_no_content(text: str):
         st.text("ab1+,", max_size=4), lambda inner: st.lists(inner, max_size=3).map(lambda xs: f"{{{''.join(xs)}}}")
     )
 )
-def test_boxed_gives_back_any_content_with_paired_braces(content: str):  # fmt: skip
+def test_extract_boxed_returns_any_content_with_paired_braces(content: str):  # fmt: skip
     assert extract_boxed(f"so {{x}} \\boxed{{{content}}} }} and {{") == content
 
 
@@ -85,13 +85,13 @@ def box(text: str) -> str:
     return f"The sum of 1 and 2 is \\boxed{{{text}}}, as asked. \\(7\\)"
 
 
-def test_answers_that_are_equal_as_mathematics_are_right_and_others_are_wrong():
+def test_exactly_the_answers_that_are_equal_as_mathematics_are_correct():
     cases = [*EQUAL, *DIFFERENT]
-    found = grade_boxed([box(answer) for answer, _ in cases], [reference for _, reference in cases])
-    assert [case for case, right in zip(cases, found, strict=True) if right] == EQUAL
+    verdicts = grade_boxed([box(answer) for answer, _ in cases], [reference for _, reference in cases])
+    assert [case for case, is_correct in zip(cases, verdicts, strict=True) if is_correct] == EQUAL
 
 
-def test_a_right_number_without_a_closed_box_is_wrong():
+def test_the_correct_number_without_a_closed_box_is_wrong():
     responses = ["The answer is 42.", "#### 42", "42", r"\boxed{7} but rather 42", r"\boxed{42"]
     assert grade_boxed(responses, ["42"] * 5) == [False] * 5
 
@@ -104,31 +104,31 @@ def test_results_are_in_the_order_of_the_responses():
 
 
 def test_every_response_needs_a_reference():
-    for check in (grade_boxed, grade_marked):
+    for grade in (grade_boxed, grade_marked):
         with pytest.raises(ValueError, match="shorter"):
-            check(["a", "b"], ["a"])
+            grade(["a", "b"], ["a"])
 
 
-def test_an_answer_that_cannot_be_computed_is_wrong_and_delays_no_other(monkeypatch: pytest.MonkeyPatch):
+def test_an_answer_that_cannot_be_computed_is_wrong_and_does_not_block_the_others(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("thinkpo_jax.evaluation.grading.GRADING_TIMEOUT_SECONDS", 4.0)
     responses = [box("9^{9^{9^9}}"), box("(" * 3000), box("2/4"), box("3/6")]
     start = time.monotonic()
     assert grade_boxed(responses, ["7", "7", "1/2", "1/2"]) == [False, False, True, True]
-    assert time.monotonic() - start < 300  # the first one alone would take for ever
+    assert time.monotonic() - start < 300  # the first answer alone would take forever
 
 
-def test_a_strange_answer_is_wrong_and_no_exception():
-    strange = ["\x00", "\ud800", "1" * 10_000, "\\frac{1}{0}", "\\sqrt{-1}", "\\" * 99, "\\text{" * 99 + "}" * 99, "\n"]
-    assert grade_boxed([f"\\boxed{{{text}}}" for text in strange], ["7"] * len(strange)) == [False] * len(strange)
+def test_a_malformed_answer_is_wrong_and_raises_nothing():
+    answers = ["\x00", "\ud800", "1" * 10_000, "\\frac{1}{0}", "\\sqrt{-1}", "\\" * 99, "\\text{" * 99 + "}" * 99, "\n"]
+    assert grade_boxed([f"\\boxed{{{answer}}}" for answer in answers], ["7"] * len(answers)) == [False] * len(answers)
 
 
-def test_a_check_says_nothing_about_itself(capfd: pytest.CaptureFixture[str]):
+def test_a_short_grading_prints_nothing(capfd: pytest.CaptureFixture[str]):
     assert grade_boxed([box("2/4")], ["1/2"]) == [True]
     assert capfd.readouterr() == ("", "")
 
 
 @pytest.mark.parametrize(
-    ("response", "reference", "right"),
+    ("response", "reference", "is_correct"),
     [
         ("1+2=3;#3", "3", True),
         ("#3", "3", True),
@@ -142,17 +142,19 @@ def test_a_check_says_nothing_about_itself(capfd: pytest.CaptureFixture[str]):
         ("", "3", False),
     ],
 )
-def test_a_marked_answer_is_right_where_it_ends_the_response_exactly(response: str, reference: str, right: bool):
-    assert grade_marked([response], [reference]) == [right]
+def test_a_marked_answer_is_correct_only_at_the_very_end_of_the_response(
+    response: str, reference: str, is_correct: bool
+):
+    assert grade_marked([response], [reference]) == [is_correct]
 
 
 @needs_data
 def test_verdicts_on_real_answers_agree_with_another_grader():
     lines = (DATA / "grading" / "qwen14b.jsonl").read_bytes().split(b"\n")[:-1]
     rows = [row for row in map(json.loads, lines) if row["benchmark"] == "math500"][::4]
-    found = grade_boxed([row["response"] for row in rows], [row["reference"] for row in rows])
-    verdicts = [row["graded_correct"] for row in rows]
+    verdicts = grade_boxed([row["response"] for row in rows], [row["reference"] for row in rows])
+    other_verdicts = [row["graded_correct"] for row in rows]
     assert len(rows) > 90
-    assert 0.6 < sum(verdicts) / len(rows) < 0.95  # so neither "all right" nor "all wrong" would agree
-    agreed = sum(ours == theirs for ours, theirs in zip(found, verdicts, strict=True))
-    assert agreed / len(rows) > 0.97
+    assert 0.6 < sum(other_verdicts) / len(rows) < 0.95  # so neither "all right" nor "all wrong" would agree
+    num_equal = sum(verdict == other for verdict, other in zip(verdicts, other_verdicts, strict=True))
+    assert num_equal / len(rows) > 0.97

@@ -1,4 +1,4 @@
-"""What is proven: a report is whole, valid and honest, whatever of a run there is to report."""
+"""A report is complete and valid for full and partial runs. It claims no more than the data show."""
 
 import json
 import math
@@ -19,12 +19,15 @@ THINKPO = StageSummary("thinkpo", "thinkpo", "sft", 3, 7322.0)
 THINKPO_KEYS = ("rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies")
 
 
-def items(wins, questions=40, tokens=100, truncated=False):
+def make_results(wins, questions=40, tokens=100, truncated=False):
     return [QuestionResult(str(i), (GradedSample("", tokens + i, i < wins, truncated),)) for i in range(questions)]
 
 
 def contents(stages=(SFT, THINKPO), after=30, **changes):
-    results = {"base": {"a|b": items(10)}, "sft": {"a|b": items(after, tokens=5000, truncated=True), "extra": items(3)}}
+    results = {
+        "base": {"a|b": make_results(10)},
+        "sft": {"a|b": make_results(after, tokens=5000, truncated=True), "extra": make_results(3)},
+    }
     values = {"results": results, "comparisons": (("base", "sft"),), "settings": {"seed": "0"}} | changes
     return ReportContents(title="A run", stages=stages, **values)
 
@@ -37,7 +40,7 @@ def write_metrics(run_dir, stage, losses, rewards=()):
             file.write(json.dumps({"step": step, "loss": loss, "learning_rate": 1e-5} | extra) + "\n")
 
 
-def written(run_dir):
+def report_files(run_dir):
     return {str(path.relative_to(run_dir)) for path in run_dir.rglob("*") if path.is_file()} - {
         f"{stage}/metrics.jsonl" for stage in ("sft", "thinkpo")
     }
@@ -63,8 +66,8 @@ def full(tmp_path_factory):
     return run_dir
 
 
-def test_a_full_run_has_every_file_and_nothing_else(full):
-    assert written(full) == {"report.json", "report.md"} | plots("loss", "rewards", "accuracy", "response_length")
+def test_the_report_of_a_full_run_has_every_file_and_nothing_else(full):
+    assert report_files(full) == {"report.json", "report.md"} | plots("loss", "rewards", "accuracy", "response_length")
     for name in plots("loss", "rewards", "accuracy", "response_length"):
         height, width, _ = imread(full / name).shape
         assert (full / name).read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
@@ -73,8 +76,8 @@ def test_a_full_run_has_every_file_and_nothing_else(full):
         assert f"]({name})" in (full / "report.md").read_text()
 
 
-def test_the_json_says_what_the_scores_say(full):
-    report, score = strict_json(full / "report.json"), score_benchmark(items(30, tokens=5000, truncated=True))
+def test_the_json_holds_the_scores_and_comparisons(full):
+    report, score = strict_json(full / "report.json"), score_benchmark(make_results(30, tokens=5000, truncated=True))
     assert report["models"]["sft"]["a|b"] == {
         "accuracy": score.accuracy,
         "ci95": list(score.ci95),
@@ -83,8 +86,8 @@ def test_the_json_says_what_the_scores_say(full):
         "num_questions": 40,
         "num_samples": 40,
     }
-    (row,) = report["comparisons"]  # one: `extra` was put to one model only
-    change = compare_paired(items(10), items(30, tokens=5000))
+    (row,) = report["comparisons"]  # only one model was evaluated on `extra`
+    change = compare_paired(make_results(10), make_results(30, tokens=5000))
     assert (row["from"], row["to"], row["benchmark"]) == ("base", "sft", "a|b")
     assert (row["accuracy_difference"], row["p_value"]) == (change.accuracy_difference, change.p_value)
     assert (row["ci95"], row["response_tokens_difference"]) == (list(change.ci95), 4900)
@@ -92,22 +95,23 @@ def test_the_json_says_what_the_scores_say(full):
     assert (report["title"], report["settings"]) == ("A run", {"seed": "0"})
 
 
-def test_a_difference_is_claimed_exactly_when_the_interval_leaves_zero_out(tmp_path):
-    verdicts = {4: "lower", 5: "none", 10: "none", 15: "none", 16: "higher"}  # of 40 questions `base` answers 10
-    results = {"base": {"a": items(10)}} | {f"m{wins}": {"a": items(wins)} for wins in verdicts}
+def test_a_difference_is_claimed_if_and_only_if_the_interval_excludes_zero(tmp_path):
+    verdicts = {4: "lower", 5: "none", 10: "none", 15: "none", 16: "higher"}  # by correct answers of 40. `base` has 10
+    results = {"base": {"a": make_results(10)}} | {f"m{wins}": {"a": make_results(wins)} for wins in verdicts}
     run = contents((), results=results, comparisons=tuple(("base", f"m{wins}") for wins in verdicts))
     write_report(tmp_path, run)
-    ends = [row["ci95"] for row in strict_json(tmp_path / "report.json")["comparisons"]]
-    assert ["higher" if low > 0 else "lower" if high < 0 else "none" for low, high in ends] == list(verdicts.values())
-    assert 0 in ends[1] + ends[3]  # an end that touches zero does not leave it out
+    intervals = [row["ci95"] for row in strict_json(tmp_path / "report.json")["comparisons"]]
+    expected = ["higher" if low > 0 else "lower" if high < 0 else "none" for low, high in intervals]
+    assert expected == list(verdicts.values())
+    assert 0 in intervals[1] + intervals[3]  # an interval that ends at zero does not exclude it
     for text in ((tmp_path / "report.md").read_text(), terminal_summary(run)):
         for wins, verdict in verdicts.items():
-            assert (f"a: no difference between base and m{wins} could be shown" in text) == (verdict == "none")
+            assert (f"a: no significant difference between base and m{wins} (" in text) == (verdict == "none")
             assert (f"a: m{wins} scores higher than base" in text) == (verdict == "higher")
             assert (f"a: m{wins} scores lower than base" in text) == (verdict == "lower")
 
 
-def test_the_tables_are_rectangular_and_carry_the_numbers(full):
+def test_the_tables_are_rectangular_and_contain_the_numbers(full):
     markdown = (full / "report.md").read_text()
     table = [line.replace("\\|", "") for line in markdown.splitlines() if line.startswith("|")]
     assert {line.count("|") for line in table} == {3, 6, 7}
@@ -118,42 +122,42 @@ def test_the_tables_are_rectangular_and_carry_the_numbers(full):
 
 def test_the_terminal_shows_aligned_columns():
     lines = terminal_summary(contents()).splitlines()
-    head = next(line for line in lines if line.startswith("benchmark"))
-    below = [line for line in lines[lines.index(head) + 2 :] if line.startswith(("a|b   ", "extra   "))]
-    assert len(below) == 3
-    assert {line[head.index("model") - 1] for line in below} == {" "}
-    assert {line[head.index("model") :].split()[0] for line in below} == {"base", "sft"}
+    header = next(line for line in lines if line.startswith("benchmark"))
+    rows = [line for line in lines[lines.index(header) + 2 :] if line.startswith(("a|b   ", "extra   "))]
+    assert len(rows) == 3
+    assert {line[header.index("model") - 1] for line in rows} == {" "}
+    assert {line[header.index("model") :].split()[0] for line in rows} == {"base", "sft"}
 
 
-def test_a_model_keeps_its_colour_from_plot_to_plot(full):
+def test_a_model_has_the_same_colour_in_all_plots(full):
     blue = np.array([0x00, 0x72, 0xB2])
     for name in plots("loss", "accuracy", "response_length"):
         pixels = (imread(full / name)[..., :3] * 255).round()
         assert (pixels == blue).all(axis=-1).sum() > 50, name
 
 
-def test_training_without_evaluation_has_its_curves(tmp_path):
+def test_a_run_without_evaluation_has_training_curves(tmp_path):
     write_metrics(tmp_path, SFT, [2.5])
     run = contents((SFT, THINKPO), results={}, comparisons=())  # thinkpo left no metrics file
     write_report(tmp_path, run)
-    assert written(tmp_path) == {"report.json", "report.md"} | plots("loss")
+    assert report_files(tmp_path) == {"report.json", "report.md"} | plots("loss")
     assert strict_json(tmp_path / "report.json")["models"] == {}
     assert terminal_summary(run) == "A run\n"
 
 
-def test_numbers_that_are_not_finite_reach_neither_plot_nor_json(tmp_path):
+def test_plots_and_json_leave_out_numbers_that_are_not_finite(tmp_path):
     values = [NAN, math.inf, None, 0.5] * 20
     write_metrics(tmp_path, SFT, [NAN, NAN])
     write_metrics(tmp_path, THINKPO, values, rewards=[None, -math.inf, NAN, 0.1] * 20)
-    one = {name: {"a": items(wins, questions=1)} for name, wins in (("base", 0), ("sft", 1))}
-    write_report(tmp_path, contents((SFT, StageSummary("thinkpo", "thinkpo", "sft", 80, 1.0)), results=one))
-    assert written(tmp_path) >= plots("loss", "rewards")
+    results = {name: {"a": make_results(wins, questions=1)} for name, wins in (("base", 0), ("sft", 1))}
+    write_report(tmp_path, contents((SFT, StageSummary("thinkpo", "thinkpo", "sft", 80, 1.0)), results=results))
+    assert report_files(tmp_path) >= plots("loss", "rewards")
     assert strict_json(tmp_path / "report.json")["comparisons"][0]["response_tokens_ci95"] == [None, None]
 
 
-def test_a_write_that_fails_leaves_the_old_report_and_no_litter(full, tmp_path, monkeypatch):
+def test_a_failed_write_keeps_the_old_report_and_leaves_no_other_files(full, tmp_path, monkeypatch):
     run_dir = shutil.copytree(full, tmp_path / "copy")
-    before = {name: (run_dir / name).read_bytes() for name in written(run_dir)}
+    before = {name: (run_dir / name).read_bytes() for name in report_files(run_dir)}
     write = Path.write_bytes
 
     def fill_the_disk(path, data):
@@ -163,12 +167,12 @@ def test_a_write_that_fails_leaves_the_old_report_and_no_litter(full, tmp_path, 
     monkeypatch.setattr(Path, "write_bytes", fill_the_disk)
     with pytest.raises(OSError, match="no space left"):
         write_report(run_dir, contents(after=12))
-    assert {name: (run_dir / name).read_bytes() for name in written(run_dir)} == before
+    assert {name: (run_dir / name).read_bytes() for name in report_files(run_dir)} == before
 
 
 @pytest.mark.parametrize("pair", [("base", "sfd"), ("base", "other")])
 def test_models_without_a_common_benchmark_are_an_error(pair, tmp_path):
-    results = {"base": {"a": items(1)}, "other": {"b": items(1)}}
+    results = {"base": {"a": make_results(1)}, "other": {"b": make_results(1)}}
     with pytest.raises(ValueError, match=rf"cannot compare 'base' with '{pair[1]}'.*'other': \['b'\]"):
         write_report(tmp_path, contents(results=results, comparisons=(pair,)))
-    assert written(tmp_path) == set()
+    assert report_files(tmp_path) == set()

@@ -1,56 +1,49 @@
-"""Which questions, which prompt, which checker? One table row per benchmark."""
+"""The table of benchmarks and the loader of their questions."""
 
 import hashlib
-import itertools
-from collections.abc import Callable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from thinkpo_jax.data.chat_tokenizer import Message
 from thinkpo_jax.data.miniature import MiniatureData
 from thinkpo_jax.data.readers import iterate_valid_records
-from thinkpo_jax.data.sources import DataSourceConfig, has_data_file_suffix
+from thinkpo_jax.data.record_formats import require_column, require_text
+from thinkpo_jax.data.sources import DataSourceConfig, Record, has_data_file_suffix
 from thinkpo_jax.evaluation.evaluation_config import BenchmarkConfig
 from thinkpo_jax.evaluation.grading import grade_boxed, grade_marked
 from thinkpo_jax.runtime.config import UserError
 
-Grader = Callable[[Sequence[str], Sequence[str]], list[bool]]
 BOXED_INSTRUCTION = "Return your final response within \\boxed{}. "
+
+
+def _after_hashes(answer: str) -> str:
+    _, hashes, number = answer.rpartition("####")
+    return number.strip().replace(",", "") if hashes else ""
 
 
 @dataclass(frozen=True)
 class BenchmarkSpec:
-    """Where the questions of a benchmark come from, how they are asked and how answers are checked."""
+    """One benchmark: its data set on the Hub, its prompt (`prefix` and the question) and its grader.
 
-    question: str
-    reference: Callable[[Mapping[str, Any]], str]
-    check: Grader
+    `parse` turns the text of the answer column into the reference answer, which is empty if there is none.
+    """
+
+    question_column: str
+    check: Callable[[Sequence[str], Sequence[str]], list[bool]]  # (responses, references) -> whether each is right
     prefix: str = ""
-    hub: str | None = None
+    hub_id: str | None = None
     subset: str | None = None
     split: str = "test"
-
-
-def _column(name: str) -> Callable[[Mapping[str, Any]], str]:
-    return lambda row: "" if row[name] is None else str(row[name])
-
-
-def _after_hashes(row: Mapping[str, Any]) -> str:
-    _, hashes, reference = str(row["answer"]).rpartition("####")
-    return reference.strip().replace(",", "") if hashes else ""
+    answer_column: str = "answer"
+    parse: Callable[[str], str] = str
 
 
 BENCHMARKS: dict[str, BenchmarkSpec] = {
-    "miniature": BenchmarkSpec("question", _column("answer"), grade_marked),
-    "gsm8k": BenchmarkSpec(
-        "question", _after_hashes, grade_boxed, BOXED_INSTRUCTION, hub="openai/gsm8k", subset="main"
-    ),
-    "math500": BenchmarkSpec(
-        "problem", _column("answer"), grade_boxed, BOXED_INSTRUCTION, hub="HuggingFaceH4/MATH-500"
-    ),
-    "aime24": BenchmarkSpec(
-        "problem", _column("answer"), grade_boxed, BOXED_INSTRUCTION, hub="HuggingFaceH4/aime_2024", split="train"
-    ),
+    "miniature": BenchmarkSpec("question", grade_marked),
+    "gsm8k": BenchmarkSpec("question", grade_boxed, BOXED_INSTRUCTION, "openai/gsm8k", "main", parse=_after_hashes),
+    "math500": BenchmarkSpec("problem", grade_boxed, BOXED_INSTRUCTION, "HuggingFaceH4/MATH-500"),
+    "aime24": BenchmarkSpec("problem", grade_boxed, BOXED_INSTRUCTION, "HuggingFaceH4/aime_2024", split="train"),
 }
 
 
@@ -63,49 +56,51 @@ class Question:
     reference: str
 
 
-def questions_digest(asked: Sequence[Question]) -> str:
-    """A digest of questions and references: whether earlier answers are answers to these."""
-    return hashlib.sha256(repr(list(asked)).encode()).hexdigest()[:16]
+QuestionsByBenchmark = Mapping[str, Sequence[Question]]
 
 
-def _question_id(text: str, taken: set[str]) -> str:
-    """A hash of the text, so that runs know which questions they share; a text that stands twice is told apart."""
-    digest = hashlib.sha256(text.encode()).hexdigest()[:16]
-    numbered = (f"{digest}-{number}" for number in itertools.count(2))
-    found = next(name for name in itertools.chain([digest], numbered) if name not in taken)
-    taken.add(found)
-    return found
+def questions_digest(questions: Sequence[Question]) -> str:
+    """Returns a digest of questions and references. Saved answers are reused only if their digest is the same."""
+    return hashlib.sha256(repr(list(questions)).encode()).hexdigest()[:16]
 
 
 def load_questions(config: BenchmarkConfig, *, seed: int) -> list[Question]:
-    """The first `questions` questions of a benchmark; those of the miniature are held out from its training data."""
+    """Loads the first `config.questions` questions of a benchmark (default: all, 1,000 for miniature).
+
+    The id of a question is a hash of its prompt, so runs can tell which questions they share. A repeated prompt gets a
+    number after the hash. The questions of miniature are held out from its training data.
+
+    Raises:
+        UserError: the file is missing, or a row has no question or no reference answer.
+    """
     benchmark = BENCHMARKS[config.name]
-    if config.name == "miniature":
-        generated = MiniatureData(questions=config.questions or 1000).rows(seed, held_out=True)
-        rows = ((f"generated question {i}", row) for i, row in enumerate(generated))
-    else:
-        hub = {"path": benchmark.hub, "subset": benchmark.subset, "split": benchmark.split}
-        where = hub if config.path is None else {"path": config.path}
-        if config.path is not None and not has_data_file_suffix(config.path):
-            where |= {"split": benchmark.split}
-        source = DataSourceConfig.model_validate(where | {"limit": config.questions})
-        rows = iterate_valid_records(source, seed=seed)
-    found: list[Question] = []
-    taken: set[str] = set()
     system: list[Message] = [] if config.system is None else [{"role": "system", "content": config.system}]
-    for place, row in rows:
-        try:
-            question, reference = row[benchmark.question], benchmark.reference(row)
-        except KeyError as error:
-            problem = f"no field {error}. The row has: {', '.join(row)}"
-            raise UserError(f"{place}: not a row of {config.name}: {problem}.") from None
-        asked = isinstance(question, str) and question.strip()
-        if not asked or not reference:
-            lacking = "reference answer" if asked else "question"
-            raise UserError(f"{place}: not a row of {config.name}: it has no {lacking}.")
-        text = benchmark.prefix + question
-        found.append(Question(_question_id(text, taken), (*system, {"role": "user", "content": text}), reference))
-    return found
+    questions, occurrences = list[Question](), Counter[str]()
+    for record_location, record in _iterate_records(config, benchmark, seed=seed):
+        location = f"{config.name}, {record_location}"
+        question = require_column(record, benchmark.question_column, location)
+        question = require_text(question, f"{location}, {benchmark.question_column}")
+        answer = require_column(record, benchmark.answer_column, location)
+        reference = "" if answer is None else benchmark.parse(str(answer))
+        if not reference:
+            raise UserError(
+                f"{location}, {benchmark.answer_column}: no reference answer. Check the benchmark's `path`."
+            )
+        prompt = benchmark.prefix + question
+        digest = hashlib.sha256(prompt.encode()).hexdigest()[:16]
+        occurrences[digest] += 1
+        question_id = digest if occurrences[digest] == 1 else f"{digest}-{occurrences[digest]}"
+        questions.append(Question(question_id, (*system, {"role": "user", "content": prompt}), reference))
+    return questions
 
 
-Asked = Mapping[str, Sequence[Question]]
+def _iterate_records(config: BenchmarkConfig, benchmark: BenchmarkSpec, *, seed: int) -> Iterable[tuple[str, Record]]:
+    if config.name == "miniature":
+        records = MiniatureData(questions=config.questions or 1000).rows(seed, held_out=True)
+        return ((f"generated question {index}", record) for index, record in enumerate(records))
+    source = {"path": config.path or benchmark.hub_id, "limit": config.questions}
+    if config.path is None:
+        source["subset"] = benchmark.subset
+    if config.path is None or not has_data_file_suffix(config.path):  # a file has no splits
+        source["split"] = benchmark.split
+    return iterate_valid_records(DataSourceConfig.model_validate(source), seed=seed)

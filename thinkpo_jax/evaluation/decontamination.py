@@ -1,4 +1,4 @@
-"""Finds questions that occur in a benchmark. `pairs` and `train --check` both use it."""
+"""Finds training questions that occur in a benchmark. `pairs` and `train --check` both use it."""
 
 import re
 import unicodedata
@@ -8,9 +8,9 @@ from dataclasses import dataclass
 
 Tokens = tuple[str, ...]
 
-MIN_MATCH_TOKENS = 4  # tokens; a question of fewer ("Compute 2+3") is found only where it equals the other
-# Drawings, the marks of mathematics, and how AIME's questions end: shared by questions that have nothing in common.
-_UNSEEN = re.compile(
+MIN_MATCH_TOKENS = 4  # a shorter question ("Compute 2+3") matches only a question that equals it
+# Drawings, typesetting commands and AIME's closing phrase occur in unrelated questions.
+_IGNORED_TEXT = re.compile(
     r"\[asy\].*?\[/asy\]|\\(?:left|right)(?![a-z])|\\[^a-z]|"
     r"where\W+\w\W+and\W+\w\W+are\s+(?:relatively\s+prime|coprime)\s+positive\s+integers",
     re.DOTALL,
@@ -20,7 +20,7 @@ _TOKEN = re.compile(r"\\[a-z]+|[^\W\d_]+|\d+|[^\w\s$\\{}.,;:!?'\"`]")
 
 @dataclass(frozen=True)
 class ContaminationMatch:
-    """Question number `index` shares a run of tokens, or all of them, with a held-out question of a benchmark."""
+    """Question number `index` and a held-out question of a benchmark share the tokens in `shared`."""
 
     index: int
     benchmark: str
@@ -31,43 +31,48 @@ class ContaminationMatch:
 def find_contamination(
     questions: Sequence[str], held_out: Mapping[str, Sequence[str]], *, ngram: int
 ) -> list[ContaminationMatch]:
-    """Each question and held-out question, by benchmark, of which one holds the other or that share `ngram` tokens.
+    """Returns the pairs of a question and a held-out question that share text, in the order of `questions`.
 
-    Tokens are lower-cased words, numbers, LaTeX commands and operators. `ngram` is at least 4: with 13 copies with
-    other numbers or names are found, with 8 mostly phrases ("how many hours a week does he spend").
+    A pair matches if one question contains the other, or if both contain the same `ngram` tokens (at least 4) in a row.
+    Tokens are lower-cased words, numbers, LaTeX commands and operators. The keys of `held_out` are benchmark names.
+    With 13 tokens, copies with other numbers or names are found. With 8, most matches are common phrases, such as "how
+    many hours a week does he spend".
     """
     assert ngram >= MIN_MATCH_TOKENS, f"ngram is {ngram}, expected at least {MIN_MATCH_TOKENS}"
     known = [(benchmark, text) for benchmark, texts in held_out.items() for text in texts]
-    asked, kept = [_tokens(text) for text in questions], [_tokens(text) for _, text in known]
-    shared = {(i, j): asked[i] for i, j in _contained(asked, kept)}
-    shared |= {(i, j): kept[j] for j, i in _contained(kept, asked)}
-    index: defaultdict[Tokens, set[int]] = defaultdict(set)
-    for j, run in ((j, run) for j, tokens in enumerate(kept) for run in _runs(tokens, ngram)):
-        index[run].add(j)
-    for i, run in ((i, run) for i, tokens in enumerate(asked) for run in _runs(tokens, ngram)):
-        for j in index.get(run, ()):
+    question_tokens = [_tokenize(text) for text in questions]
+    held_out_tokens = [_tokenize(text) for _, text in known]
+    shared = {(i, j): question_tokens[i] for i, j in _find_contained(question_tokens, held_out_tokens)}
+    shared |= {(i, j): held_out_tokens[j] for j, i in _find_contained(held_out_tokens, question_tokens)}
+    held_out_by_ngram: defaultdict[Tokens, set[int]] = defaultdict(set)
+    for j, run in _ngrams(held_out_tokens, ngram):
+        held_out_by_ngram[run].add(j)
+    for i, run in _ngrams(question_tokens, ngram):
+        for j in held_out_by_ngram.get(run, ()):
             shared.setdefault((i, j), run)
-    return [
-        ContaminationMatch(i, *known[j], "the whole question" if asked[i] == kept[j] else " ".join(run))
-        for (i, j), run in sorted(shared.items())
-    ]
+    matches: list[ContaminationMatch] = []
+    for (i, j), run in sorted(shared.items()):
+        text = "the whole question" if question_tokens[i] == held_out_tokens[j] else " ".join(run)
+        matches.append(ContaminationMatch(i, *known[j], text))
+    return matches
 
 
-def _tokens(text: str) -> Tokens:
+def _tokenize(text: str) -> Tokens:
     plain = unicodedata.normalize("NFKC", text).lower().replace("\\dfrac", "\\frac")
-    return tuple(_TOKEN.findall(_UNSEEN.sub(" ", plain)))
+    return tuple(_TOKEN.findall(_IGNORED_TEXT.sub(" ", plain)))
 
 
-def _runs(tokens: Tokens, size: int) -> list[Tokens]:
-    return [tokens[i : i + size] for i in range(len(tokens) - size + 1)]
+def _ngrams(texts: Sequence[Tokens], size: int) -> Iterator[tuple[int, Tokens]]:
+    for index, tokens in enumerate(texts):
+        yield from ((index, tokens[start : start + size]) for start in range(len(tokens) - size + 1))
 
 
-def _contained(parts: Sequence[Tokens], wholes: Sequence[Tokens]) -> Iterator[tuple[int, int]]:
-    """(part, whole) where the part is a run of the whole; all of it where below `SHORTEST_RUN` tokens."""
-    heads: defaultdict[Tokens, list[int]] = defaultdict(list)
+def _find_contained(parts: Sequence[Tokens], texts: Sequence[Tokens]) -> Iterator[tuple[int, int]]:
+    """Yields (part, text) indices if the text contains the part. A part of under `MIN_MATCH_TOKENS` must equal it."""
+    parts_by_start: defaultdict[Tokens, list[int]] = defaultdict(list)
     for i, part in enumerate(parts):
-        heads[part[:MIN_MATCH_TOKENS]] += [i] if part else []
-    for j, whole in enumerate(wholes):
-        for start in range(max(1, len(whole) - MIN_MATCH_TOKENS + 1)):
-            head = whole[start : start + MIN_MATCH_TOKENS]
-            yield from ((i, j) for i in heads.get(head, ()) if whole[start : start + len(parts[i])] == parts[i])
+        parts_by_start[part[:MIN_MATCH_TOKENS]] += [i] if part else []
+    for j, text in enumerate(texts):
+        for start in range(max(1, len(text) - MIN_MATCH_TOKENS + 1)):
+            candidates = parts_by_start.get(text[start : start + MIN_MATCH_TOKENS], ())
+            yield from ((i, j) for i in candidates if text[start : start + len(parts[i])] == parts[i])

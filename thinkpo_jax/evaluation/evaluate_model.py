@@ -8,7 +8,7 @@ from typing import Any
 
 from jax.sharding import Mesh
 
-from thinkpo_jax.evaluation.benchmarks import BENCHMARKS, Asked, Question, questions_digest
+from thinkpo_jax.evaluation.benchmarks import BENCHMARKS, QuestionsByBenchmark, Question, questions_digest
 from thinkpo_jax.evaluation.evaluation_config import EvaluationConfig
 from thinkpo_jax.evaluation.results import GradedSample, QuestionResult
 from thinkpo_jax.inference.engine import generate
@@ -26,7 +26,7 @@ def evaluate_model(
     name: str,
     source: ModelSource,
     config: EvaluationConfig,
-    questions: Asked,
+    questions: QuestionsByBenchmark,
     *,
     compute: ComputeConfig,
     mesh: Mesh,

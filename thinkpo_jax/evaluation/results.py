@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 @dataclass(frozen=True)
 class GradedSample:
-    """One generated answer; `tokens` is the length of the response alone, `truncated` says the limit cut it."""
+    """One generated answer. `tokens` counts the response alone. `truncated`: the length limit cut it off."""
 
     response: str
     tokens: int
@@ -17,18 +17,18 @@ class GradedSample:
 
 @dataclass(frozen=True)
 class QuestionResult:
-    """One question with its samples; `question_id` is what pairs it with the same question put to another model."""
+    """The graded samples of one question. Two models are compared on the questions with the same `question_id`."""
 
     question_id: str
     samples: tuple[GradedSample, ...]
 
 
-Results = Mapping[str, Mapping[str, Sequence[QuestionResult]]]
+ResultsByModel = Mapping[str, Mapping[str, Sequence[QuestionResult]]]  # model name -> benchmark name -> questions
 
 
 @dataclass(frozen=True)
 class StageSummary:
-    """One training stage: what it minimised, from which model it started, updates made and seconds taken."""
+    """One training stage: its objective, the model it started from, the number of updates and the time taken."""
 
     name: str
     objective: Literal["sft", "thinkpo"]
@@ -40,18 +40,18 @@ class StageSummary:
 
 @dataclass(frozen=True)
 class ReportContents:
-    """Everything a report says, in the order in which it says it.
+    """Everything that a report shows, in this order.
 
-    `results` is model name -> benchmark name -> that model's questions and answers; `comparisons` names (from, to)
-    pairs of models, which are compared on every benchmark that both were put to; `settings` is shown as it is.
+    `comparisons` holds (before, after) names of models, to compare on every benchmark with results of both.
     """
 
     title: str
     stages: tuple[StageSummary, ...]
-    results: Results
+    results: ResultsByModel
     comparisons: tuple[tuple[str, str], ...]
     settings: Mapping[str, str]
 
 
 def benchmark_names(results: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    return list(dict.fromkeys(name for of_model in results.values() for name in of_model))
+    """Returns each benchmark of any model once, in order of appearance."""
+    return list(dict.fromkeys(name for results_of_model in results.values() for name in results_of_model))

@@ -1,23 +1,21 @@
-"""What does a model score on a benchmark, and how certain is that?
+"""Scores models on benchmarks and compares two models, with 95 % intervals.
 
-The question is the unit of everything here: samples of one question are averaged first, because they share its
-difficulty and are no independent evidence. Two models are compared question by question, on the same questions.
-
-How the intervals are made (all are 95 %, all random draws are seeded, so equal input gives equal output):
+The question is the unit of all statistics. The samples of one question share its difficulty and are not independent, so
+they are averaged first. Two models are compared question by question. All random draws are seeded.
 
 * One sample per question: Wilson (1927), from `scipy.stats.binomtest`.
-* Everything else: percentile bootstrap over questions, from `scipy.stats.bootstrap`. Before resampling accuracies, two
-  invented questions are added, one at either end of what could have been seen. This is the device of Agresti & Coull
-  (1998) and, for paired answers, of Bonett & Price (2012, JEBS 37:479). Without it a bootstrap of 500 equal answers has
-  no width, and four lucky answers among 500 look like proof; with it, what the interval says about zero goes along
-  with the sign test.
+* All other cases: percentile bootstrap over questions, from `scipy.stats.bootstrap`. Two artificial questions are added
+  to accuracies first: one right and one wrong, or one won by each model. Agresti & Coull (1998) do this for one rate,
+  and Bonett & Price (2012, JEBS 37:479) for paired answers. Without them, 500 equal answers would give no width. Four
+  lucky answers among 500 would look like proof. With them, the interval and the sign test agree on zero.
 """
 
 import itertools
 import math
-from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,15 +25,16 @@ from thinkpo_jax.evaluation.results import GradedSample, QuestionResult
 
 Interval = tuple[float, float]
 Floats = NDArray[np.float64]
+Samples = tuple[GradedSample, ...]  # of one question
 
-_RESAMPLES = 10_000
+_NUM_RESAMPLES = 10_000
 _SEED = 20250217
-_BATCH_CELLS = 2_000_000  # numbers drawn at a time: 16 MB of floats, whatever the number of questions
+_MAX_BATCH_VALUES = 2_000_000  # values drawn at a time: 16 MB of floats, however many questions there are
 
 
 @dataclass(frozen=True)
 class BenchmarkScore:
-    """One model on one benchmark. Rates are fractions of 1; lengths are tokens, truncated samples included."""
+    """One model on one benchmark. Rates are fractions of 1. Lengths are tokens, including truncated samples."""
 
     accuracy: float
     ci95: Interval
@@ -45,12 +44,15 @@ class BenchmarkScore:
     num_samples: int
 
 
+ScoresByModel = dict[str, dict[str, BenchmarkScore]]  # model name -> benchmark name -> score
+
+
 @dataclass(frozen=True)
 class PairedComparison:
-    """`after` minus `before` on the same questions; accuracy in fractions of 1, lengths in tokens.
+    """`after` minus `before` on the same questions. Accuracy is a fraction of 1, lengths are tokens.
 
-    `before_better` and `after_better` count the questions on which that side was right more often; the rest are ties.
-    `response_tokens_ci95` is (-inf, inf) for a single question: one difference says nothing about the spread.
+    `before_better` and `after_better` count the questions that this side answered correctly more often.
+    For a single question, `response_tokens_ci95` is (-inf, inf), because one difference has no known spread.
     """
 
     accuracy_difference: float
@@ -63,28 +65,17 @@ class PairedComparison:
     after_better: int
 
 
-@dataclass(frozen=True)
-class _Question:
-    """The means over one question's samples."""
+def score_benchmark(results: Sequence[QuestionResult]) -> BenchmarkScore:
+    """Returns the score of one model on one benchmark: means over questions of the means over samples.
 
-    accuracy: float
-    tokens: float
-    truncated: float
-    num_samples: int
-
-
-def score_benchmark(items: Sequence[QuestionResult]) -> BenchmarkScore:
-    """Score one model on one benchmark: the mean over questions of the mean over samples.
-
-    The interval is for the mean over the questions of which these are a draw: Wilson for one sample per question, else
-    the bootstrap over questions described at the top, with one all-right and one all-wrong question added.
+    The interval treats the questions as a random draw. It is for the mean over all questions of their kind.
 
     Raises:
         ValueError: no questions, a question without samples, or a question id that appears twice.
     """
-    questions = list(_questions_by_id(items, "items").values())
-    accuracy_Q = np.array([question.accuracy for question in questions])
-    num_samples = sum(question.num_samples for question in questions)
+    questions = _samples_by_id(results, "results").values()
+    accuracy_Q, tokens_Q, truncated_Q = _means_over_samples(questions)
+    num_samples = sum(map(len, questions))
     if num_samples == len(questions):
         interval = stats.binomtest(round(accuracy_Q.sum()), num_samples).proportion_ci(method="wilson")
         ci95 = (float(interval.low), float(interval.high))
@@ -93,34 +84,30 @@ def score_benchmark(items: Sequence[QuestionResult]) -> BenchmarkScore:
     return BenchmarkScore(
         accuracy=float(accuracy_Q.mean()),
         ci95=ci95,
-        mean_response_tokens=float(np.mean([question.tokens for question in questions])),
-        truncation_rate=float(np.mean([question.truncated for question in questions])),
+        mean_response_tokens=float(tokens_Q.mean()),
+        truncation_rate=float(truncated_Q.mean()),
         num_questions=len(questions),
         num_samples=num_samples,
     )
 
 
 def compare_paired(before: Sequence[QuestionResult], after: Sequence[QuestionResult]) -> PairedComparison:
-    """Is `after` better than `before` on the same questions, and by how much?
+    """Compares two models on the same questions.
 
-    The interval is the bootstrap over per-question differences with the two questions of Bonett & Price added: one that
-    `after` wins by a sample, one that `before` wins by a sample. Where every question shows the same difference (two
-    models with identical answers, say) nothing was learnt about the spread, and the two are won and lost outright. So n
-    equal answers give an interval of about +-3/n around zero, not (0, 0).
+    The interval is a bootstrap over the differences per question. Each model wins one artificial question, by one
+    sample. If all differences are equal (identical answers, for example), their spread is unknown. Then the artificial
+    questions are won by a full point. So n equal answers give about +-3/n around zero, not (0, 0).
 
-    The p-value is that of the two-sided sign-flip permutation test of the mean difference: exact for up to 13 questions
-    that differ (for one sample per question it is then the exact sign test), else from 10,000 random flips, so never
-    below 2/10,001.
+    The p-value is that of the two-sided sign-flip permutation test of the mean difference. It is exact for up to 13
+    questions that differ. With one sample per question it is then the sign test. For more questions it comes from
+    10,000 random flips, so it is at least 2/10,001.
 
     Raises:
-        ValueError: question ids that differ between the two, or anything that `summarise` would refuse.
+        ValueError: the question ids differ, or one side is invalid for `score_benchmark`.
     """
-    old, new = _questions_by_id(before, "before"), _questions_by_id(after, "after")
-    _check_same_questions(old, new)
-    accuracy_Q = np.array([new[key].accuracy - old[key].accuracy for key in old])
-    tokens_Q = np.array([new[key].tokens - old[key].tokens for key in old])
-    step = 1.0 / min(question.num_samples for question in [*old.values(), *new.values()])
-    step = 1.0 if np.ptp(accuracy_Q) == 0 else step
+    before_samples, after_samples = _align(before, after)
+    accuracy_Q, tokens_Q, _ = _means_over_samples(after_samples) - _means_over_samples(before_samples)
+    step = 1.0 if np.ptp(accuracy_Q) == 0 else 1.0 / min(map(len, before_samples + after_samples))
     return PairedComparison(
         accuracy_difference=float(accuracy_Q.mean()),
         ci95=_bootstrap_mean(np.append(accuracy_Q, [-step, step])),
@@ -134,99 +121,80 @@ def compare_paired(before: Sequence[QuestionResult], after: Sequence[QuestionRes
 
 
 def compare_pooled_runs(pairs: Sequence[tuple[Sequence[QuestionResult], Sequence[QuestionResult]]]) -> PairedComparison:
-    """`compare` over several runs (seeds) at once: the samples of a question, from all runs that put it, are one Item.
+    """Compares two models over several runs (seeds), one (before, after) pair per run.
 
-    So a question that every run puts counts once, by its mean: what helps it in one run tends to help it in the next,
-    and counting it once per run would make the interval too narrow. Questions that only one run puts add up. The
-    interval does not cover the variance between training seeds: it speaks of these trained models.
+    A question that several runs share counts once, with the samples of all runs. What helps it in one run tends to help
+    it in the next. Counting it once per run would make the interval too narrow. The interval holds for these trained
+    models. It does not cover the variance between training seeds.
 
     Raises:
-        ValueError: no pairs, or a pair that `compare` would refuse (the message counts pairs from 1).
+        ValueError: no pairs, or a pair that is invalid for `compare_paired`. The message counts pairs from 1.
     """
     if not pairs:
-        raise ValueError("no runs to pool: expected at least one pair (items before, items after)")
+        raise ValueError("no runs to pool. Expected at least one pair of results (before, after).")
     for number, (before, after) in enumerate(pairs, start=1):
         try:
-            _check_same_questions(_questions_by_id(before, "before"), _questions_by_id(after, "after"))
+            _align(before, after)
         except ValueError as error:
             raise ValueError(f"run {number} of {len(pairs)}: {error}") from error
-    return compare_paired(_merged([before for before, _ in pairs]), _merged([after for _, after in pairs]))
+    return compare_paired(*(_pool(side) for side in zip(*pairs, strict=True)))
 
 
-def _merged(runs: Sequence[Sequence[QuestionResult]]) -> list[QuestionResult]:
-    samples: dict[str, tuple[GradedSample, ...]] = {}
-    for item in itertools.chain.from_iterable(runs):
-        samples[item.question_id] = samples.get(item.question_id, ()) + item.samples
-    return [QuestionResult(question_id, found) for question_id, found in samples.items()]
+def _pool(runs: Iterable[Sequence[QuestionResult]]) -> list[QuestionResult]:
+    samples_by_id: defaultdict[str, Samples] = defaultdict(tuple)
+    for result in itertools.chain.from_iterable(runs):
+        samples_by_id[result.question_id] += result.samples
+    return list(itertools.starmap(QuestionResult, samples_by_id.items()))
 
 
-def _questions_by_id(items: Sequence[QuestionResult], name: str) -> dict[str, _Question]:
-    if not items:
-        raise ValueError(f"{name}: no questions, so there is nothing to score; expected at least one Item")
-    repeated = [question_id for question_id, count in Counter(i.question_id for i in items).items() if count > 1]
-    if repeated:
-        raise ValueError(
-            f"{name}: {len(repeated)} question ids appear more than once, for example {repeated[0]!r}; "
-            "put all samples of a question into one Item"
-        )
-    unanswered = [item.question_id for item in items if not item.samples]
-    if unanswered:
-        raise ValueError(
-            f"{name}: {len(unanswered)} questions have no samples, for example {unanswered[0]!r}; "
-            "leaving them out would flatter the score, so generate their answers first"
-        )
-    return {item.question_id: _mean_over_samples(item.samples) for item in items}
+def _samples_by_id(results: Sequence[QuestionResult], side: str) -> dict[str, Samples]:
+    """Returns question id -> samples. Raises `ValueError` if the results cannot be scored."""
+    if not results:
+        raise ValueError(f"{side}: no questions, so there is nothing to score.")
+    samples_by_id: dict[str, Samples] = {}
+    for result in results:
+        question = f"{side}: question {result.question_id!r}"
+        if result.question_id in samples_by_id:
+            raise ValueError(f"{question} appears twice. Put all its samples into one `QuestionResult`.")
+        if not result.samples:
+            raise ValueError(f"{question} has no samples. Leaving it out would flatter the score, so generate them.")
+        samples_by_id[result.question_id] = result.samples
+    return samples_by_id
 
 
-def _mean_over_samples(samples: Sequence[GradedSample]) -> _Question:
-    return _Question(
-        accuracy=float(np.mean([sample.correct for sample in samples])),
-        tokens=float(np.mean([sample.tokens for sample in samples])),
-        truncated=float(np.mean([sample.truncated for sample in samples])),
-        num_samples=len(samples),
-    )
+def _align(before: Sequence[QuestionResult], after: Sequence[QuestionResult]) -> tuple[list[Samples], list[Samples]]:
+    """Returns the samples of both sides, question by question. Raises `ValueError` if the questions differ."""
+    old, new = _samples_by_id(before, "before"), _samples_by_id(after, "after")
+    for side, ids, other_ids in (("before", old, new), ("after", new, old)):
+        if missing := [question_id for question_id in ids if question_id not in other_ids]:
+            problem = f"{len(missing)} of {len(ids)} questions are only in `{side}`, for example {missing[0]!r}"
+            raise ValueError(f"{problem}. A paired comparison needs the same questions on both sides.")
+    return list(old.values()), [new[question_id] for question_id in old]
 
 
-def _check_same_questions(old: Mapping[str, _Question], new: Mapping[str, _Question]) -> None:
-    problems = [
-        f"{len(missing)} of {len(whole)} questions are only in `{name}`, for example {missing[0]!r}"
-        for name, whole, other in (("before", old, new), ("after", new, old))
-        if (missing := [key for key in whole if key not in other])
-    ]
-    if problems:
-        raise ValueError("; ".join(problems) + "; a paired comparison needs the same questions on both sides")
+def _means_over_samples(questions: Iterable[Samples]) -> Floats:
+    """Returns the means of `correct`, `tokens` and `truncated` over the samples of each question, [3, Q]."""
+    values = ([(sample.correct, sample.tokens, sample.truncated) for sample in samples] for samples in questions)
+    return np.stack([np.mean(values_n3, axis=0) for values_n3 in values], axis=1)
+
+
+def _resampling(values_Q: Floats) -> dict[str, Any]:
+    batch = max(1, _MAX_BATCH_VALUES // len(values_Q))
+    return {"n_resamples": _NUM_RESAMPLES, "batch": batch, "rng": np.random.default_rng(_SEED)}
 
 
 def _bootstrap_mean(values_Q: Floats) -> Interval:
-    """The 95 % percentile bootstrap interval of the mean of two or more values; equal values have one of no width."""
+    """Returns the 95 % percentile bootstrap interval of the mean of two or more values."""
     if np.ptp(values_Q) == 0:
         return float(values_Q[0]), float(values_Q[0])
-    result = stats.bootstrap(
-        (values_Q,),
-        np.mean,
-        method="percentile",
-        n_resamples=_RESAMPLES,
-        batch=max(1, _BATCH_CELLS // len(values_Q)),
-        rng=np.random.default_rng(_SEED),
-    )
-    low, high = result.confidence_interval
+    low, high = stats.bootstrap((values_Q,), np.mean, method="percentile", **_resampling(values_Q)).confidence_interval
     return round(float(low), 12) + 0.0, round(float(high), 12) + 0.0  # thirds that cancel must give 0, not 1e-18 or -0
 
 
 def _sign_flip_p_value(differences_Q: Floats) -> float:
-    """Two-sided p-value of the mean difference under random signs; ties have no sign to flip and are left out."""
+    """Returns the two-sided p-value of the mean difference under random signs. Ties have no sign and are left out."""
     signed = differences_Q[differences_Q != 0]
     if len(signed) < 2:
         return 1.0  # a single sign is as likely as its opposite
-    result = stats.permutation_test(
-        (signed,),
-        np.sum,
-        permutation_type="samples",
-        n_resamples=_RESAMPLES,
-        batch=max(1, _BATCH_CELLS // len(signed)),
-        rng=np.random.default_rng(_SEED),
-    )
+    result = stats.permutation_test((signed,), np.sum, permutation_type="samples", **_resampling(signed))
     return float(min(result.pvalue, 1.0))
-
-
-Scores = dict[str, dict[str, BenchmarkScore]]

@@ -8,7 +8,7 @@ from typing import Any
 import jax
 
 from thinkpo_jax.data.chat_tokenizer import ChatTokenizer
-from thinkpo_jax.evaluation.benchmarks import Asked, load_questions
+from thinkpo_jax.evaluation.benchmarks import QuestionsByBenchmark, load_questions
 from thinkpo_jax.evaluation.evaluate_model import evaluate_model, read_answers
 from thinkpo_jax.evaluation.evaluation_config import EvaluationConfig
 from thinkpo_jax.evaluation.report import terminal_summary, write_report
@@ -23,7 +23,7 @@ from thinkpo_jax.runtime.files import read_json_record, software_versions
 from thinkpo_jax.runtime.processes import is_primary_process
 
 
-def load_all_questions(config: EvaluationConfig | None, tokenizer: ChatTokenizer, *, seed: int) -> Asked:
+def load_all_questions(config: EvaluationConfig | None, tokenizer: ChatTokenizer, *, seed: int) -> QuestionsByBenchmark:
     """Returns the questions of every benchmark by its name. Each question is rendered once as a check.
 
     Raises:
@@ -36,7 +36,7 @@ def load_all_questions(config: EvaluationConfig | None, tokenizer: ChatTokenizer
     return questions
 
 
-def evaluate_run(run: ResolvedRun, questions: Asked) -> None:
+def evaluate_run(run: ResolvedRun, questions: QuestionsByBenchmark) -> None:
     """Evaluates the start model and the finished stages, writes the report and prints its tables."""
     config, folder = run.config, run.folder
     results: dict[str, dict[str, list[QuestionResult]]] = {}

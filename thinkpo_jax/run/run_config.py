@@ -40,9 +40,6 @@ class RunConfig(ConfigSection):
             if stage.init_from is not None and stage.init_from not in known:
                 raise ValueError(f"stage {stage.name}: init_from {stage.init_from!r} is not an earlier model: {known}")
             known.append(stage.name)
-        benchmarks = [benchmark.name for benchmark in (self.evaluation.benchmarks if self.evaluation else ())]
-        if len(set(benchmarks)) < len(benchmarks):
-            raise ValueError(f"evaluation.benchmarks: a benchmark is named twice: {benchmarks}")
         for name in {name for pair in (self.evaluation.compare if self.evaluation else ()) for name in pair}:
             if name not in known:
                 raise ValueError(
