@@ -1,12 +1,13 @@
-"""What is in a batch, and in which row? Whole examples are packed into rows of a fixed length.
+"""Builds the batches of a stage from rows of packed examples.
 
-The order is a pure function of the seed and the epoch: a run that stopped goes on at any update without replaying what
-came before, and neither the number of devices nor of micro-batches changes which examples an update sees.
+The order of the examples depends only on the seed and the epoch. So a resumed run can start at any update without
+replaying earlier ones. The number of devices or micro-batches does not change which examples an update reads.
 """
 
 import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Generic, NamedTuple, TypeVar
 
 import grain
@@ -20,17 +21,18 @@ from thinkpo_jax.runtime.config import ConfigSection, UserError
 from thinkpo_jax.runtime.context_parallel import MAX_CONTEXT_PARALLELISM
 
 ArrayT = TypeVar("ArrayT")
-FIRST_REGION_TOKENS, NUM_REGIONS = 128, 3  # see `Batch.regions`
-NO_LIMIT = 2**31 - 1
+Rows = Sequence[Sequence[int]]  # the example indices of each row
+FIRST_REGION_TOKENS, NUM_REGIONS = 128, 3  # see `Batch.target_regions`
 
 
 class BatchConfig(ConfigSection):
-    """What one update reads.
+    """How many examples or packed rows an update reads. Give either `size` or `rows`.
 
-    `size` is the number of examples (SFT answers, ThinkPO pairs) per update, on average: an epoch has round(n / size)
-    updates (never more than there are rows), over which its rows are spread evenly. Or `rows` is the number of packed
-    rows per update, at most: a multiple of the devices leaves none of them idle. `rows_per_device` bounds how many rows
-    a device computes at a time (null: all of them); the rest follow as further micro-batches of the same update.
+    - `size`: examples (SFT answers or ThinkPO pairs) per update, on average. An epoch of n examples has round(n / size)
+      updates, but at most one per row. Its rows are spread evenly over them.
+    - `rows`: the maximum rows per update. A multiple of the number of devices keeps all devices busy.
+    - `rows_per_device`: the maximum rows that a device computes at a time (null: all). The others become further
+      micro-batches of the same update.
     """
 
     size: int | None = pydantic.Field(default=None, ge=1)
@@ -40,55 +42,59 @@ class BatchConfig(ConfigSection):
     rows_per_device: int | None = pydantic.Field(default=None, ge=1)
 
     @pydantic.model_validator(mode="after")
-    def _one_size(self) -> "BatchConfig":
+    def _check_size_or_rows(self) -> "BatchConfig":
         if (self.size is None) == (self.rows is None):
             raise ValueError("give either `size` (examples per update) or `rows` (packed rows per update)")
         return self
 
 
 class Batch(NamedTuple, Generic[ArrayT]):
-    """Rows of one update. Leading axes [micro-batch M, row R]; T is the row length, P examples per row.
+    """The rows of one update, as M micro-batches of R rows.
 
-    Segment ids count from 1 along a row, 0 is padding; a pair's chosen and rejected are neighbours. The tokens that are
-    trained, and only they, have one of A slots, in their order: `trained` is the place in the row that predicts it (in
-    an unused slot T + the slot, so that places ascend), `targets` is the token. `regions` say where it lies in its
-    answer: 0: nowhere, the slot is unused; 1: in its first `HEAD` tokens; 2: in the others up to the length of the
-    example's shortest answer; 3: in what only a longer answer has.
+    A row has T tokens, A target slots and P examples with S answers each. The segments of an example are neighbors.
+    Each answer token is a target and has one slot, in the order of the row. Loss positions ascend, because unused slot
+    i has position T + i. The regions of a target are:
+
+    - 0: the slot is unused.
+    - 1: the target is among the first `FIRST_REGION_TOKENS` tokens of its answer.
+    - 2: the target is a later token.
+    - 3: the target is beyond the length of the example's shortest answer. This takes precedence over 1 and 2.
     """
 
-    token_ids: ArrayT  # [M, R, T] int32
-    positions: ArrayT  # [M, R, T] int32, within the segment
-    segment_ids: ArrayT  # [M, R, T] int32
-    loss_positions: ArrayT  # [M, R, A] int32
-    target_ids: ArrayT  # [M, R, A] int32
-    target_regions: ArrayT  # [M, R, A] int32
-    example_ids: ArrayT  # [M, R, P] int32: which example; -1: none
-    reference_log_probs: (
-        ArrayT  # [M, R, P, S, 3] float32: the reference's log-prob of each region of each answer of the example
-    )
-
-
-def micro_batch_shape(rows: int, config: BatchConfig, num_shards: int) -> tuple[int, int]:
-    """The number of micro-batches that an update of so many rows takes, and the rows of each, over all shards."""
-    at_once = min(rows, (config.rows_per_device or rows) * num_shards)
-    at_once = math.ceil(at_once / num_shards) * num_shards
-    return math.ceil(rows / at_once), at_once
-
-
-class BatchWork(NamedTuple):
-    """What a batch asks for: tokens, pairs of a query and a key that it sees, tokens that reach the head."""
-
-    tokens: int
-    attention_pairs: int
-    loss_tokens: int
+    token_ids: ArrayT  # int32 [M, R, T].
+    positions: ArrayT  # int32 [M, R, T]. They restart at 0 in each segment.
+    segment_ids: ArrayT  # int32 [M, R, T]. They count from 1 in each row. Padding has 0.
+    loss_positions: ArrayT  # int32 [M, R, A]. Index of the hidden state that predicts the target.
+    target_ids: ArrayT  # int32 [M, R, A].
+    target_regions: ArrayT  # int32 [M, R, A].
+    example_ids: ArrayT  # int32 [M, R, P]. Unused entries have -1.
+    reference_log_probs: ArrayT  # float32 [M, R, P, S, NUM_REGIONS]. Summed over the tokens of a region.
 
 
 HostBatch = Batch[np.ndarray]
 DeviceBatch = Batch[jax.Array]
 
 
+class BatchWork(NamedTuple):
+    """The amounts that the FLOPs of a batch depend on."""
+
+    tokens: int
+    attention_pairs: int  # Pairs of a query and a key that it attends to.
+    loss_tokens: int  # Answer tokens. No other token reaches the LM head.
+
+
+def micro_batch_shape(rows: int, config: BatchConfig, num_shards: int) -> tuple[int, int]:
+    """Returns how many micro-batches an update of `rows` rows has, and how many rows each has over all shards."""
+    rows_at_once = min(rows, (config.rows_per_device or rows) * num_shards)
+    rows_at_once = math.ceil(rows_at_once / num_shards) * num_shards
+    return math.ceil(rows / rows_at_once), rows_at_once
+
+
 class BatchPlan:
-    """The updates of a stage, by index. `reference` [n, S, 3], where given, is read into the batches."""
+    """Plans the updates of a stage and builds the batch of any of them.
+
+    Batches contain `reference_log_probs` [examples, S, NUM_REGIONS], which are zero until the caller assigns them.
+    """
 
     def __init__(
         self,
@@ -102,56 +108,58 @@ class BatchPlan:
         held_out: Sequence[int] | np.ndarray = (),
         local_shards: Sequence[int] | None = None,
     ) -> None:
-        """`steps` updates, or those of `epochs` epochs where `steps` is None. Rows are padded to `shards` parts.
+        """Plans `num_updates` updates, or those of `epochs` epochs if it is None.
 
-        The examples whose indices are `held_out` are in no update. Of several processes each reads the examples of its
-        `own` parts alone (default: all); in its batches the tokens of other rows are missing.
+        No update reads the examples with indices `held_out`. The rows of a micro-batch are padded to a multiple of
+        `num_shards`. A process reads only the examples of its `local_shards` (None: all). The tokens of other rows
+        are missing in its batches.
+
+        Raises:
+            UserError: an example is longer than a row.
         """
-        self.examples = examples
-        self.config = config
+        self.examples, self.config = examples, config
         self.answers_per_example = len(examples[0])
-        found = np.array([_example_sizes(example) for example in examples])  # each is read once
-        self.sizes, self.attention_pairs = found[:, :3], found[:, 3]  # [n, 3]: tokens, examples, trained tokens
-        if self.sizes[:, 0].max() > config.row_length:
+        measured = np.array([_measure(example) for example in examples])  # this reads each example only once
+        self.sizes, self.attention_pairs = measured[:, :3], measured[:, 3]
+        if (longest := self.sizes[:, 0].max()) > config.row_length:
             raise UserError(
-                f"an example has {self.sizes[:, 0].max()} tokens, more than row_length {config.row_length}."
+                f"batch.row_length is {config.row_length}, but the longest example has {longest} tokens. "
+                f"Set row_length to at least {longest}, or use `over_length: drop` to leave such examples out."
             )
         self.held_out = np.asarray(held_out, np.int64)
         self.train_indices = np.setdiff1d(np.arange(len(examples)), self.held_out)
-        # The number of rows is the same in every epoch: it depends on the sorted lengths alone.
-        self.updates_per_epoch = self._updates(len(self._rows(self.train_indices)))
+        # Every epoch has the same number of rows, because it depends only on the sorted lengths.
+        num_rows = len(self._pack(self.train_indices))
+        if config.size is not None:
+            self.updates_per_epoch = min(max(1, round(len(self.train_indices) / config.size)), num_rows)
+        else:
+            assert config.rows is not None
+            self.updates_per_epoch = math.ceil(num_rows / config.rows)
         self.num_updates = num_updates if num_updates is not None else max(1, round(self.updates_per_epoch * epochs))
-        count = max(1, math.ceil(self.num_updates / self.updates_per_epoch))
-        self.epochs = [self._epoch(np.random.default_rng((seed, epoch))) for epoch in range(count)]
-        planned = [self.sizes[row].sum(axis=0) for epoch in self.epochs for update in epoch for row in update]
-        _, self.examples_per_row, trained = np.maximum(np.max(planned, axis=0), self.sizes.max(axis=0)).tolist()
-        self.loss_tokens_per_row = min(
-            -(-trained // MAX_CONTEXT_PARALLELISM) * MAX_CONTEXT_PARALLELISM, config.row_length
-        )
-        rows = max(len(update) for epoch in self.epochs for update in epoch)
-        self.num_micro_batches, self.rows = micro_batch_shape(rows, config, num_shards)
-        part = np.arange(self.num_micro_batches * self.rows) % self.rows // (self.rows // num_shards)
-        self._is_local_row = np.isin(
-            part, range(num_shards) if local_shards is None else local_shards
-        )  # of the rows of all micro-batches
+        num_epochs = max(1, math.ceil(self.num_updates / self.updates_per_epoch))
+        rngs = [np.random.default_rng((seed, epoch)) for epoch in range(num_epochs)]
+        self._updates = [rows for rng in rngs for rows in self._plan_epoch(rng)]
+        row_sizes = [self.sizes[row].sum(axis=0) for rows in self._updates for row in rows]
+        # A held-out example must fit too, because `batches_of` uses the same shapes.
+        row_limits = np.max([*row_sizes, self.sizes.max(axis=0)], axis=0).tolist()
+        self.examples_per_row = row_limits[1]
+        slots = math.ceil(row_limits[2] / MAX_CONTEXT_PARALLELISM) * MAX_CONTEXT_PARALLELISM
+        self.loss_tokens_per_row = min(slots, config.row_length)
+        self.num_micro_batches, self.rows = micro_batch_shape(max(map(len, self._updates)), config, num_shards)
+        shard_of_row = np.arange(self.rows) // (self.rows // num_shards)
+        is_local = np.isin(shard_of_row, range(num_shards) if local_shards is None else local_shards)
+        self._is_local_row = np.tile(is_local, self.num_micro_batches)
         self.reference_log_probs = np.zeros((len(examples), self.answers_per_example, NUM_REGIONS), np.float32)
 
-    def _updates(self, rows: int) -> int:
-        """How many updates an epoch of so many rows has."""
-        if self.config.size is None:
-            assert self.config.rows is not None
-            return math.ceil(rows / self.config.rows)
-        return min(max(1, round(len(self.train_indices) / self.config.size)), rows)
-
-    def _rows(self, order: np.ndarray, limits: tuple[int, int] = (NO_LIMIT, NO_LIMIT)) -> list[list[int]]:
-        """Rows for the examples of `order`; `limits`: the most examples and the most trained tokens of a row."""
+    def _pack(self, order: np.ndarray, limits: tuple[int, ...] = ()) -> list[list[int]]:
+        """Returns rows with the examples of `order`. `limits` may bound the examples and answer tokens of a row."""
         if not self.config.pack:
             return [[index] for index in order.tolist()]
-        return pack_best_fit(self.sizes, (self.config.row_length, *limits), order)
+        return pack_best_fit(self.sizes[:, : 1 + len(limits)], (self.config.row_length, *limits), order)
 
-    def _epoch(self, rng: np.random.Generator) -> list[list[list[int]]]:
-        """The rows of each update of one epoch; the rows are spread evenly over the updates."""
-        rows = self._rows(rng.permutation(self.train_indices))
+    def _plan_epoch(self, rng: np.random.Generator) -> list[Rows]:
+        """Returns the rows of each update of one epoch."""
+        rows = self._pack(rng.permutation(self.train_indices))
         if self.config.pack:
             rows = [rows[i] for i in rng.permutation(len(rows))]
         bounds = np.linspace(0, len(rows), self.updates_per_epoch + 1).round().astype(int)
@@ -163,100 +171,88 @@ class BatchPlan:
     def __getitem__(self, index: int) -> HostBatch:
         if not 0 <= index < self.num_updates:
             raise IndexError(index)
-        epoch, update = divmod(index, self.updates_per_epoch)
-        return self._fill(self.epochs[epoch][update])
+        return self._build_batch(self._updates[index])
 
     def prefetch_from(self, start: int) -> Iterator[HostBatch]:
-        """The updates from `start` on; the next ones are filled in the background while a device computes."""
+        """Iterates over the batches from update `start`. A thread builds the next ones while the devices compute."""
         options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=2)
         return iter(grain.MapDataset.source(self)[start:].to_iter_dataset(options))
 
     def batches_of(self, indices: Sequence[int] | np.ndarray) -> "LazyBatches":
-        """Batches of these examples, each once, in the shape of the updates, so that one program serves both."""
-        rows = self._rows(np.asarray(indices, np.int64), (self.examples_per_row, self.loss_tokens_per_row))
-        at_once = self.num_micro_batches * self.rows
-        return LazyBatches(self._fill, [rows[start : start + at_once] for start in range(0, len(rows), at_once)])
+        """Returns batches with each of these examples once. They have the shapes of updates, so programs are shared."""
+        rows = self._pack(np.asarray(indices, np.int64), (self.examples_per_row, self.loss_tokens_per_row))
+        size = self.num_micro_batches * self.rows
+        return LazyBatches(self._build_batch, [rows[start : start + size] for start in range(0, len(rows), size)])
 
     def count_work(self, batch: HostBatch) -> BatchWork:
-        """The work of a batch. A query at position p of its segment sees p + 1 keys."""
-        read = batch.example_ids[batch.example_ids >= 0]
-        tokens, _, trained = self.sizes[read].sum(axis=0).tolist()
-        return BatchWork(tokens, int(self.attention_pairs[read].sum()), trained)
+        """Counts the work of a batch over all shards. A query at position p of its segment attends to p + 1 keys."""
+        indices = batch.example_ids[batch.example_ids >= 0]
+        tokens, _, loss_tokens = self.sizes[indices].sum(axis=0).tolist()
+        return BatchWork(tokens, int(self.attention_pairs[indices].sum()), loss_tokens)
 
     def tokens_per_update(self) -> int:
-        """Places for tokens in an update, padding included."""
+        """Returns the number of token slots of an update, padding included."""
         return self.num_micro_batches * self.rows * self.config.row_length
 
     def packing_efficiency(self) -> float:
-        """Share of the first epoch's token slots that hold a token."""
-        return float(self.sizes[self.train_indices, 0].sum() / (len(self.epochs[0]) * self.tokens_per_update()))
+        """Returns the fraction of the first epoch's token slots that hold a token."""
+        return float(self.sizes[self.train_indices, 0].sum() / (self.updates_per_epoch * self.tokens_per_update()))
 
     def describe(self) -> str:
-        """How the examples are laid out, in words."""
+        """Describes the updates and their shape in one line."""
         per_update = len(self.train_indices) / self.updates_per_epoch
-        apart = f"; {len(self.held_out)} examples held out" if len(self.held_out) else ""
-        return (
-            f"{len(self)} updates of {per_update:.4g} examples on average; {self.num_micro_batches} micro-batch(es) of "
-            f"{self.rows} rows x {self.config.row_length} tokens, {self.packing_efficiency():.1%} of them useful{apart}"
-        )
+        rows = f"{self.num_micro_batches} micro-batch(es) of {self.rows} rows x {self.config.row_length} tokens"
+        efficiency = f"packing efficiency {self.packing_efficiency():.1%}"
+        held_out = f", {len(self.held_out)} examples held out" if len(self.held_out) else ""
+        return f"{len(self)} updates of {per_update:.4g} examples on average, {rows}, {efficiency}{held_out}"
 
-    def _fill(self, update: Sequence[Sequence[int]]) -> HostBatch:
-        rows, length, slots = self.num_micro_batches * self.rows, self.config.row_length, self.loss_tokens_per_row
-        batch = Batch(
-            token_ids=np.zeros((rows, length), np.int32),
-            positions=np.zeros((rows, length), np.int32),
-            segment_ids=np.zeros((rows, length), np.int32),
-            loss_positions=np.tile(np.arange(length, length + slots, dtype=np.int32), (rows, 1)),
-            target_ids=np.zeros((rows, slots), np.int32),
-            target_regions=np.zeros((rows, slots), np.int32),
-            example_ids=np.full((rows, self.examples_per_row), -1, np.int32),
-            reference_log_probs=np.zeros(
-                (rows, self.examples_per_row, self.answers_per_example, NUM_REGIONS), np.float32
-            ),
-        )
-        for row, indices in enumerate(update):
-            batch.example_ids[row, : len(indices)] = indices
-            batch.reference_log_probs[row, : len(indices)] = self.reference_log_probs[indices]
+    def _build_batch(self, rows: Rows) -> HostBatch:
+        R, T, A = self.num_micro_batches * self.rows, self.config.row_length, self.loss_tokens_per_row
+        token_ids, positions, segment_ids = np.zeros((3, R, T), np.int32)
+        loss_positions = np.tile(np.arange(T, T + A, dtype=np.int32), (R, 1))
+        target_ids, target_regions = np.zeros((2, R, A), np.int32)
+        example_ids = np.full((R, self.examples_per_row), -1, np.int32)
+        log_probs = np.zeros((R, self.examples_per_row, self.answers_per_example, NUM_REGIONS), np.float32)
+        for row, indices in enumerate(rows):
+            example_ids[row, : len(indices)] = indices
+            log_probs[row, : len(indices)] = self.reference_log_probs[indices]
             if not self._is_local_row[row]:
                 continue
-            examples = [self.examples[index] for index in indices]
-            placed = [(segment, _shortest_answer(example)) for example in examples for segment in example]
-            start = slot = 0
-            for number, (segment, shortest) in enumerate(placed, 1):
-                end, answer = start + len(segment.token_ids), segment.token_ids[segment.answer_start :]
-                batch.token_ids[row, start:end] = segment.token_ids
-                batch.positions[row, start:end] = np.arange(end - start)
-                batch.segment_ids[row, start:end] = number
-                batch.loss_positions[row, slot : slot + len(answer)] = np.arange(end - len(answer) - 1, end - 1)
-                batch.target_ids[row, slot : slot + len(answer)] = answer
-                regions = batch.target_regions[row, slot : slot + len(answer)]
-                regions[:] = 3
-                regions[:shortest] = 2
-                regions[: min(FIRST_REGION_TOKENS, shortest)] = 1
-                start, slot = end, slot + len(answer)
-        return Batch(*(array.reshape(self.num_micro_batches, self.rows, *array.shape[1:]) for array in batch))
+            start = slot = segment_id = 0
+            for example in (self.examples[index] for index in indices):
+                shortest = min(len(segment.answer_ids) for segment in example)
+                for segment in example:
+                    segment_id += 1
+                    end, offsets = start + len(segment.token_ids), np.arange(len(segment.answer_ids))
+                    slots = slice(slot, slot + len(offsets))
+                    token_ids[row, start:end] = segment.token_ids
+                    positions[row, start:end] = np.arange(end - start)
+                    segment_ids[row, start:end] = segment_id
+                    loss_positions[row, slots] = start + segment.answer_start - 1 + offsets
+                    target_ids[row, slots] = segment.answer_ids
+                    is_late, is_beyond_shortest = offsets >= min(FIRST_REGION_TOKENS, shortest), offsets >= shortest
+                    target_regions[row, slots] = 1 + is_late + is_beyond_shortest
+                    start, slot = end, slots.stop
+        arrays = (token_ids, positions, segment_ids, loss_positions, target_ids, target_regions, example_ids, log_probs)
+        return Batch(*(array.reshape(self.num_micro_batches, self.rows, *array.shape[1:]) for array in arrays))
 
 
+@dataclass(frozen=True)
 class LazyBatches:
-    """Some batches, each filled when its turn comes; can be gone through again."""
+    """Batches that are built while they are iterated over. Each iteration builds them again."""
 
-    def __init__(self, fill: Callable[[Sequence[Sequence[int]]], HostBatch], updates: list[list[list[int]]]) -> None:
-        self._fill, self._updates = fill, updates
+    build_batch: Callable[[Rows], HostBatch]
+    rows_by_batch: Sequence[Rows]
 
     def __len__(self) -> int:
-        return len(self._updates)
+        return len(self.rows_by_batch)
 
     def __iter__(self) -> Iterator[HostBatch]:
-        return map(self._fill, self._updates)
+        return map(self.build_batch, self.rows_by_batch)
 
 
-def _example_sizes(example: Example) -> tuple[int, int, int, int]:
-    """What an example takes of a row: tokens, one example, trained tokens; then the pairs of a query and a key."""
-    answers = [len(segment.token_ids) - segment.answer_start for segment in example]
+def _measure(example: Example) -> tuple[int, int, int, int]:
+    """Returns what an example takes of a row (tokens, examples, answer tokens), and its attention pairs."""
     lengths = [len(segment.token_ids) for segment in example]
-    return sum(lengths), 1, sum(answers), sum(length * (length + 1) // 2 for length in lengths)
-
-
-def _shortest_answer(example: Example) -> int:
-    """Tokens of the shortest answer of an example."""
-    return min(len(segment.token_ids) - segment.answer_start for segment in example)
+    attention_pairs = sum(length * (length + 1) // 2 for length in lengths)
+    return sum(lengths), 1, sum(len(segment.answer_ids) for segment in example), attention_pairs

@@ -1,9 +1,9 @@
-"""Token ids of examples and what became of each record."""
+"""Holds tokenized examples and reports what happened to the records of their sources."""
 
 import functools
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import overload
 
 import numpy as np
@@ -13,32 +13,32 @@ from thinkpo_jax.runtime.config import UserError
 
 @dataclass(frozen=True)
 class Segment:
-    """Token ids of a prompt and its answer; the answer, which alone is trained, starts at `answer_start`."""
+    """A prompt followed by its answer. Only the answer enters the loss."""
 
     token_ids: np.ndarray
     answer_start: int
 
+    @property
+    def answer_ids(self) -> np.ndarray:
+        """The token ids of the answer."""
+        return self.token_ids[self.answer_start :]
 
-Example = tuple[Segment, ...]
+
+Example = tuple[Segment, ...]  # one segment for SFT, (chosen, rejected) for a preference pair
 
 
-@dataclass(frozen=True)
+@dataclass
 class SourceReport:
-    """What became of the rows of a source: `rows` = `kept` + the sum of `dropped`, which counts by reason.
-
-    `bad` holds, for each reason of `dropped` that is a fault of the row, the message of the first one, and `fatal`
-    those for which the config says that the run stops. `cut` answers were cut to fit. `open_thinking` counts kept rows
-    whose (chosen) answer, as it is trained, begins to think and does not end that.
-    """
+    """Counts what happened to the records of a source. `rows` equals `num_used` plus the sum of `dropped`."""
 
     name: str
-    rows: int
-    num_used: int
-    dropped: dict[str, int]
-    first_error_by_reason: dict[str, str]
-    stopping_error_by_reason: dict[str, str]
-    num_truncated: int
-    num_unclosed_thoughts: int
+    rows: int = 0
+    num_used: int = 0
+    dropped: dict[str, int] = field(default_factory=dict)  # Number of records by reason.
+    first_error_by_reason: dict[str, str] = field(default_factory=dict)  # First message, except for long records.
+    stopping_error_by_reason: dict[str, str] = field(default_factory=dict)  # First message, if the config says `raise`.
+    num_truncated: int = 0  # Answers that were cut to fit a row.
+    num_unclosed_thoughts: int = 0  # Used records whose first answer, as trained, opens a thought and never closes it.
 
     def __str__(self) -> str:
         left_out = "".join(f"; {count} left out: {reason}" for reason, count in self.dropped.items())
@@ -48,38 +48,48 @@ class SourceReport:
 
 @dataclass(frozen=True)
 class TokenizedSource:
-    """The examples of one source: all ids in a row, and where the segments lie in them."""
+    """The examples of one source. All segments share one array of token ids."""
 
-    tokens: np.ndarray  # int32 [total], perhaps on the disk
-    segments: np.ndarray  # int64 [examples, segments, 3]: start, start of the answer, end
+    tokens: np.ndarray  # int32 [total], may be memory-mapped.
+    segments: np.ndarray  # int64 [examples, segments, 3]: start, start of the answer and end in `tokens`.
     report: SourceReport
 
     def __getitem__(self, index: int) -> Example:
-        return tuple(
-            Segment(self.tokens[start:end], answer - start) for start, answer, end in self.segments[index].tolist()
-        )
+        bounds = self.segments[index].tolist()
+        return tuple(Segment(self.tokens[start:end], answer - start) for start, answer, end in bounds)
 
     @functools.cached_property
     def digest(self) -> str:
-        """A digest of all ids and of where answers begin."""
-        found = hashlib.sha256(self.segments.tobytes())
-        found.update(self.tokens.data)
-        return found.hexdigest()[:16]
+        """A digest of all token ids and segment bounds."""
+        digest = hashlib.sha256(self.segments.tobytes())
+        digest.update(self.tokens.data)
+        return digest.hexdigest()[:16]
 
 
 class TokenizedDataset(Sequence[Example]):
-    """The examples of a stage: those of each source in their order, each as often as the source's weight says."""
+    """The examples that a stage reads in one epoch, source by source and in the order of their records.
 
-    def __init__(self, parts: Sequence[TokenizedSource], weights: Sequence[float], *, seed: int) -> None:
-        self.parts, self.weights = tuple(parts), tuple(weights)
-        places: list[np.ndarray] = []
-        for number, (part, weight) in enumerate(zip(parts, weights, strict=True)):
-            rows = _weighted(len(part.segments), weight, seed=(seed, int(part.digest, 16)))
-            if len(part.segments) and not len(rows):
-                few = f"a weight of {weight:g} reads none of its {len(part.segments)} rows"
-                raise UserError(f"{part.report.name}: {few}. Raise it, or leave the source out.")
-            places.append(np.stack([np.full(len(rows), number), rows], axis=-1))
-        self.source_and_index = np.concatenate(places)  # int64 [examples, 2]: part, example of it
+    The weight of a source says how often an epoch reads each of its examples. Its fractional part selects a random
+    subset, which depends on `seed` and on the examples of the source.
+
+    Raises:
+        UserError: a weight selects none of the examples of its source.
+    """
+
+    def __init__(self, sources: Sequence[TokenizedSource], weights: Sequence[float], *, seed: int) -> None:
+        self.sources, self.weights = tuple(sources), tuple(weights)
+        self.reports = tuple(source.report for source in sources)
+        selections: list[np.ndarray] = []
+        for number, (source, weight) in enumerate(zip(sources, weights, strict=True)):
+            count, (repeats, fraction) = len(source.segments), divmod(weight, 1)
+            rng = np.random.default_rng((seed, int(source.digest, 16)))
+            subset = np.sort(rng.choice(count, round(fraction * count), replace=False))
+            indices = np.concatenate([np.tile(np.arange(count), int(repeats)), subset])
+            if count and not len(indices):
+                problem = f"weight {weight:g} selects none of its {count} examples"
+                raise UserError(f"{source.report.name}: {problem}. Increase the weight or remove the source.")
+            selections.append(np.stack([np.full(len(indices), number), indices], axis=-1))
+        self.source_and_index = np.concatenate(selections)  # int64 [examples, 2]: source, example of that source
 
     def __len__(self) -> int:
         return len(self.source_and_index)
@@ -91,42 +101,30 @@ class TokenizedDataset(Sequence[Example]):
     def __getitem__(self, index: int | slice) -> Example | list[Example]:
         if isinstance(index, slice):
             return [self[i] for i in range(*index.indices(len(self)))]
-        part, row = self.source_and_index[index].tolist()
-        return self.parts[part][row]
-
-    @property
-    def reports(self) -> tuple[SourceReport, ...]:
-        """What became of the rows of each source."""
-        return tuple(part.report for part in self.parts)
+        source, example = self.source_and_index[index].tolist()
+        return self.sources[source][example]
 
     def describe_sources(self) -> list[str]:
-        """For each source, what became of its rows and how often an epoch reads them."""
+        """Returns one line per source: what happened to its records, and its weight."""
         return [
-            str(part.report) + (f"; each read {weight:g} times an epoch" if weight != 1 else "")
-            for part, weight in zip(self.parts, self.weights, strict=True)
+            str(report) + (f"; each read {weight:g} times an epoch" if weight != 1 else "")
+            for report, weight in zip(self.reports, self.weights, strict=True)
         ]
 
     def describe_examples(self, indices: Sequence[int]) -> str:
-        """Examples as a person can find them: which of the kept rows of which source."""
-        found: dict[str, list[int]] = {}
-        for part, row in self.source_and_index[sorted(indices)].tolist():
-            found.setdefault(self.parts[part].report.name, []).append(row + 1)
-        return "; ".join(f"{name}: {', '.join(map(str, rows))}" for name, rows in found.items())
+        """Returns where examples come from, such as "a.jsonl: 3, 7". Numbers count the used records from 1."""
+        numbers_by_source: dict[str, list[int]] = {}
+        for source, example in self.source_and_index[sorted(indices)].tolist():
+            numbers_by_source.setdefault(self.sources[source].report.name, []).append(example + 1)
+        return "; ".join(f"{name}: {', '.join(map(str, numbers))}" for name, numbers in numbers_by_source.items())
 
     def digest(self) -> str:
-        """A digest of all ids and answer spans: whether a resumed stage still reads the same data."""
-        parts = " ".join(part.digest for part in self.parts)
-        return hashlib.sha256(parts.encode() + self.source_and_index.tobytes()).hexdigest()[:16]
+        """Returns a digest of all token ids and segment bounds. A resumed stage compares it to detect changed data."""
+        digests = " ".join(source.digest for source in self.sources)
+        return hashlib.sha256(digests.encode() + self.source_and_index.tobytes()).hexdigest()[:16]
 
     def prompt_and_answer_lengths(self) -> np.ndarray:
-        """Tokens of the prompt and of the answer of each segment: int64 [examples, segments, 2]."""
-        found = [np.diff(part.segments, axis=-1) for part in self.parts]
-        starts = np.cumsum([0, *map(len, found)])[:-1]
-        return np.concatenate(found)[starts[self.source_and_index[:, 0]] + self.source_and_index[:, 1]]
-
-
-def _weighted(count: int, weight: float, *, seed: tuple[int, int]) -> np.ndarray:
-    """Indices below `count`: all of them as often as the weight's whole part says, and a draw for the rest of it."""
-    whole, rest = divmod(weight, 1)
-    drawn = np.random.default_rng(seed).choice(count, round(rest * count), replace=False)
-    return np.concatenate([np.tile(np.arange(count), int(whole)), np.sort(drawn)]).astype(np.int64)
+        """Returns the number of prompt tokens and of answer tokens by segment, int64 [examples, segments, 2]."""
+        lengths = [np.diff(source.segments, axis=-1) for source in self.sources]
+        offsets = np.cumsum([0, *map(len, lengths)])[:-1]
+        return np.concatenate(lengths)[offsets[self.source_and_index[:, 0]] + self.source_and_index[:, 1]]

@@ -11,10 +11,10 @@ from thinkpo_jax.runtime.config import ConfigSection, UserError
 
 
 class ValidationConfig(ConfigSection):
-    """Examples that are not trained, for the loss and the metrics on what the model has not seen.
+    """Examples that are held out to compute loss and metrics on unseen data.
 
-    `share` of the examples are held out, all examples of a prompt together; they are computed before the first update,
-    after every `every` updates, and after the last.
+    `share` is the fraction of examples that is held out. Examples with the same prompt are held out together.
+    They are evaluated before the first update, after every `every` updates, and after the last update.
     """
 
     share: float = pydantic.Field(gt=0, le=0.5)
@@ -22,45 +22,49 @@ class ValidationConfig(ConfigSection):
 
 
 def pack_best_fit(sizes: np.ndarray, limits: Sequence[int], order: np.ndarray) -> list[list[int]]:
-    """Rows of example indices: best fit, longest first; among equal lengths the given order decides.
+    """Packs the examples of `order` into rows by best fit, longest first. Returns the example indices of each row.
 
-    Every index of `order` stands in exactly one row. `sizes` [n, k] are what an example takes of each of the k things
-    that a row has `limits` of; the first is its length, which decides the fit. No row exceeds a limit, unless by one
-    example alone.
+    `sizes` [n, k] says how much of k resources each example needs. The first one is its length, which decides the fit.
+    `limits` [k] says how much of each resource a row has. Only a row with a single example may exceed them.
+    Examples of equal length are packed in the order of `order`.
     """
     rows: list[list[int]] = []
-    left: list[np.ndarray] = []  # of each row, what is left of the limits
-    room: list[tuple[int, int]] = []  # (free tokens, row), ascending
+    remaining: list[np.ndarray] = []  # by row: what is left of `limits`
+    free_tokens: list[tuple[int, int]] = []  # (free tokens, row), ascending
     for index in sorted(order.tolist(), key=lambda i: -sizes[i, 0]):
-        place = bisect.bisect_left(room, (int(sizes[index, 0]), -1))
-        while place < len(room) and (left[room[place][1]] < sizes[index]).any():
-            place += 1
-        if place < len(room):
-            row = room.pop(place)[1]
+        for position in range(bisect.bisect_left(free_tokens, (int(sizes[index, 0]), -1)), len(free_tokens)):
+            row = free_tokens[position][1]
+            if (remaining[row] >= sizes[index]).all():
+                del free_tokens[position]
+                break
         else:
             row = len(rows)
             rows.append([])
-            left.append(np.array(limits, np.int64))
+            remaining.append(np.array(limits, np.int64))
         rows[row].append(index)
-        left[row] = left[row] - sizes[index]
-        bisect.insort(room, (int(left[row][0]), row))
+        remaining[row] = remaining[row] - sizes[index]
+        bisect.insort(free_tokens, (int(remaining[row][0]), row))
     return rows
 
 
 def split_held_out(examples: Sequence[Example], fraction: float, *, seed: int) -> np.ndarray:
-    """The indices of about `share` of the examples, drawn by prompt: one prompt is never on both sides.
+    """Returns sorted indices of the validation examples, about `fraction` of all.
 
-    Prompts that would go far beyond the share are passed over; where that leaves none, it is the one with the fewest
-    examples. Raises `UserError` where there is only one prompt.
+    Examples with the same prompt are held out together, so no prompt is in both training and validation.
+    Prompts are drawn at random. A prompt that would overshoot the target by more than half its examples is skipped.
+    If every prompt is skipped, the prompt with the fewest examples is held out.
+
+    Raises:
+        UserError: all examples have the same prompt.
     """
-    groups: dict[bytes, list[int]] = {}
-    for index, example in enumerate(examples):
-        groups.setdefault(example[0].token_ids[: example[0].answer_start].tobytes(), []).append(index)
-    prompts = list(groups.values())
-    if len(prompts) < 2:
-        raise UserError("validation: all examples have the same prompt. Leave `validation` out, or add data.")
-    drawn: list[int] = []
-    for number in np.random.default_rng((seed, len(examples))).permutation(len(prompts)).tolist():
-        if len(drawn) + len(prompts[number]) / 2 <= fraction * len(examples):
-            drawn += prompts[number]
-    return np.sort(np.array(drawn or min(prompts, key=len)))
+    indices_by_prompt: dict[bytes, list[int]] = {}
+    for index, (segment, *_) in enumerate(examples):
+        indices_by_prompt.setdefault(segment.token_ids[: segment.answer_start].tobytes(), []).append(index)
+    groups = list(indices_by_prompt.values())
+    if len(groups) < 2:
+        raise UserError("validation: all examples have the same prompt. Remove `validation`, or add other prompts.")
+    held_out: list[int] = []
+    for number in np.random.default_rng((seed, len(examples))).permutation(len(groups)).tolist():
+        if len(held_out) + len(groups[number]) / 2 <= fraction * len(examples):
+            held_out += groups[number]
+    return np.sort(np.array(held_out or min(groups, key=len)))
