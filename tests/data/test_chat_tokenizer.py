@@ -1,4 +1,4 @@
-"""What is trained is the answer, whole and once, with one end: for every tokenizer and whatever its template does."""
+"""The trained ids are the whole answer and one end token, for every tokenizer and every chat template."""
 
 import datetime
 import json
@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.byte_tokenizer import byte_tokenizer
 from support.paths import DATA
+from support.real_tokenizers import ASSISTANT_HEADER, END_OF_TURN, real_tokenizer, write_r1_tokenizer
 
 from thinkpo_jax.data.chat_tokenizer import ChatTokenizer, Message
 from thinkpo_jax.data.miniature import MiniatureData
@@ -39,66 +40,6 @@ ANSWERS = (
     " 's . , ?",
 )
 
-# The names that DeepSeek-R1-Distill gives to ids of Qwen2.5's vocabulary, and how its template writes a conversation.
-BAR, GAP = "\uff5c", "\u2581"
-R1_TOKENS = {
-    151643: f"<{BAR}end{GAP}of{GAP}sentence{BAR}>",
-    151644: f"<{BAR}User{BAR}>",
-    151645: f"<{BAR}Assistant{BAR}>",
-    151646: f"<{BAR}begin{GAP}of{GAP}sentence{BAR}>",
-    151648: "<think>",
-    151649: "</think>",
-}
-R1_TEMPLATE = (
-    (
-        "{{ bos_token }}{% for m in messages if m.role == 'system' %}{{ m.content }}{% endfor %}"
-        "{% for m in messages if m.role != 'system' %}"
-        "{% if m.role == 'user' %}{{ 'USER' + m.content }}"
-        "{% else %}{{ 'ASSISTANT' + m.content.split('</think>')[-1] + eos_token }}{% endif %}{% endfor %}"
-        "{% if add_generation_prompt %}{{ 'ASSISTANT<think>\\n' }}{% endif %}"
-    )
-    .replace("USER", R1_TOKENS[151644])
-    .replace("ASSISTANT", R1_TOKENS[151645])
-)
-END = {
-    "qwen2_5": "<|im_end|>",
-    "qwen3": "<|im_end|>",
-    "llama3_2": "<|eot_id|>",
-    "r1": R1_TOKENS[151643],
-}
-REAL = tuple(END)
-SPEAKER = {
-    "qwen2_5": "<|im_start|>assistant\n",
-    "qwen3": "<|im_start|>assistant\n",
-    "llama3_2": "<|start_header_id|>assistant<|end_header_id|>\n\n",
-    "r1": R1_TOKENS[151645],
-}
-
-
-def real_tokenizer(name: str) -> Path:
-    folder = DATA / "tokenizers" / name
-    if not folder.is_dir():
-        pytest.skip(f"the real tokenizers are not there ({folder})")
-    return folder
-
-
-def r1_tokenizer(out: Path) -> Path:
-    """Qwen2.5's tokenizer with the names, the special ids and the template of DeepSeek-R1-Distill-Qwen."""
-    source = real_tokenizer("qwen2_5")
-    config = json.loads((source / "tokenizer_config.json").read_text(encoding="utf-8"))
-    whole = json.loads((source / "tokenizer.json").read_text(encoding="utf-8"))
-    for token in whole["added_tokens"]:
-        if token["id"] in R1_TOKENS:
-            token |= {"content": R1_TOKENS[token["id"]], "special": "think" not in R1_TOKENS[token["id"]]}
-    for token_id, content in R1_TOKENS.items():
-        config["added_tokens_decoder"][str(token_id)] |= {"content": content, "special": "think" not in content}
-    del config["additional_special_tokens"]
-    end, begin = R1_TOKENS[151643], R1_TOKENS[151646]
-    config |= {"bos_token": begin, "eos_token": end, "pad_token": end, "chat_template": R1_TEMPLATE}
-    for name, content in (("tokenizer_config.json", config), ("tokenizer.json", whole)):
-        (out / name).write_text(json.dumps(content), encoding="utf-8")
-    return out
-
 
 @pytest.fixture(scope="session")
 def chat_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], ChatTokenizer]:
@@ -106,7 +47,7 @@ def chat_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], ChatTok
 
     def load(name: str) -> ChatTokenizer:
         if name not in loaded:
-            folder = r1_tokenizer(tmp_path_factory.mktemp("r1")) if name == "r1" else real_tokenizer(name)
+            folder = write_r1_tokenizer(tmp_path_factory.mktemp("r1")) if name == "r1" else real_tokenizer(name)
             loaded[name] = ChatTokenizer.from_folder(folder)
         return loaded[name]
 
@@ -114,7 +55,7 @@ def chat_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], ChatTok
 
 
 def example_ids(chat: ChatTokenizer, messages: list[Message], answer: str) -> tuple[list[int], list[int]]:
-    """Ids that are read, and ids that are trained."""
+    """Returns the ids of the prompt, and the ids that are trained."""
     prompt = chat.encode_prompt(messages)
     return prompt.ids, chat.encode_answer(prompt, answer)
 
@@ -123,7 +64,7 @@ def decode(chat: ChatTokenizer, ids: Sequence[int]) -> str:
     return chat.tokenizer.decode(ids, skip_special_tokens=False)
 
 
-@pytest.fixture(params=REAL)
+@pytest.fixture(params=END_OF_TURN)
 def name(request: pytest.FixtureRequest) -> str:
     return request.param
 
@@ -133,45 +74,45 @@ def test_trained_ids_are_the_answer_and_one_end_of_turn(
     name: str, messages: list[Message], chat_of: Callable[[str], ChatTokenizer]
 ):
     chat = chat_of(name)
-    opened = "<think>" if name == "r1" else "\0"  # by the prompt: see the next test
-    for answer in (answer for answer in ANSWERS if not answer.startswith(opened)):
+    open_tag = "<think>" if name == "r1" else "\0"  # the prompt of R1 opens the thought: see the next test
+    for answer in (answer for answer in ANSWERS if not answer.startswith(open_tag)):
         prompt, trained = example_ids(chat, messages, answer)
-        assert prompt == chat.encode_prompt(messages).ids  # in training and in evaluation alike
+        assert prompt == chat.encode_prompt(messages).ids  # the same in training and in evaluation
         assert decode(chat, trained[:-1]) == unicodedata.normalize("NFC", answer)
-        assert decode(chat, trained[-1:]) == END[name]
+        assert decode(chat, trained[-1:]) == END_OF_TURN[name]
         assert trained.count(chat.end_of_turn_id) == 1
         assert not set(trained[:-1]) & set(chat.tokenizer.all_special_ids)
 
 
 @pytest.mark.parametrize(
-    ("answer", "read"),
+    ("answer", "expected"),
     [
         ("<think>\nsix\n</think>\n\n6", "<think>\nsix\n</think>\n\n6"),
         ("<think>\n\nsix", "<think>\n\nsix"),
-        ("<think>six</think>6", "<think>\nsix</think>6"),  # the newline is the prompt's
+        ("<think>six</think>6", "<think>\nsix</think>6"),  # the newline belongs to the prompt
         ("6", "<think>\n6"),
     ],
 )
-def test_thinking_that_the_prompt_opens_is_not_opened_twice(
-    answer: str, read: str, chat_of: Callable[[str], ChatTokenizer]
+def test_a_thought_that_the_prompt_opens_is_not_opened_twice(
+    answer: str, expected: str, chat_of: Callable[[str], ChatTokenizer]
 ):
     chat = chat_of("r1")
     prompt, trained = example_ids(chat, CONVERSATION, answer)
     assert prompt == chat.encode_prompt(CONVERSATION).ids
-    assert decode(chat, prompt + trained).rpartition(SPEAKER["r1"])[2] == read + END["r1"]
-    assert decode(chat, prompt).endswith(SPEAKER["r1"] + "<think>\n")
+    assert decode(chat, prompt + trained).rpartition(ASSISTANT_HEADER["r1"])[2] == expected + END_OF_TURN["r1"]
+    assert decode(chat, prompt).endswith(ASSISTANT_HEADER["r1"] + "<think>\n")
 
 
-def test_no_template_takes_the_thinking_from_a_finished_answer(name: str, chat_of: Callable[[str], ChatTokenizer]):
-    """DeepSeek's template deletes it from a message; the answer never passes through the template."""
+def test_no_template_removes_the_thought_of_a_finished_answer(name: str, chat_of: Callable[[str], ChatTokenizer]):
+    """DeepSeek's template deletes it from a message. The answer never passes through the template."""
     chat, answer = chat_of(name), "<think>\ncarry the one\n</think>\n\n6"
     prompt, trained = example_ids(chat, QUESTION, answer)
-    assert decode(chat, prompt + trained).endswith(SPEAKER[name] + answer + END[name])
+    assert decode(chat, prompt + trained).endswith(ASSISTANT_HEADER[name] + answer + END_OF_TURN[name])
     rendered = chat.tokenizer.apply_chat_template([*QUESTION, {"role": "assistant", "content": answer}], tokenize=False)
-    assert ("carry" in rendered) == (name != "r1")  # what would have become of it
+    assert ("carry" in rendered) == (name != "r1")  # what the template alone would do
 
 
-def test_chosen_and_rejected_share_the_prompt_and_differ_in_what_is_trained(
+def test_chosen_and_rejected_share_the_prompt_and_differ_in_the_trained_ids(
     name: str, tmp_path: Path, chat_of: Callable[[str], ChatTokenizer]
 ):
     chat = chat_of(name)
@@ -181,56 +122,55 @@ def test_chosen_and_rejected_share_the_prompt_and_differ_in_what_is_trained(
     prompt = chat.encode_prompt([{"role": "user", "content": "And 3+3?"}]).ids
     for segment, answer in ((chosen, LONG), (rejected, SHORT)):
         assert segment.token_ids[: segment.answer_start].tolist() == prompt
-        assert decode(chat, segment.token_ids.tolist()).endswith(answer + END[name])
-    assert decode(chat, rejected.token_ids[rejected.answer_start :].tolist()) == SHORT + END[name]
+        assert decode(chat, segment.token_ids.tolist()).endswith(answer + END_OF_TURN[name])
+    assert decode(chat, rejected.token_ids[rejected.answer_start :].tolist()) == SHORT + END_OF_TURN[name]
     assert "think" not in decode(chat, rejected.token_ids[rejected.answer_start :].tolist())
 
 
-# What a rejected answer without thinking looks like.
+# Rejected answers without a thought.
 
-BLOCK = {"qwen2_5": "<think>\n\n</think>\n\n", "qwen3": "<think>\n\n</think>\n\n", "r1": "\n</think>\n\n"}
+EMPTY_THOUGHTS = {"qwen2_5": "<think>\n\n</think>\n\n", "qwen3": "<think>\n\n</think>\n\n", "r1": "\n</think>\n\n"}
 
 
-@pytest.mark.parametrize("name", BLOCK)
-def test_an_empty_thinking_block_is_read_and_not_trained(
+@pytest.mark.parametrize("name", EMPTY_THOUGHTS)
+def test_an_empty_thought_belongs_to_the_prompt_and_is_not_trained(
     name: str, tmp_path: Path, chat_of: Callable[[str], ChatTokenizer]
 ):
     chat = chat_of(name)
-    row = {"prompt": "And 3+3?", "chosen": "<think>\n3+3=6\n</think>\n\n6", "rejected": "It is 6."}
+    record = {"prompt": "And 3+3?", "chosen": "<think>\n3+3=6\n</think>\n\n6", "rejected": "It is 6."}
     path = tmp_path / "pairs.jsonl"
-    path.write_text(json.dumps(row) + "\n" + json.dumps(row | {"rejected": "<think>\n?\n</think>\n\n5"}) + "\n")
-    prompt = chat.encode_prompt([{"role": "user", "content": row["prompt"]}]).ids
-    given, block = (
+    path.write_text(json.dumps(record) + "\n" + json.dumps(record | {"rejected": "<think>\n?\n</think>\n\n5"}) + "\n")
+    prompt = chat.encode_prompt([{"role": "user", "content": record["prompt"]}]).ids
+    as_given, empty_block = (
         tokenize_sources(
             [PreferenceDataConfig(path=str(path), rejected_thinking=policy)], chat, row_length=1000, seed=0
         )
         for policy in ("as_given", "empty_block")
     )
-    for (chosen, rejected), (same_chosen, with_block) in zip(given[:1], block[:1], strict=True):
-        assert chosen.token_ids.tolist() == same_chosen.token_ids.tolist()
-        assert rejected.token_ids[: rejected.answer_start].tolist() == prompt
-        assert (
-            decode(chat, with_block.token_ids[: with_block.answer_start].tolist()) == decode(chat, prompt) + BLOCK[name]
-        )
-        assert with_block.token_ids[: len(prompt)].tolist() == prompt
-        for segment in (rejected, with_block):
-            assert decode(chat, segment.token_ids[segment.answer_start :].tolist()) == f"It is 6.{END[name]}"
-    # One that thinks is as it is.
-    assert [s.token_ids.tolist() for s in given[1]] == [s.token_ids.tolist() for s in block[1]]
+    (chosen, rejected), (same_chosen, with_block) = as_given[0], empty_block[0]
+    assert chosen.token_ids.tolist() == same_chosen.token_ids.tolist()
+    assert rejected.token_ids[: rejected.answer_start].tolist() == prompt
+    prompt_text = decode(chat, with_block.token_ids[: with_block.answer_start].tolist())
+    assert prompt_text == decode(chat, prompt) + EMPTY_THOUGHTS[name]
+    assert with_block.token_ids[: len(prompt)].tolist() == prompt
+    for segment in (rejected, with_block):
+        assert decode(chat, segment.token_ids[segment.answer_start :].tolist()) == f"It is 6.{END_OF_TURN[name]}"
+    # A rejected answer with a thought stays as it is.
+    assert [s.token_ids.tolist() for s in as_given[1]] == [s.token_ids.tolist() for s in empty_block[1]]
 
 
 def test_a_thought_that_the_prompt_opens_must_end_too(tmp_path: Path, chat_of: Callable[[str], ChatTokenizer]):
-    """R1's prompt ends in <think>: an answer without any tag never ends that thought."""
-    rows = ["It is 6.", "<think>\n3+3", "3+3=6\n</think>\n\n6", "<think>\n3+3=6\n</think>\n\n6"]
+    """R1's prompt ends in <think>, so an answer without any tag never ends that thought."""
+    answers = ["It is 6.", "<think>\n3+3", "3+3=6\n</think>\n\n6", "<think>\n3+3=6\n</think>\n\n6"]
     path = tmp_path / "rows.jsonl"
-    path.write_text("".join(json.dumps({"prompt": "And 3+3?", "response": row}) + "\n" for row in rows))
-    for name, unfinished in (("r1", 2), ("qwen2_5", 1)):
+    path.write_text("".join(json.dumps({"prompt": "And 3+3?", "response": answer}) + "\n" for answer in answers))
+    for name, num_unclosed in (("r1", 2), ("qwen2_5", 1)):
         (report,) = tokenize_sources([SftDataConfig(path=str(path))], chat_of(name), row_length=1000, seed=0).reports
-        assert (report.num_used, report.num_unclosed_thoughts) == (4, unfinished), name
+        assert (report.num_used, report.num_unclosed_thoughts) == (4, num_unclosed), name
 
 
 @pytest.mark.parametrize("name", ["qwen3"])
-def test_the_empty_block_is_what_qwen3_writes_without_thinking(name: str, chat_of: Callable[[str], ChatTokenizer]):
+def test_the_empty_thought_is_what_qwen3_writes_without_thinking(name: str, chat_of: Callable[[str], ChatTokenizer]):
     chat = chat_of(name)
     rendered = chat.tokenizer.apply_chat_template(
         QUESTION, tokenize=False, add_generation_prompt=True, enable_thinking=False
@@ -239,27 +179,25 @@ def test_the_empty_block_is_what_qwen3_writes_without_thinking(name: str, chat_o
     assert rendered == prompt.text + decode(chat, chat.encode_empty_thought(prompt))
 
 
-@pytest.mark.parametrize(("name", "kept"), [("qwen2_5", True), ("qwen3", True), ("llama3_2", True), ("r1", False)])
-def test_it_is_told_whether_the_template_would_drop_the_thinking(
-    name: str, kept: bool, chat_of: Callable[[str], ChatTokenizer]
-):
-    assert chat_of(name).template_keeps_thoughts() == kept
+@pytest.mark.parametrize(("name", "keeps"), [("qwen2_5", True), ("qwen3", True), ("llama3_2", True), ("r1", False)])
+def test_it_is_known_whether_a_template_keeps_thoughts(name: str, keeps: bool, chat_of: Callable[[str], ChatTokenizer]):
+    assert chat_of(name).template_keeps_thoughts() == keeps
 
 
-def test_real_answers_come_back_whole(name: str, chat_of: Callable[[str], ChatTokenizer]):
+def test_real_answers_decode_to_the_same_text(name: str, chat_of: Callable[[str], ChatTokenizer]):
     chat = chat_of(name)
     lines = (DATA / "pairs" / "math500_pairs.jsonl").read_bytes().split(b"\n")[:8]
-    for row in map(json.loads, lines):
-        for answer in (row["long"], row["short"]):
-            prompt, trained = example_ids(chat, [{"role": "user", "content": row["question"]}], answer)
+    for record in map(json.loads, lines):
+        for answer in (record["long"], record["short"]):
+            prompt, trained = example_ids(chat, [{"role": "user", "content": record["question"]}], answer)
             assert decode(chat, trained[:-1]) == unicodedata.normalize("NFC", answer)
-            assert row["question"].strip() in decode(chat, prompt)
+            assert record["question"].strip() in decode(chat, prompt)
 
 
 @settings(max_examples=60, deadline=None)
 @given(answer=st.text(min_size=1, max_size=40).map(lambda text: unicodedata.normalize("NFC", text)))
 @pytest.mark.parametrize("tokenizer", ["qwen3", "llama3_2"])
-def test_any_text_comes_back_from_what_is_trained(tokenizer: str, answer: str, chat_of: Callable[[str], ChatTokenizer]):
+def test_the_trained_ids_of_any_text_decode_to_it(tokenizer: str, answer: str, chat_of: Callable[[str], ChatTokenizer]):
     chat = chat_of(tokenizer)
     _, trained = example_ids(chat, QUESTION, answer)
     assert decode(chat, trained[:-1]) == answer
@@ -275,33 +213,33 @@ def test_a_sequence_begins_with_at_most_one_bos(name: str, chat_of: Callable[[st
         assert [i for i, token in enumerate(prompt + trained) if token == bos] == [0]
 
 
-def test_the_end_of_turn_is_the_templates_and_stops_a_generation(name: str, chat_of: Callable[[str], ChatTokenizer]):
+def test_the_end_of_turn_token_of_the_template_stops_a_generation(name: str, chat_of: Callable[[str], ChatTokenizer]):
     chat = chat_of(name)
-    assert decode(chat, [chat.end_of_turn_id]) == END[name]
+    assert decode(chat, [chat.end_of_turn_id]) == END_OF_TURN[name]
     assert chat.stop_token_ids == (chat.end_of_turn_id,)
     finished = [*QUESTION, {"role": "assistant", "content": "ANSWER"}]
     rendered = chat.tokenizer.apply_chat_template(finished, tokenize=False)
-    assert rendered.partition("ANSWER")[2].startswith(END[name])
+    assert rendered.partition("ANSWER")[2].startswith(END_OF_TURN[name])
 
 
-def test_the_end_of_turn_stops_a_generation_beside_the_models_own_stops():
+def test_the_end_of_turn_token_is_added_to_the_stop_tokens_of_the_model():
     folder = real_tokenizer("llama3_2")
     assert ChatTokenizer.from_folder(folder, stop_ids=[128001, 128009]).stop_token_ids == (128001, 128009)
     assert ChatTokenizer.from_folder(folder, stop_ids=[128001]).stop_token_ids == (128001, 128009)
 
 
 @pytest.mark.parametrize("eos", ["<end>", "<eos>", None])
-def test_the_end_of_turn_is_the_templates_whatever_the_tokenizers_eos(eos: str | None, tmp_path: Path):
-    """Base models name another EOS, which is often their padding too, than the one that ends a turn."""
-    _, trained = example_ids((chat := ChatTokenizer.from_folder(byte_tokenizer(tmp_path, eos=eos))), QUESTION, SHORT)
+def test_the_end_of_turn_token_does_not_depend_on_the_eos_token(eos: str | None, tmp_path: Path):
+    """The EOS token of a base model is often its padding token, and not the token that ends a turn."""
+    chat = ChatTokenizer.from_folder(byte_tokenizer(tmp_path, eos=eos))
+    _, trained = example_ids(chat, QUESTION, SHORT)
     assert decode(chat, trained) == SHORT + "<end>"
 
 
-def test_where_the_template_writes_no_end_an_answer_ends_in_the_tokenizers_eos(tmp_path: Path):
+def test_an_answer_ends_with_the_eos_token_if_the_template_writes_no_end(tmp_path: Path):
     bare = "{% for m in messages %}{{ m.role + ': ' + m.content + '\n' }}{% endfor %}assistant: "
-    _, trained = example_ids(
-        (chat := ChatTokenizer.from_folder(byte_tokenizer(tmp_path / "a", template=bare))), QUESTION, SHORT
-    )
+    chat = ChatTokenizer.from_folder(byte_tokenizer(tmp_path / "a", template=bare))
+    _, trained = example_ids(chat, QUESTION, SHORT)
     assert decode(chat, trained) == SHORT + "<eos>"
     with pytest.raises(UserError, match="names a token that ends an answer") as error:
         ChatTokenizer.from_folder(byte_tokenizer(tmp_path / "b", template=bare, eos=None))
@@ -314,29 +252,27 @@ def test_llamas_prompt_does_not_change_from_day_to_day(chat_of: Callable[[str], 
     assert "Today Date: 26 Jul 2024\n" in prompt
     assert f"{datetime.datetime.now():%d %b %Y}" not in prompt
     dated = chat.tokenizer.apply_chat_template(QUESTION, tokenize=False)
-    assert f"{datetime.datetime.now():%Y}" in dated  # what the template does by itself
+    assert f"{datetime.datetime.now():%Y}" in dated  # what the template does without a date
 
 
-@pytest.mark.parametrize("place", ["at its end", "in its middle"])
+@pytest.mark.parametrize("position", ["end", "middle"])
 def test_an_answer_that_holds_a_special_token_is_an_error(
-    name: str, place: str, chat_of: Callable[[str], ChatTokenizer]
+    name: str, position: str, chat_of: Callable[[str], ChatTokenizer]
 ):
-    answer = SHORT + END[name] + ("" if place == "at its end" else " and more")
+    answer = SHORT + END_OF_TURN[name] + ("" if position == "end" else " and more")
     with pytest.raises(UserError, match=r"special to this tokenizer\. Remove it from the data") as error:
         example_ids(chat_of(name), QUESTION, answer)
-    assert repr(END[name]) in str(error.value)
+    assert repr(END_OF_TURN[name]) in str(error.value)
 
 
-def test_an_answer_may_hold_no_special_token_whether_or_not_it_ends_a_turn(chat_of: Callable[[str], ChatTokenizer]):
+def test_an_answer_with_a_special_token_that_ends_no_turn_is_an_error_too(chat_of: Callable[[str], ChatTokenizer]):
     for name, token in (("qwen2_5", "<|im_start|>"), ("qwen3", "<|endoftext|>"), ("llama3_2", "<|begin_of_text|>")):
         with pytest.raises(UserError, match="special to this tokenizer") as error:
             example_ids(chat_of(name), QUESTION, f"a{token}b")
         assert repr(token) in str(error.value)
 
 
-def test_generated_text_is_the_ids_without_special_tokens_and_otherwise_untouched(
-    name: str, chat_of: Callable[[str], ChatTokenizer]
-):
+def test_decoding_removes_special_tokens_and_changes_nothing_else(name: str, chat_of: Callable[[str], ChatTokenizer]):
     chat = chat_of(name)
     _, trained = example_ids(chat, QUESTION, " 's , that .\n")
     assert chat.decode(trained) == " 's , that .\n"
@@ -344,7 +280,7 @@ def test_generated_text_is_the_ids_without_special_tokens_and_otherwise_untouche
 
 def test_a_tokenizer_without_chat_template_is_an_error_with_its_folder(tmp_path: Path):
     folder = byte_tokenizer(tmp_path, template=None)
-    with pytest.raises(UserError, match=r"the tokenizer has no chat template\. Add chat_template") as error:
+    with pytest.raises(UserError, match=r"no chat template to render prompts with\. Add chat_template") as error:
         ChatTokenizer.from_folder(folder)
     assert str(error.value).startswith(f"{folder}: ")
 
@@ -377,20 +313,20 @@ def test_a_template_with_an_error_in_it_is_an_error(tmp_path: Path):
         ChatTokenizer.from_folder(byte_tokenizer(tmp_path, template="{% for m in messages %}{{ m.content }}"))
 
 
-def test_the_miniature_trains_its_answers_whole():
+def test_the_miniature_model_trains_whole_answers():
     chat = ChatTokenizer.from_folder(resolve_model_folder("builtin:miniature"))
-    for row in MiniatureData(questions=20).rows(0):
-        messages: list[Message] = [{"role": "user", "content": row["question"]}]
-        for answer in (row["long"], row["short"]):
+    for record in MiniatureData(questions=20).rows(0):
+        messages: list[Message] = [{"role": "user", "content": record["question"]}]
+        for answer in (record["long"], record["short"]):
             prompt, trained = example_ids(chat, messages, answer)
             assert prompt == chat.encode_prompt(messages).ids
-            assert row["question"] in decode(chat, prompt)
+            assert record["question"] in decode(chat, prompt)
             assert decode(chat, trained[:-1]) == answer
             assert trained.count(chat.end_of_turn_id) == 1
             assert trained[-1] == chat.end_of_turn_id
 
 
-def test_a_text_that_the_tokenizer_cannot_write_is_an_error_and_not_cut():
+def test_a_text_that_the_tokenizer_cannot_write_is_an_error_and_is_not_shortened():
     chat = ChatTokenizer.from_folder(resolve_model_folder("builtin:miniature"))
     with pytest.raises(UserError, match="cannot write the answer: 'the answer is 1' at character 1 comes back as '1'"):
         example_ids(chat, [{"role": "user", "content": "1?"}], "the answer is 1")
@@ -405,23 +341,23 @@ def test_a_prompt_that_holds_a_special_token_is_an_error(role: str, chat_of: Cal
         chat_of("qwen2_5").encode_prompt(messages)
 
 
-def test_an_answer_without_a_token_is_an_error():
+def test_an_answer_without_tokens_is_an_error():
     chat = ChatTokenizer.from_folder(resolve_model_folder("builtin:miniature"))
     with pytest.raises(UserError, match="the answer '' gives no token to train"):
         example_ids(chat, [{"role": "user", "content": "2+2?"}], "")
 
 
 def test_the_end_of_a_thought_is_found_in_real_answers(name: str, chat_of: Callable[[str], ChatTokenizer]):
-    """Every real long answer ends its thought once, on a line of its own; its ids are found there."""
-    chat, rows = chat_of(name), DATA / "pairs" / "math500_pairs.jsonl"
-    if not rows.exists():
-        pytest.skip(f"the real pairs are not there ({rows})")
+    """Every real long answer ends its thought once, at the start of a line. The ids of the tag occur there."""
+    chat, path = chat_of(name), DATA / "pairs" / "math500_pairs.jsonl"
+    if not path.exists():
+        pytest.skip(f"the real pairs are missing ({path})")
     prompt = chat.encode_prompt([{"role": "user", "content": "1+1?"}])
-    for line in rows.read_text(encoding="utf-8").split("\n")[:60:3]:
+    for line in path.read_text(encoding="utf-8").split("\n")[:60:3]:
         long, short = json.loads(line)["long"], json.loads(line)["short"]
-        begun = "" if prompt.open_thought_tag else "<think>\n"
-        answers = (long, f"{begun}so\n</think>\n\n2", f"{begun}so\n\n</think>2", short)
+        open_tag = "" if prompt.open_thought_tag else "<think>\n"
+        answers = (long, f"{open_tag}so\n</think>\n\n2", f"{open_tag}so\n\n</think>2", short)
         for answer, expected in zip(answers, (1, 1, 1, 0), strict=True):
             ids = chat.encode_answer(prompt, answer)
-            found = [ids[i : i + len(tag)] == tag for tag in chat.thought_end_token_ids() for i in range(len(ids))]
-            assert sum(found) == expected, answer[-200:]
+            matches = [ids[i : i + len(tag)] == tag for tag in chat.thought_end_token_ids() for i in range(len(ids))]
+            assert sum(matches) == expected, answer[-200:]

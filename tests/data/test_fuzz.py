@@ -1,7 +1,7 @@
-"""Whatever is done to a file: each of its rows is trained on or counted, or the run stops and names the file.
+"""Whatever is done to a file, each of its rows is trained on or counted, or an error names the file.
 
-The mutations are drawn from seeds, so that a failure comes back. What a file holds is found out here a second time, by
-plain means: its lines are counted and parsed without the package.
+The mutations are drawn from seeds, so a failure can be repeated. The tests work out what a file contains without the
+package: they count and parse its lines.
 """
 
 import gzip
@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
-from support.byte_tokenizer import byte_tokenizer
 
 from thinkpo_jax.data.chat_tokenizer import ChatTokenizer
 from thinkpo_jax.data.examples import TokenizedDataset
@@ -26,9 +25,9 @@ from thinkpo_jax.data.sources import DataSourceConfig
 from thinkpo_jax.data.tokenization import tokenize_sources
 from thinkpo_jax.runtime.config import UserError
 
-ROW_LENGTH = 400  # every row that is left as it was fits
-NO_LINE = re.compile(rb"[ \t\r\x0b\x0c]*")
-MARKS = re.compile(r"\[(?:user|assistant|system)\]|<end>")
+ROW_LENGTH = 400  # every intact row fits
+BLANK_LINE = re.compile(rb"[ \t\r\x0b\x0c]*")
+TURN_TAGS = re.compile(r"\[(?:user|assistant|system)\]|<end>")
 LINE_BREAKS = ("\u2028", "\u2029", "\x85", "\x0b", "\x0c", "\r", "\n", "\r\n")
 VALUES: tuple[Any, ...] = (
     *(None, 0, -1.5, 10**30, math.nan, math.inf, True, False, "", " \t\n", [], {}, [[]], [None], {"a": {"b": []}}),
@@ -50,29 +49,30 @@ VALUES: tuple[Any, ...] = (
 
 
 class Line(NamedTuple):
-    """The bytes of one row, or of what was one; `whole` where nothing was done to it."""
+    """The bytes of one line. An intact line was not mutated."""
 
     content: bytes
-    whole: bool
+    is_intact: bool
 
 
 class File(NamedTuple):
     lines: list[Line]
     config: dict[str, Any]
-    pair: bool
+    has_pairs: bool
 
 
-def words(draw: random.Random, most: int) -> str:
+def words(draw: random.Random, max_characters: int) -> str:
     letters = string.ascii_letters + string.digits + '  .,é√\u2028\t\n"\\'
-    return "".join(draw.choices(letters, k=draw.randint(1, most))) + draw.choice(string.ascii_letters)
+    return "".join(draw.choices(letters, k=draw.randint(1, max_characters))) + draw.choice(string.ascii_letters)
 
 
 def turns(*contents: str) -> list[dict[str, str]]:
-    """User and assistant by turns."""
+    """Returns messages of the user and the assistant in turn."""
     return [{"role": ("user", "assistant")[i % 2], "content": content} for i, content in enumerate(contents)]
 
 
-FORMS: dict[str, Callable[[random.Random, str], dict[str, Any]]] = {
+# `mark` makes the texts of a row unique.
+ROW_MAKERS: dict[str, Callable[[random.Random, str], dict[str, Any]]] = {
     "response": lambda draw, mark: {"prompt": f"{mark}{words(draw, 30)}", "response": words(draw, 30) + mark},
     "messages": lambda draw, mark: {"messages": turns(words(draw, 30), "so", words(draw, 9), mark + words(draw, 30))},
     "conversations": lambda draw, mark: {
@@ -91,17 +91,17 @@ FORMS: dict[str, Callable[[random.Random, str], dict[str, Any]]] = {
 # Mutations of a row, of its line and of a file.
 
 
-def slots(value: Any) -> Iterator[tuple[Any, Any]]:
-    """(container, key) of everything within a value."""
-    for key, inner in list(value.items() if isinstance(value, dict) else enumerate(value)):
+def iterate_slots(value: Any) -> Iterator[tuple[Any, Any]]:
+    """Yields (container, key) of everything inside a value."""
+    for key, item in list(value.items() if isinstance(value, dict) else enumerate(value)):
         yield value, key
-        if isinstance(inner, dict | list):
-            yield from slots(inner)
+        if isinstance(item, dict | list):
+            yield from iterate_slots(item)
 
 
-def mutated_row(draw: random.Random, row: dict[str, Any]) -> object:
-    """The row with something else in it, or nothing."""
-    container, key = draw.choice(list(slots(row)))
+def mutate_row(draw: random.Random, row: dict[str, Any]) -> object:
+    """Changes, adds or removes something in a row, or returns another value instead of it."""
+    container, key = draw.choice(list(iterate_slots(row)))
     value = container[key]
     kind = draw.randrange(10)
     if kind < 5:
@@ -125,18 +125,18 @@ def mutated_row(draw: random.Random, row: dict[str, Any]) -> object:
     return row
 
 
-def mutated_line(draw: random.Random, row: dict[str, Any], line: bytes) -> bytes:
-    """The line of a row, changed; it may come to be several lines, or blank."""
+def mutate_line(draw: random.Random, row: dict[str, Any], line: bytes) -> bytes:
+    """Changes the line of a row. The result may be several lines, or blank."""
     at, kind = draw.randrange(len(line)), draw.randrange(18)
-    some = bytes(draw.choices(range(256), k=draw.randint(1, 5)))
+    new_bytes = bytes(draw.choices(range(256), k=draw.randint(1, 5)))
     if kind < 7:
-        return json.dumps(mutated_row(draw, row), ensure_ascii=draw.random() < 0.5).encode(errors="surrogatepass")
+        return json.dumps(mutate_row(draw, row), ensure_ascii=draw.random() < 0.5).encode(errors="surrogatepass")
     if kind == 7:
         return line[:at] + bytes([line[at] ^ 1 << draw.randrange(8)]) + line[at + 1 :]
     if kind == 8:
-        return line[:at] + line[at + len(some) :]
+        return line[:at] + line[at + len(new_bytes) :]
     if kind == 9:
-        return line[:at] + some + line[at:]
+        return line[:at] + new_bytes + line[at:]
     if kind == 10:
         return line[:at]
     if kind == 11:
@@ -154,90 +154,90 @@ def mutated_line(draw: random.Random, row: dict[str, Any], line: bytes) -> bytes
     return draw.choice([b"", b"  ", b"\t\r", b"\x0c"])
 
 
-def fuzzed(draw: random.Random) -> File:
-    """Rows of one form, of which some are not what they were."""
-    form = draw.choice(list(FORMS))
-    rows = [FORMS[form](draw, f"<{i}>{draw.randrange(10**6)}") for i in range(draw.randint(1, 7))]
-    lines = [json.dumps(row, ensure_ascii=draw.random() < 0.5).encode() for row in rows]
-    columns = {"response": "response"} if form == "response" else {"messages": form}
-    pair = form.startswith("pair")
-    config: dict[str, Any] = {} if pair or draw.random() < 0.5 else dict(columns)
-    sound = int(not pair and not config)  # where no column is named, the first row must be able to tell
-    found = [
-        Line(line, True) if i < sound or draw.random() < 0.5 else Line(mutated_line(draw, row, line), False)
-        for i, (row, line) in enumerate(zip(rows, lines, strict=True))
+def draw_file(draw: random.Random) -> File:
+    """Draws rows of one format and mutates some of them."""
+    row_format = draw.choice(list(ROW_MAKERS))
+    rows = [ROW_MAKERS[row_format](draw, f"<{i}>{draw.randrange(10**6)}") for i in range(draw.randint(1, 7))]
+    contents = [json.dumps(row, ensure_ascii=draw.random() < 0.5).encode() for row in rows]
+    columns = {"response": "response"} if row_format == "response" else {"messages": row_format}
+    has_pairs = row_format.startswith("pair")
+    config: dict[str, Any] = {} if has_pairs or draw.random() < 0.5 else dict(columns)
+    num_intact = int(not has_pairs and not config)  # without named columns, the first row decides what they are
+    lines = [
+        Line(content, True) if i < num_intact or draw.random() < 0.5 else Line(mutate_line(draw, row, content), False)
+        for i, (row, content) in enumerate(zip(rows, contents, strict=True))
     ]
     for _ in range(draw.choice([0, 0, 1, 3])):
-        found.insert(draw.randint(0, len(found)), draw.choice([*found, Line(draw.choice([b"", b" \t"]), False)]))
+        lines.insert(draw.randint(0, len(lines)), draw.choice([*lines, Line(draw.choice([b"", b" \t"]), False)]))
     if draw.random() < 0.1:
-        found[0] = Line(b"\xef\xbb\xbf" + found[0].content, found[0].whole)
+        lines[0] = Line(b"\xef\xbb\xbf" + lines[0].content, lines[0].is_intact)
     if draw.random() < 0.2:
-        found = [Line(line.content + b"\r", line.whole) for line in found]
+        lines = [Line(line.content + b"\r", line.is_intact) for line in lines]
     config |= {"over_length": draw.choice(["drop", "drop", "cut", "raise"]), "prompt_suffix": draw.choice(["", "?"])}
-    return File(found, config, pair)
+    return File(lines, config, has_pairs)
 
 
-# What must come of it.
+# What the package must make of a file.
 
 
-def texts(value: Any) -> set[str]:
-    """All texts within a value."""
+def all_texts(value: Any) -> set[str]:
+    """Returns all texts inside a value."""
     if isinstance(value, str):
         return {value}
-    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
-    return {text for part in inner for text in texts(part)}
+    items = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return {text for item in items for text in all_texts(item)}
 
 
-def rendered(row: dict[str, Any], config: SftDataConfig | PreferenceDataConfig) -> tuple[str, ...]:
-    """A sound row as the byte tokenizer's template writes it: what is read, then each answer."""
+def render_row(row: dict[str, Any], config: SftDataConfig | PreferenceDataConfig) -> tuple[str, ...]:
+    """Renders an intact row as the template of the byte tokenizer does: the prompt, then each answer."""
     columns = [row[name] for name in ("messages", "conversations", "response", "chosen", "rejected") if name in row]
-    asked = [{"role": "user", "content": row["prompt"]}] if "prompt" in row else columns[0][:-1]
-    said = [
+    messages = [{"role": "user", "content": row["prompt"]}] if "prompt" in row else columns[0][:-1]
+    turns = [
         ({"human": "user", "gpt": "assistant"}.get(role, role), text)
-        for role, text in (turn.values() for turn in asked)
+        for role, text in (message.values() for message in messages)
     ]
     if "system" in row and row["system"] and isinstance(config, SftDataConfig) and config.messages is None:
-        said.insert(0, ("system", row["system"]))
-    prompt = "".join(f"[{role}]{text}{'<end>' if role == 'assistant' else ''}" for role, text in said)
+        turns.insert(0, ("system", row["system"]))
+    prompt = "".join(f"[{role}]{text}{'<end>' if role == 'assistant' else ''}" for role, text in turns)
     answers = (column if isinstance(column, str) else list(column[-1].values())[1] for column in columns)
     return f"{prompt}{config.prompt_suffix}[assistant]", *(f"{answer}<end>" for answer in answers)
 
 
-def read(examples: TokenizedDataset, chat: ChatTokenizer) -> list[tuple[str, ...]]:
-    """What is read before the answers of each example, and the answers."""
+def decode_examples(examples: TokenizedDataset, chat: ChatTokenizer) -> list[tuple[str, ...]]:
+    """Decodes each example: the prompt, then each answer."""
     decode = chat.tokenizer.decode
-    found = []
+    decoded = []
     for segments in examples:
         (prompt,) = {decode(segment.token_ids[: segment.answer_start]) for segment in segments}
-        found.append((prompt, *(decode(segment.token_ids[segment.answer_start :]) for segment in segments)))
-    return found
+        decoded.append((prompt, *(decode(segment.token_ids[segment.answer_start :]) for segment in segments)))
+    return decoded
 
 
-def each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """An object; a key that is given twice says two things."""
+def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Makes an object of its pairs. A key that is given twice is ambiguous, so it is an error."""
     if len(dict(pairs)) < len(pairs):
         raise ValueError
     return dict(pairs)
 
 
 def comes_from(example: tuple[str, ...], line: bytes, config: SftDataConfig | PreferenceDataConfig) -> bool:
-    """Whether every text of an example is one of the line's."""
+    """Tells whether the line contains every text of an example."""
     try:
-        given = texts(json.loads(line.decode("utf-8-sig"), object_pairs_hook=each_once))
+        texts = all_texts(json.loads(line.decode("utf-8-sig"), object_pairs_hook=unique_keys))
     except (ValueError, RecursionError):
         return False
     prompt, *answers = example
-    asked = MARKS.split(prompt.removesuffix("[assistant]").removesuffix(config.prompt_suffix))
-    return all(piece in given for piece in asked if piece) and all(
-        answer.removesuffix("<end>") in given
+    pieces = TURN_TAGS.split(prompt.removesuffix("[assistant]").removesuffix(config.prompt_suffix))
+    return all(piece in texts for piece in pieces if piece) and all(
+        answer.removesuffix("<end>") in texts
         if answer.endswith("<end>")
-        else config.over_length == "cut" and any(text.startswith(answer.rstrip("\ufffd")) for text in given)
+        else config.over_length == "cut" and any(text.startswith(answer.rstrip("\ufffd")) for text in texts)
         for answer in answers
     )
 
 
-def named(error: UserError, path: object) -> str:
-    """The message of an error, once it is seen that it names the file and can be printed."""
+def checked_message(error: UserError, path: object) -> str:
+    """Returns the message of an error, which must name the file and be printable."""
     message = str(error)
     assert message.startswith(str(path))
     assert message.encode()
@@ -245,109 +245,104 @@ def named(error: UserError, path: object) -> str:
 
 
 def error_of(config: SftDataConfig | PreferenceDataConfig, chat: ChatTokenizer) -> str | None:
-    """The message with which the run stops; None where it goes on."""
+    """Returns the message of the error that stops the run, or None."""
     try:
         tokenize_sources([config], chat, row_length=ROW_LENGTH, seed=0)
     except UserError as error:
-        return named(error, config.path)
+        return checked_message(error, config.path)
     return None
 
 
 def check_lines(file: File, path: Path, chat: ChatTokenizer) -> None:
-    """Skipping keeps every sound row and counts the others; raising names the first bad line."""
+    """`skip` uses every intact row and counts the others. `raise` names the first bad row."""
     content = b"\n".join(line.content for line in file.lines)
     path.write_bytes(content)
     numbered = dict(enumerate(content.split(b"\n"), 1))
-    rows = {number: line for number, line in numbered.items() if not NO_LINE.fullmatch(line)}
-    kind = PreferenceDataConfig if file.pair else SftDataConfig
-    skipping = kind(path=str(path), on_bad_row="skip", **file.config)
+    rows = {number: line for number, line in numbered.items() if not BLANK_LINE.fullmatch(line)}
+    config_class = PreferenceDataConfig if file.has_pairs else SftDataConfig
+    skipping = config_class(path=str(path), on_bad_row="skip", **file.config)
     if not rows or (skipping.over_length == "raise" and error_of(skipping, chat) is not None):
         message = error_of(skipping, chat) or ""
         assert ("there are no rows" if not rows else f"do not fit row_length {ROW_LENGTH}") in message
         return
-    examples = tokenize_sources([skipping], chat, row_length=ROW_LENGTH, seed=0)
-    (report,) = examples.reports
+    dataset = tokenize_sources([skipping], chat, row_length=ROW_LENGTH, seed=0)
+    (report,) = dataset.reports
     assert report.rows == len(rows) == report.num_used + sum(report.dropped.values())
-    assert report.num_used == len(examples)
+    assert report.num_used == len(dataset)
     assert all(reason.strip() and count > 0 for reason, count in report.dropped.items())
-    found = read(examples, chat)
-    sound = Counter(rendered(json.loads(line.content), skipping) for line in file.lines if line.whole and line.content)
-    assert not sound - Counter(found)
-    left = iter(rows.values())
-    assert all(any(comes_from(example, line, skipping) for line in left) for example in found)
+    examples = decode_examples(dataset, chat)
+    intact = [json.loads(line.content) for line in file.lines if line.is_intact and line.content]
+    assert not Counter(render_row(row, skipping) for row in intact) - Counter(examples)
+    remaining_lines = iter(rows.values())
+    assert all(any(comes_from(example, line, skipping) for line in remaining_lines) for example in examples)
 
     message = error_of(skipping.model_copy(update={"on_bad_row": "raise"}), chat)
     assert (message is None) == (not report.first_error_by_reason)
     if message is not None:
         assert message in report.first_error_by_reason.values()
-        place = re.match(r", line (\d+)[:,]", message.removeprefix(str(path)))
-        assert place is not None
-        assert int(place[1]) in rows
-
-
-@pytest.fixture(scope="module")
-def chat(tmp_path_factory: pytest.TempPathFactory) -> ChatTokenizer:
-    return ChatTokenizer.from_folder(byte_tokenizer(tmp_path_factory.mktemp("bytes")))
+        location = re.match(r", line (\d+)[:,]", message.removeprefix(str(path)))
+        assert location is not None
+        assert int(location[1]) in rows
 
 
 @pytest.mark.parametrize("hundred", range(10))
-def test_a_changed_line_is_trained_on_or_counted_or_named_and_all_others_are_kept(
+def test_a_changed_row_is_trained_on_or_counted_or_named_and_all_others_are_used(
     hundred: int, tmp_path: Path, chat: ChatTokenizer
 ):
     for seed in range(100 * hundred, 100 * hundred + 100):
         draw = random.Random(seed)
-        check_lines(fuzzed(draw), tmp_path / f"{seed}.jsonl", chat)
+        check_lines(draw_file(draw), tmp_path / f"{seed}.jsonl", chat)
 
 
-# Damage to compressed files: there is no half of one.
+# Damage to compressed files, which are read completely or not at all.
 
 
-def damaged(draw: random.Random, content: bytes, within: int) -> bytes:
-    """Bytes of which some, before `within`, are others, are gone or are new; or of which the end is gone."""
-    at, some = draw.randrange(within), bytes(draw.choices(range(256), k=draw.randint(1, 40)))
+def damage(draw: random.Random, content: bytes, end: int) -> bytes:
+    """Changes, removes or adds some bytes before `end`, or cuts the content there, or appends bytes."""
+    at, new_bytes = draw.randrange(end), bytes(draw.choices(range(256), k=draw.randint(1, 40)))
     return draw.choice([
         content[:at] + bytes([content[at] ^ 1 << draw.randrange(8)]) + content[at + 1 :],
-        content[:at] + content[at + len(some) :],
-        content[:at] + some + content[at:],
-        content[:at] + some + content[at + len(some) :],
-        content[:at] + bytes(len(some)) + content[at + len(some) :],
+        content[:at] + content[at + len(new_bytes) :],
+        content[:at] + new_bytes + content[at:],
+        content[:at] + new_bytes + content[at + len(new_bytes) :],
+        content[:at] + bytes(len(new_bytes)) + content[at + len(new_bytes) :],
         content[:at],
-        content + draw.choice([some, content[:at], bytes(9)]),
+        content + draw.choice([new_bytes, content[:at], bytes(9)]),
     ])  # fmt: skip
 
 
 def rows_or_error(path: Path) -> list[object] | None:
-    """The rows of a file; None where it cannot be read as a whole."""
+    """Returns the rows of a file, or None if reading it is an error that names it."""
     try:
-        return [row for _, row in iterate_records(DataSourceConfig(path=str(path)), seed=0)]
+        return [record for _, record in iterate_records(DataSourceConfig(path=str(path)), seed=0)]
     except UserError as error:
-        named(error, path)
+        checked_message(error, path)
         return None
 
 
-def pairs(draw: random.Random, count: int) -> list[dict[str, Any]]:
-    return [FORMS["pair"](draw, f"<{i}>") | {"more": turns(words(draw, 20), "so")} for i in range(count)]
+def draw_pairs(draw: random.Random, count: int) -> list[dict[str, Any]]:
+    return [ROW_MAKERS["pair"](draw, f"<{i}>") | {"more": turns(words(draw, 20), "so")} for i in range(count)]
 
 
 def test_a_damaged_gz_file_gives_all_of_its_rows_or_is_an_error_with_its_name(tmp_path: Path, chat: ChatTokenizer):
     outcomes = Counter[bool]()
     for seed in range(250):
         draw = random.Random(seed)
-        rows = pairs(draw, draw.choice([1, 9, 300]))
+        rows = draw_pairs(draw, draw.choice([1, 9, 300]))
         path = tmp_path / "rows.jsonl.gz"
-        whole = gzip.compress(b"".join(json.dumps(row).encode() + b"\n" for row in rows), mtime=0)
-        path.write_bytes(damaged(draw, whole, len(whole)))
-        found = rows_or_error(path)
-        outcomes[found is None] += 1
-        assert found in (None, rows)
+        content = gzip.compress(b"".join(json.dumps(row).encode() + b"\n" for row in rows), mtime=0)
+        path.write_bytes(damage(draw, content, len(content)))
+        rows_read = rows_or_error(path)
+        outcomes[rows_read is None] += 1
+        assert rows_read in (None, rows)
         config = PreferenceDataConfig(path=str(path), on_bad_row="skip")
-        assert (error_of(config, chat) is None) == (found is not None)
+        assert (error_of(config, chat) is None) == (rows_read is not None)
     assert outcomes[True] > 200
     assert outcomes[False] > 5
 
 
 def test_a_damaged_parquet_file_gives_all_of_its_rows_or_is_an_error_with_its_name(tmp_path: Path):
-    """Where its writer left checksums; they are of the pages, and what comes after those may then be read wrongly."""
+    """This holds for files with checksums. They cover the pages only, so the damage is before the footer."""
     import pyarrow
     from pyarrow import parquet
 
@@ -355,34 +350,38 @@ def test_a_damaged_parquet_file_gives_all_of_its_rows_or_is_an_error_with_its_na
     path = tmp_path / "rows.parquet"
     for seed in range(250):
         draw = random.Random(seed)
-        rows = pairs(draw, draw.choice([1, 9, 150]))
+        rows = draw_pairs(draw, draw.choice([1, 9, 150]))
         options: dict[str, Any] = {
             "compression": draw.choice(["none", "snappy", "gzip", "zstd"]),
             "row_group_size": 100,
         }
         table = pyarrow.Table.from_pylist(rows)
         parquet.write_table(table, path, use_dictionary=draw.random() < 0.5, write_page_checksum=True, **options)
-        whole = path.read_bytes()
-        pages = len(whole) - 8 - int.from_bytes(whole[-8:-4], "little")
-        path.write_bytes(damaged(draw, whole, pages))
-        found = rows_or_error(path)
-        outcomes[found is None] += 1
-        assert found in (None, rows)
+        content = path.read_bytes()
+        path.write_bytes(damage(draw, content, footer_start(content)))
+        rows_read = rows_or_error(path)
+        outcomes[rows_read is None] += 1
+        assert rows_read in (None, rows)
     assert outcomes[True] > 150
     assert outcomes[False] > 5
 
 
+def footer_start(content: bytes) -> int:
+    """Returns where the footer of a Parquet file begins."""
+    return len(content) - 8 - int.from_bytes(content[-8:-4], "little")
+
+
 def test_a_parquet_file_with_a_damaged_footer_never_has_fewer_rows(tmp_path: Path):
-    """No checksum is of the footer, so that a bit may give a column another name; the rows are still counted."""
+    """No checksum covers the footer, so a changed bit may rename a column. The rows are still counted."""
     import pyarrow
     from pyarrow import parquet
 
     path = tmp_path / "rows.parquet"
     table = pyarrow.table({"prompt": [str(i) for i in range(150)]})
     parquet.write_table(table, path, store_schema=False, write_statistics=False)
-    whole = path.read_bytes()
-    for bit in range(8 * (len(whole) - 8 - int.from_bytes(whole[-8:-4], "little")), 8 * len(whole)):
+    content = path.read_bytes()
+    for bit in range(8 * footer_start(content), 8 * len(content)):
         at = bit // 8
-        path.write_bytes(whole[:at] + bytes([whole[at] ^ 1 << bit % 8]) + whole[at + 1 :])
-        found = rows_or_error(path)
-        assert found is None or len(found) == table.num_rows
+        path.write_bytes(content[:at] + bytes([content[at] ^ 1 << bit % 8]) + content[at + 1 :])
+        rows_read = rows_or_error(path)
+        assert rows_read is None or len(rows_read) == table.num_rows

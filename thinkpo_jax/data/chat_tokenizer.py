@@ -1,9 +1,9 @@
-"""What does the model read, and on what is it trained?
+"""Renders prompts with the chat template of a model, and encodes prompts and answers.
 
-A prompt is rendered by the model's own chat template and tokenised once; an answer is tokenised by itself and appended
-as ids. So the prompt's ids are a prefix of prompt + answer by construction, and no template can rewrite an answer (that
-of DeepSeek-R1-Distill deletes the thinking of every finished answer). Where the prompt already ends in `<think>`, an
-answer that begins with it does not open its thinking a second time.
+The template renders a prompt, which is encoded once. An answer is encoded by itself, and its ids are appended. So the
+ids of the prompt are a prefix of prompt + answer, and no template can rewrite an answer. For example, the template of
+DeepSeek-R1-Distill deletes the thought of a finished answer. If the prompt already ends in `<think>`, an answer that
+begins with it does not open a second thought.
 """
 
 import functools
@@ -16,52 +16,56 @@ from transformers import AutoTokenizer
 
 from thinkpo_jax.runtime.config import UserError
 
-# Llama 3's template writes today's date unless it is told one; this is its own default.
-TEMPLATE_DATE = "26 Jul 2024"
-_MARK = "ANSWER"
-_QUESTION = "QUESTION"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
-_THINK = "<think>"
-EMPTY_THOUGHT = "<think>\n\n</think>\n\n"  # as Qwen3's template writes it
-# How thoughts open and close: R1's and Qwen3's, and Sky-T1's and Bespoke-Stratos', which mark the solution too.
+TEMPLATE_DATE = "26 Jul 2024"  # the default date of Llama 3's template, which otherwise writes today's date
+# Tags of thoughts: R1 and Qwen3, then Sky-T1 and Bespoke-Stratos. The last two also mark the solution.
 THOUGHT_TAGS = (("<think>", "</think>"), ("<|begin_of_thought|>", "<|end_of_thought|>"))
 ANSWER_SECTION_TAGS = (*THOUGHT_TAGS, ("<|begin_of_solution|>", "<|end_of_solution|>"))
+EMPTY_THOUGHT = "<think>\n\n</think>\n\n"  # as Qwen3's template writes it
+_THINK = "<think>"
+_QUESTION, _ANSWER = "QUESTION", "ANSWER"  # markers to find in a rendered conversation
+
+
+class Message(TypedDict):
+    """One message of a conversation. The role is "system", "user" or "assistant"."""
+
+    role: str
+    content: str
 
 
 class RenderedPrompt(NamedTuple):
-    """A rendered conversation, and its ids."""
+    """A prompt as the chat template renders it, and its token ids."""
 
     text: str
     ids: list[int]
 
     @property
     def open_thought_tag(self) -> str:
-        """`<think>` where the prompt ends in it, so that every answer to it begins in a thought."""
+        """`<think>` if the prompt ends in it, so that every answer begins inside a thought. Otherwise empty."""
         return _THINK if self.text.rstrip().endswith(_THINK) else ""
+
+    def without_open_tag(self, answer: str) -> str:
+        """Removes `<think>` and the whitespace after it from the start of an answer, if the prompt ends in them."""
+        if self.open_thought_tag and answer.startswith(_THINK):
+            return answer.removeprefix(_THINK).removeprefix(self.text[len(self.text.rstrip()) :])
+        return answer
 
 
 def has_unclosed_tag(answer: str, tags: Sequence[tuple[str, str]] = THOUGHT_TAGS) -> bool:
-    """Whether an answer opens something and does not close it. One that closes only is whole: its prompt opened."""
+    """Tells whether an answer opens a section and does not close it. The prompt may open what the answer closes."""
     return any(answer.rfind(opening) > answer.rfind(closing) for opening, closing in tags)
 
 
 def contains_thought(answer: str) -> bool:
-    """Whether an answer holds a thought, or the end of one."""
+    """Tells whether an answer contains a thought, or the end of one."""
     return any(tag in answer for tags in THOUGHT_TAGS for tag in tags)
-
-
-class Message(TypedDict):
-    """One turn: who speaks ("system", "user" or "assistant") and what."""
-
-    role: str
-    content: str
 
 
 @dataclass(frozen=True)
 class ChatTokenizer:
-    """A tokenizer with its chat template. `end_id` closes an answer; `stop_ids` end a generation.
+    """A tokenizer with its chat template. `end_of_turn_id` ends an answer, and `stop_token_ids` end a generation.
 
-    `special_ids` are the tokens that structure a conversation and have no place within a text.
+    `special_token_ids` structure a conversation and must not occur inside a text.
     """
 
     tokenizer: Any
@@ -71,137 +75,117 @@ class ChatTokenizer:
 
     @classmethod
     def from_folder(cls, folder: Path, *, stop_ids: Sequence[int] = ()) -> "ChatTokenizer":
-        """The tokenizer of a Hugging Face folder. Raises `UserError` where it or its chat template is missing."""
+        """Loads the tokenizer of a Hugging Face folder. Raises `UserError` if it or its chat template is missing."""
         if not any((folder / name).is_file() for name in TOKENIZER_FILES):
             raise UserError(f"{folder}: no tokenizer: expected {' or '.join(TOKENIZER_FILES)}.")
         try:
             tokenizer = AutoTokenizer.from_pretrained(
                 folder, trust_remote_code=False, clean_up_tokenization_spaces=False
             )
-        except Exception as error:  # whatever a malformed file makes of the code that reads it
+        except Exception as error:  # a malformed file can raise anything
             raise UserError(f"{folder}: no usable tokenizer: {error}") from None
         if tokenizer.chat_template is None:
-            raise UserError(
-                f"{folder}: the tokenizer has no chat template. Add chat_template.jinja (or the key chat_template in "
-                "tokenizer_config.json): prompts are rendered with it in training and evaluation alike."
-            )
-        end_id = _end_of_turn(tokenizer, folder)
+            advice = "Add chat_template.jinja, or the key chat_template in tokenizer_config.json"
+            raise UserError(f"{folder}: the tokenizer has no chat template to render prompts with. {advice}.")
+        end_id = _end_of_turn_id(tokenizer, folder)
         special_ids = {token_id for token_id, token in tokenizer.added_tokens_decoder.items() if token.special}
         return cls(tokenizer, end_id, tuple(sorted({end_id, *stop_ids})), frozenset(special_ids | {end_id}))
 
     def encode_prompt(self, messages: Sequence[Message]) -> RenderedPrompt:
-        """The conversation as the template renders it, up to where the assistant's answer begins.
+        """Renders a conversation up to where the answer of the assistant begins, and encodes it.
 
-        Raises `UserError` where a turn holds a special token as text, and where the text has no ids that give it back.
+        Raises `UserError` for a special token in a message, and for a text that the tokenizer cannot represent.
         """
+        special_tokens = self.tokenizer.convert_ids_to_tokens(sorted(self.special_token_ids))
         for message in messages:
-            if found := [token for token in self.special_tokens if token in message["content"]]:
-                raise UserError(
-                    f"the {message['role']}'s text holds {', '.join(map(repr, found))}, special to this tokenizer: it "
-                    "would end the turn, or begin one. Remove it from the data."
-                )
-        rendered = _render(self.tokenizer, messages, add_generation_prompt=True)
-        return RenderedPrompt(rendered, _ids(self.tokenizer, rendered, "prompt"))
+            if special := [token for token in special_tokens if token in message["content"]]:
+                raise _special_token_error(f"the {message['role']}'s text", special)
+        text = _render(self.tokenizer, messages, add_generation_prompt=True)
+        return RenderedPrompt(text, _encode(self.tokenizer, text, "prompt"))
 
     def encode_answer(self, prompt: RenderedPrompt, answer: str) -> list[int]:
-        """Ids of an answer to a prompt with its end token: what is trained.
+        """Encodes an answer to a prompt with its end token. These ids are trained.
 
-        Raises `UserError` where the text has no ids that give it back, and where it holds a special token as text: the
-        turn would end in its middle.
+        Raises `UserError` as `encode_prompt` does, and for an empty answer.
         """
-        ids = _ids(self.tokenizer, _without_opening(answer, prompt), "answer")
+        ids = _encode(self.tokenizer, prompt.without_open_tag(answer), "answer")
         if not ids:
-            raise UserError(f"the answer {answer!r:.60} gives no token to train; remove the row from the data.")
-        if special := self.special_token_ids.intersection(ids):
-            found = ", ".join(repr(token) for token in self.tokenizer.convert_ids_to_tokens(sorted(special)))
-            raise UserError(
-                f"the answer holds {found}, special to this tokenizer. Remove it from the data: the end token is added "
-                "by itself."
-            )
+            raise UserError(f"the answer {answer!r:.60} gives no token to train. Remove the row from the data.")
+        if special_ids := self.special_token_ids.intersection(ids):
+            raise _special_token_error("the answer", self.tokenizer.convert_ids_to_tokens(sorted(special_ids)))
         return [*ids, self.end_of_turn_id]
 
     def encode_empty_thought(self, prompt: RenderedPrompt) -> list[int]:
-        """Ids of a thinking block without content, as far as the prompt does not open it already: read, not trained."""
-        return _ids(self.tokenizer, _without_opening(EMPTY_THOUGHT, prompt), "empty thinking block")
+        """Encodes a thought without content. A tag that the prompt already opens is left out. It is not trained."""
+        return _encode(self.tokenizer, prompt.without_open_tag(EMPTY_THOUGHT), "empty thought")
 
     def thought_end_token_ids(self) -> list[list[int]]:
-        """For each tag that ends a thought the ids that it has wherever a line begins with it.
+        """Returns for each tag that ends a thought its ids at the start of a line.
 
-        A tag that is no token of its own is told by all ids but its last, which can be one with what follows it.
+        If a tag has several ids, the last one is left out. It may merge with the text after the tag.
         """
-        found = (self.tokenizer.encode(closing, add_special_tokens=False) for _, closing in THOUGHT_TAGS)
-        return [ids[:-1] if len(ids) > 1 else ids for ids in found]
+        tags = (self.tokenizer.encode(closing, add_special_tokens=False) for _, closing in THOUGHT_TAGS)
+        return [ids[:-1] if len(ids) > 1 else ids for ids in tags]
 
     def template_keeps_thoughts(self) -> bool:
-        """Whether the template would keep the thinking of an answer that is handed to it as a message."""
-        answer = f"<think>\n{_MARK}\n</think>\n\n4"
+        """Tells whether the template keeps the thought of an answer that is passed to it as a message."""
+        answer = f"<think>\n{_ANSWER}\n</think>\n\n4"
         messages: list[Message] = [{"role": "user", "content": _QUESTION}, {"role": "assistant", "content": answer}]
-        return _MARK in _render(self.tokenizer, messages, add_generation_prompt=False)
-
-    @functools.cached_property
-    def special_tokens(self) -> list[str]:
-        """The tokens of `special_ids`."""
-        return self.tokenizer.convert_ids_to_tokens(sorted(self.special_token_ids))
+        return _ANSWER in _render(self.tokenizer, messages)
 
     @functools.cached_property
     def max_token_characters(self) -> int:
-        """Characters of the longest token: no text of n tokens has more than n times as many."""
+        """The length of the longest token. A text of n tokens has at most n times as many characters."""
         return max(map(len, self.tokenizer.get_vocab()))
 
     def count_tokens(self, texts: Sequence[str]) -> list[int]:
-        """How many tokens each text has, without any that a template adds."""
+        """Returns the number of tokens of each text, without those that a template adds."""
         return [len(ids) for ids in self.tokenizer(list(texts), add_special_tokens=False)["input_ids"]] if texts else []
 
     def decode(self, ids: Sequence[int]) -> str:
-        """The text of generated ids, without special tokens."""
+        """Returns the text of generated ids, without special tokens."""
         return self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
 
-def _ids(tokenizer: Any, text: str, what: str) -> list[int]:
-    """The ids of a text, once it is seen that they give it back."""
-    ids = tokenizer(text, add_special_tokens=False)["input_ids"]  # the template writes BOS where there is one
-    back = tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+def _special_token_error(owner: str, tokens: Sequence[str]) -> UserError:
+    tokens_text = ", ".join(map(repr, tokens))
+    advice = "Remove it from the data. Only the chat template may begin and end turns"
+    return UserError(f"{owner} holds {tokens_text}, special to this tokenizer. {advice}.")
+
+
+def _encode(tokenizer: Any, text: str, description: str) -> list[int]:
+    """Encodes a text. Raises `UserError` if decoding the ids does not give back the (normalized) text."""
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]  # the template writes the BOS token, if there is one
+    decoded = tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
     normalizer = tokenizer.backend_tokenizer.normalizer if tokenizer.is_fast else None
-    whole = text if normalizer is None else normalizer.normalize_str(text)
-    if back != whole:
-        same = next((i for i, (a, b) in enumerate(zip(back, whole, strict=False)) if a != b), len(back))
+    expected = text if normalizer is None else normalizer.normalize_str(text)
+    if decoded != expected:
+        start = next((i for i, (a, b) in enumerate(zip(decoded, expected, strict=False)) if a != b), len(decoded))
         raise UserError(
-            f"the tokenizer cannot write the {what}: {whole[same : same + 20]!r} at character {same + 1} comes back as "
-            f"{back[same : same + 20]!r}. Take the tokenizer that belongs to the model, or remove the row."
+            f"the tokenizer cannot write the {description}: {expected[start : start + 20]!r} at character {start + 1} "
+            f"comes back as {decoded[start : start + 20]!r}. Use the tokenizer of the model, or remove the row."
         )
     return ids
 
 
-def _render(tokenizer: Any, messages: Sequence[Message], *, add_generation_prompt: bool) -> str:
+def _render(tokenizer: Any, messages: Sequence[Message], *, add_generation_prompt: bool = False) -> str:
     try:
         return tokenizer.apply_chat_template(
             messages, tokenize=False, add_generation_prompt=add_generation_prompt, date_string=TEMPLATE_DATE
         )
-    except Exception as error:  # a template is a program
+    except Exception as error:  # a template is a program and can raise anything
         roles = [message["role"] for message in messages]
         raise UserError(f"the chat template refuses a conversation with the roles {roles}: {error}") from None
 
 
-def _without_opening(answer: str, prompt: RenderedPrompt) -> str:
-    """The answer without the `<think>`, and the gap after it, that the prompt already ends in."""
-    if prompt.open_thought_tag and answer.startswith(prompt.open_thought_tag):
-        return answer.removeprefix(prompt.open_thought_tag).removeprefix(prompt.text[len(prompt.text.rstrip()) :])
-    return answer
-
-
-def _end_of_turn(tokenizer: Any, folder: Path) -> int:
-    """The token that the template writes after an assistant's answer; the tokenizer's EOS where it writes none."""
-    messages: list[Message] = [{"role": "user", "content": _QUESTION}, {"role": "assistant", "content": _MARK}]
-    whole = _render(tokenizer, messages, add_generation_prompt=False)
-    if not (_MARK in whole and _QUESTION in whole):
-        raise UserError(
-            f"{folder}: the chat template leaves out what the user or the assistant says. Take the "
-            "template that belongs to the model."
-        )
-    after = whole.rpartition(_MARK)[2]
-    first = _ids(tokenizer, after, "end of a turn")[:1]
-    if first and first[0] in tokenizer.added_tokens_decoder:
-        return first[0]
+def _end_of_turn_id(tokenizer: Any, folder: Path) -> int:
+    """Returns the token that the template writes after an answer, or the EOS token if it writes none."""
+    text = _render(tokenizer, [{"role": "user", "content": _QUESTION}, {"role": "assistant", "content": _ANSWER}])
+    if not (_ANSWER in text and _QUESTION in text):
+        raise UserError(f"{folder}: the chat template leaves out the text of a message. Use the template of the model.")
+    first_ids = _encode(tokenizer, text.rpartition(_ANSWER)[2], "end of a turn")[:1]
+    if first_ids and first_ids[0] in tokenizer.added_tokens_decoder:
+        return first_ids[0]
     if tokenizer.eos_token_id is None:
         raise UserError(f"{folder}: neither the chat template nor the tokenizer names a token that ends an answer.")
     return tokenizer.eos_token_id

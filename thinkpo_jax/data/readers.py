@@ -1,16 +1,14 @@
-"""Where do rows come from? Files, folders, data sets of the Hub and generators, one row at a time."""
+"""Reads the records of a data source one at a time. A source is a file, a folder, a Hub id or a generator."""
 
-import contextlib
 import gzip
 import hashlib
-import io
 import itertools
 import json
 import os
 import pkgutil
 import re
+import statistics
 import zlib
-from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -20,53 +18,44 @@ from thinkpo_jax.runtime.config import UserError, did_you_mean
 from thinkpo_jax.runtime.console import log_warning
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
-
-UNSUPPORTED_FILE_SUFFIXES = (
-    ".json",
-    ".csv",
-    ".tsv",
-    ".txt",
-    ".gz",
-    ".zst",
-    ".arrow",
-)  # other dots belong to a Hub id: owner/v1.5
-SAVE_TO_DISK_MARKERS = (
-    "state.json",
-    "dataset_dict.json",
-)  # what Dataset.save_to_disk and DatasetDict.save_to_disk write
-MAX_LINE_BYTES = 2**28  # bytes; a file without line ends is no JSONL, and must not fill the memory
-
-PARQUET_ROWS = 64
-# How an Arrow stream and an Arrow file end; what ends otherwise was cut short, which a reader may not notice.
+# Any other ending may belong to a Hub id such as owner/v1.5.
+UNSUPPORTED_FILE_SUFFIXES = (".json", ".csv", ".tsv", ".txt", ".gz", ".zst", ".arrow")
+SAVE_TO_DISK_MARKERS = ("state.json", "dataset_dict.json")  # Dataset.save_to_disk and DatasetDict.save_to_disk
+MAX_LINE_BYTES = 2**28  # a file without line ends is not JSONL, and must not fill the memory
+PARQUET_BATCH_ROWS = 64
+# How an Arrow stream and an Arrow file end. A file with another end was cut short, which a reader may not notice.
 ARROW_END_MARKERS = (b"\xff\xff\xff\xff\0\0\0\0", b"ARROW1")
 
+Records = Iterator[tuple[str, Record | RecordError]]
 
-def iterate_records(source: DataSourceConfig, *, seed: int) -> Iterator[tuple[str, Record | RecordError]]:
-    """(place, row) for each row, at most `limit`; the place is what an error names. A row that is none is a `BadRow`.
 
-    Raises `UserError` where the source as a whole cannot be read, and where it has no rows.
+def iterate_records(source: DataSourceConfig, *, seed: int) -> Records:
+    """Yields `(location, record)` for each record, at most `limit` of them.
+
+    The location names the record in messages, such as "rows.jsonl, line 7". A record that cannot be read is yielded as
+    a `RecordError`. Raises `UserError` if the source itself cannot be read or has no records.
     """
-    empty = True
-    for found in itertools.islice(_all_rows(source, seed), source.limit):
-        empty = False
-        yield found
-    if empty:
+    is_empty = True
+    for location_and_record in itertools.islice(_all_records(source, seed), source.limit):
+        is_empty = False
+        yield location_and_record
+    if is_empty:
         raise UserError(f"{source.name}: there are no rows, expected at least one.")
 
 
 def iterate_valid_records(source: DataSourceConfig, *, seed: int) -> Iterator[tuple[str, Record]]:
-    """As `read_rows`, but a `BadRow` is raised."""
-    for place, row in iterate_records(source, seed=seed):
-        if isinstance(row, RecordError):
-            raise row
-        yield place, row
+    """Yields `(location, record)` for each record, as `iterate_records` does. Raises the first `RecordError`."""
+    for location, record in iterate_records(source, seed=seed):
+        if isinstance(record, RecordError):
+            raise record
+        yield location, record
 
 
 def source_fingerprint(source: DataSourceConfig, *, seed: int) -> str:
-    """A text that changes when the rows of the source do: digests of its files, or the commit of its data set."""
+    """Returns a text that changes with the records. It holds digests of files, or the commit of a Hub data set."""
     if source.generate is not None:
         return f"{source.generate.model_dump_json()} seed {seed}"
-    path = _checked(source)
+    path = _checked_path(source)
     try:
         if path.is_file():
             return _file_digest(path)
@@ -77,8 +66,10 @@ def source_fingerprint(source: DataSourceConfig, *, seed: int) -> str:
         raise UserError(f"{source.name}: cannot be read: {error}") from None
     import datasets
 
-    with _loading(source):
+    try:
         return str(datasets.load_dataset_builder(str(source.path), source.subset, revision=source.revision).hash)
+    except Exception as error:
+        raise _as_user_error(error, source) from None
 
 
 def _file_digest(path: Path) -> str:
@@ -86,222 +77,207 @@ def _file_digest(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _all_rows(source: DataSourceConfig, seed: int) -> Iterator[tuple[str, Record | RecordError]]:
+def _all_records(source: DataSourceConfig, seed: int) -> Records:
     if source.generate is not None:
-        yield from ((f"generated question {i}", row) for i, row in enumerate(source.generate.rows(seed)))
-        return
-    path = _checked(source)
+        return ((f"generated question {i}", record) for i, record in enumerate(source.generate.rows(seed)))
+    path = _checked_path(source)
     if not path.is_file():
-        yield from _dataset_rows(source, path)
-    elif path.suffix == ".parquet":
-        yield from _parquet_rows(path)
-    else:
-        yield from _jsonl_rows(path)
+        return _read_dataset(source)
+    return _read_parquet(path) if path.suffix == ".parquet" else _read_jsonl(path)
 
 
-def _checked(source: DataSourceConfig) -> Path:
-    """The path of a source, once it is seen that it may be one. Raises `UserError`."""
-    path = source.location
+def _checked_path(source: DataSourceConfig) -> Path:
+    """Returns the local path of a source. Raises `UserError` if it is not a data file, a folder or a Hub id."""
+    path = source.local_path
     expected = f"expected a file ({', '.join(DATA_FILE_SUFFIXES)}), a folder or a Hub id (owner/name)"
     try:
-        folder, exists, empty = path.is_dir(), path.exists(), path.is_dir() and not any(path.iterdir())
+        exists, is_folder = path.exists(), path.is_dir()
+        is_empty_folder = is_folder and not any(path.iterdir())
     except OSError as error:
-        raise UserError(f"{source.name}: cannot be read: {error}. Take a path that you may read.") from None
+        raise UserError(f"{source.name}: cannot be read: {error}. Give a path that you are allowed to read.") from None
+    problem = None
     if has_data_file_suffix(path.name):
         if not path.is_file():
-            found = "found a folder" if folder else "found no plain file" if exists else "there is no such file"
-            raise UserError(f"{path}: {found}; {expected}.")
-    elif folder:
-        if empty:
-            raise UserError(f"{source.name}: {expected}, found an empty folder.")
+            reason = "found a folder" if is_folder else "not a regular file" if exists else "there is no such file"
+            raise UserError(f"{path}: {reason}; {expected}.")
+    elif is_empty_folder:
+        problem = "found an empty folder"
+    elif is_folder:
         if source.revision is not None:
-            raise UserError(f"{source.name}: `revision` is for a data set of the Hub, a folder has none. Leave it out.")
+            raise UserError(f"{source.name}: `revision` only applies to a data set of the Hub. Leave it out.")
     elif exists or path.name.endswith(UNSUPPORTED_FILE_SUFFIXES) or not HUB_ID.fullmatch(str(source.path)):
-        raise UserError(f"{source.name}: {expected}, found {'another kind of' if exists else 'no such'} file.")
-    elif str(source.path) in _formats():
-        raise UserError(f"{source.name}: {expected}, found the name of a format. Name the file or its folder.")
+        problem = f"found {'another kind of' if exists else 'no such'} file"
+    elif str(source.path) in _builtin_builder_names():
+        problem = "found the name of a format. Name the file or its folder"
+    if problem is not None:
+        raise UserError(f"{source.name}: {expected}, {problem}.")
     return path
 
 
-def _formats() -> set[str]:
-    """Names that `datasets` takes not for data, but for a way to read whatever lies in the working directory."""
+def _builtin_builder_names() -> set[str]:
+    """Names such as `json`. Given one, `datasets` reads the files of the working directory in that format."""
     import datasets.packaged_modules
 
     return {module.name for module in pkgutil.iter_modules(datasets.packaged_modules.__path__)}
 
 
-def _jsonl_rows(path: Path) -> Iterator[tuple[str, Record | RecordError]]:
-    number = 0
+def _read_jsonl(path: Path) -> Records:
+    line_number = 0
     try:
         with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
-            # Bytes end a line at \n alone; a text may hold U+2028.
-            for number, line in enumerate(iter(lambda: file.readline(MAX_LINE_BYTES), b""), 1):
+            # Lines of bytes end at \n only. A text may hold other line breaks, such as U+2028.
+            for line_number, line in enumerate(iter(lambda: file.readline(MAX_LINE_BYTES), b""), 1):
+                location = f"{path}, line {line_number}"
                 if len(line) == MAX_LINE_BYTES:
-                    raise UserError(
-                        f"{path}, line {number}: longer than {MAX_LINE_BYTES} bytes; expected one row per line."
-                    )
+                    raise UserError(f"{location}: longer than {MAX_LINE_BYTES} bytes. Expected one row per line.")
                 if line.strip():
-                    place = f"{path}, line {number}"
-                    yield place, _json_object(line, place)
+                    yield location, _parse_json_object(line, location)
     except (OSError, EOFError, zlib.error) as error:
-        after = f", after line {number}" if number else ""
+        after = f", after line {line_number}" if line_number else ""
         raise UserError(f"{path}{after}: cannot be read: {error}. Write the file again.") from None
 
 
-def _json_object(line: bytes, place: str) -> Record | RecordError:
+def _parse_json_object(line: bytes, location: str) -> Record | RecordError:
     try:
-        row = json.loads(line.decode("utf-8-sig"), object_pairs_hook=_unique)
+        record = json.loads(line.decode("utf-8-sig"), object_pairs_hook=_unique_keys)
     except UnicodeDecodeError as error:
-        return RecordError("not UTF-8", f"{place}: not valid UTF-8: {error}. Convert the file to UTF-8.")
+        return RecordError("not UTF-8", f"{location}: not valid UTF-8: {error}. Convert the file to UTF-8.")
     except json.JSONDecodeError as error:
         problem = f"not valid JSON: {error.msg}, at character {error.pos + 1}. Expected one object per line."
-        return RecordError("not JSON", f"{place}: {problem}")
-    except (ValueError, RecursionError) as error:  # a number of thousands of digits, or thousands of brackets
-        return RecordError("not JSON", f"{place}: cannot be read as JSON: {error}.")
-    if not isinstance(row, dict):
-        return RecordError("not an object", f"{place}: expected a JSON object, found {type(row).__name__}.")
-    return row
+        return RecordError("not JSON", f"{location}: {problem}")
+    except (ValueError, RecursionError) as error:  # such as a number with thousands of digits, or thousands of brackets
+        return RecordError("not JSON", f"{location}: cannot be read as JSON: {error}.")
+    if not isinstance(record, dict):
+        return RecordError("not an object", f"{location}: expected a JSON object, found {type(record).__name__}.")
+    return record
 
 
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        twice = sorted(key for key, count in Counter(key for key, _ in pairs).items() if count > 1)
-        raise ValueError(f"the key {twice[0]!r} is given twice")
-    return found
+def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    fields = dict(pairs)
+    if len(fields) < len(pairs):
+        raise ValueError(f"the key {statistics.mode(key for key, _ in pairs)!r} is given twice")
+    return fields
 
 
-def _parquet_rows(path: Path) -> Iterator[tuple[str, Record | RecordError]]:
+def _read_parquet(path: Path) -> Records:
     import pyarrow
     from pyarrow import parquet
 
-    number = 0
+    num_read = 0
     try:
         with parquet.ParquetFile(path, page_checksum_verification=True) as file:
-            names = Counter(file.schema_arrow.names)
-            if twice := [name for name, count in names.items() if count > 1]:
-                raise ValueError(f"the column {twice[0]!r} is there twice")
-            groups = [file.metadata.row_group(i).num_rows for i in range(file.num_row_groups)]
-            for batch in file.iter_batches(batch_size=PARQUET_ROWS):
+            columns = file.schema_arrow.names
+            if len(set(columns)) < len(columns):
+                raise ValueError(f"the column {statistics.mode(columns)!r} is given twice")
+            num_in_groups = sum(file.metadata.row_group(i).num_rows for i in range(file.num_row_groups))
+            for batch in file.iter_batches(batch_size=PARQUET_BATCH_ROWS):
                 for i in range(len(batch)):
-                    place = f"{path}, row {number}"
-                    yield place, _plain_row(lambda i=i, batch=batch: batch.slice(i, 1).to_pylist()[0], place)
-                    number += 1
-            if not number == sum(groups) == file.metadata.num_rows:
-                raise ValueError(f"expected {file.metadata.num_rows} rows, {sum(groups)} in its groups")
-    except (OSError, ValueError, KeyError, pyarrow.ArrowException) as error:  # what damaged bytes make of the reader
+                    location = f"{path}, row {num_read}"
+                    yield location, _read_record(lambda i=i, batch=batch: batch.slice(i, 1).to_pylist()[0], location)
+                    num_read += 1
+            if not num_read == num_in_groups == file.metadata.num_rows:
+                raise ValueError(f"expected {file.metadata.num_rows} rows, {num_in_groups} in its groups")
+    except (OSError, ValueError, KeyError, pyarrow.ArrowException) as error:  # errors of the reader on damaged bytes
         reason = str(error).strip().rstrip(".")
-        raise UserError(f"{path}: cannot be read as Parquet, after {number} rows: {reason}. Write it again.") from None
+        raise UserError(f"{path}: cannot be read as Parquet after {num_read} rows: {reason}. Write it again.") from None
 
 
-def _plain_row(read: Callable[[], Record], place: str) -> Record | RecordError:
-    """What `read` gives, of values that Python has."""
+def _read_record(read: Callable[[], Record], location: str) -> Record | RecordError:
+    """Returns the record that `read` returns, or a `RecordError` if Python cannot represent one of its values."""
     try:
         return read()
     except UnicodeDecodeError as error:
-        return RecordError("not UTF-8", f"{place}: holds a text that is not valid UTF-8: {error}.")
-    except (ValueError, OverflowError) as error:  # such as a date of the year 5,000,000, or a time zone of nowhere
-        reason = str(error).rstrip(".")
-        return RecordError(
-            "not readable", f"{place}: holds a value that cannot be read: {reason}. Leave the column out."
-        )
+        return RecordError("not UTF-8", f"{location}: holds a text that is not valid UTF-8: {error}.")
+    except (ValueError, OverflowError) as error:  # such as a date in the year 5,000,000, or an unknown time zone
+        problem = f"holds a value that cannot be read: {str(error).rstrip('.')}. Leave the column out."
+        return RecordError("unreadable value", f"{location}: {problem}")
 
 
-def _dataset_rows(source: DataSourceConfig, path: Path) -> Iterator[tuple[str, Record | RecordError]]:
-    with _loading(source):
-        reads: Iterator[Callable[[], Record]] = _reads(_saved(source, path) if _is_saved(path) else _load(source))
-    for number in itertools.count():
-        place = f"{source.name}, row {number}"
-        with _loading(source, f", after {number} rows" if number else ""):
-            read = next(reads, None)
-            if read is None:
-                return
-            row = _plain_row(read, place)
-        yield place, row
+def _read_dataset(source: DataSourceConfig) -> Records:
+    num_read = 0
+    try:
+        for read in _record_readers(_open_dataset(source)):
+            location = f"{source.name}, row {num_read}"
+            yield location, _read_record(read, location)
+            num_read += 1
+    except Exception as error:
+        raise _as_user_error(error, source, num_read) from None
 
 
-def _reads(rows: Any) -> Iterator[Callable[[], Record]]:
-    """What gives each row, so that a bad one leaves the others readable where they have numbers."""
-    import datasets  # slow to import, and only this branch needs it
+def _record_readers(dataset: Any) -> Iterator[Callable[[], Record]]:
+    """Yields a function per record that reads it. A `Dataset` is read by index, so reading can go on after an error."""
+    import datasets  # slow to import, and only this kind of source needs it
 
-    if isinstance(rows, datasets.Dataset):
-        return (lambda i=i: rows[i] for i in range(len(rows)))
-    return (lambda row=row: row for row in rows)
+    if isinstance(dataset, datasets.Dataset):
+        return (lambda i=i: dataset[i] for i in range(len(dataset)))
+    return (lambda record=record: record for record in dataset)
 
 
-def _load(source: DataSourceConfig) -> Any:
+def _open_dataset(source: DataSourceConfig) -> Any:
+    """Opens a folder or a data set of the Hub as a `Dataset` or an `IterableDataset`."""
     import datasets
 
-    local = source.location.is_dir()
-    path = str(source.location) if local else str(source.path)
-    if local:
-        _check_arrow(source.location)
-        _check_files(source, datasets.load_dataset_builder(path, source.subset))
-    # `datasets` knows a file by its time alone: what it kept of a folder may be another content's.
-    mode = "force_redownload" if local and not source.streaming else None
+    folder, is_local = source.local_path, source.local_path.is_dir()
+    path = str(folder if is_local else source.path)
+    if is_local:
+        _check_arrow_files(folder)
+        if any((folder / name).is_file() for name in SAVE_TO_DISK_MARKERS):
+            return _open_saved_dataset(source, folder)
+        _check_data_files(source, datasets.load_dataset_builder(path, source.subset))
+    # `datasets` recognizes a cached file by its time alone, so it could return the old content of a folder.
+    mode = "force_redownload" if is_local and not source.streaming else None
     options = {"split": source.split, "revision": source.revision, "streaming": source.streaming}
     return datasets.load_dataset(path, source.subset, download_mode=mode, **options)
 
 
-def _is_saved(path: Path) -> bool:
-    return any((path / name).is_file() for name in SAVE_TO_DISK_MARKERS)
-
-
-def _saved(source: DataSourceConfig, path: Path) -> Any:
+def _open_saved_dataset(source: DataSourceConfig, folder: Path) -> Any:
     import datasets
 
     if source.subset is not None:
-        raise UserError(f"{path}: no subset {source.subset!r}: `save_to_disk` wrote the folder. Leave `subset` out.")
+        raise UserError(f"{folder}: `save_to_disk` wrote no subset {source.subset!r} there. Leave `subset` out.")
     if source.streaming:
-        raise UserError(f"{path}: is read in place, as `save_to_disk` wrote it. Leave `streaming` out.")
-    _check_arrow(path)
-    found = datasets.load_from_disk(str(path))
-    if isinstance(found, datasets.Dataset):
-        if source.split not in ("train", found.split):
-            raise UserError(f"{path}: no split {source.split!r}; the folder holds one data set. Leave `split` out.")
-        return found
-    if source.split not in found:
-        splits = [str(name) for name in found]
-        raise UserError(f"{path}: no split {source.split!r}{did_you_mean(source.split, splits)}; there are: {splits}.")
-    return found[source.split]
+        raise UserError(f"{folder}: `save_to_disk` wrote the folder, so it is read in place. Leave `streaming` out.")
+    saved = datasets.load_from_disk(str(folder))
+    if isinstance(saved, datasets.Dataset):
+        saved = {str(saved.split or "train"): saved, "train": saved}  # "train" is the default of `split`
+    if source.split not in saved:
+        splits = [str(name) for name in saved]
+        hint = did_you_mean(source.split, splits)
+        raise UserError(f"{folder}: no split {source.split!r}{hint}. The splits are: {splits}.")
+    return saved[source.split]
 
 
-def _check_arrow(folder: Path) -> None:
-    """Raises `UserError` for a file that ends early: one that does so between batches is whole to `datasets`."""
+def _check_arrow_files(folder: Path) -> None:
+    """Raises `UserError` if an Arrow file was cut short. `datasets` does not notice a cut between two batches."""
     for path in sorted(folder.rglob("*.arrow")):
         with path.open("rb") as file:
-            file.seek(-min(path.stat().st_size, 8), io.SEEK_END)
+            file.seek(-min(path.stat().st_size, 8), os.SEEK_END)
             if not file.read().endswith(ARROW_END_MARKERS):
-                raise UserError(f"{path}: not Arrow, or cut short. Write it again.")
+                raise UserError(f"{path}: not an Arrow file, or cut short. Write it again.")
 
 
-def _check_files(source: DataSourceConfig, builder: Any) -> None:
-    """Raises `UserError` for a file outside the folder, which no identity tells; warns of one that is in no split."""
-    root = source.location.resolve()
-    named = {Path(os.path.normpath(file)) for files in (builder.config.data_files or {}).values() for file in files}
-    if outside := sorted(str(file) for file in named if not file.is_relative_to(root)):
+def _check_data_files(source: DataSourceConfig, builder: Any) -> None:
+    """Warns of data files that belong to no split.
+
+    Raises `UserError` for a file outside the folder. `source_fingerprint` does not cover such a file.
+    """
+    root = source.local_path.resolve()
+    used = {Path(os.path.normpath(file)) for files in (builder.config.data_files or {}).values() for file in files}
+    if outside := sorted(str(file) for file in used if not file.is_relative_to(root)):
         raise UserError(f"{source.name}: its README.md names {outside[0]}, which is not in the folder. Move it there.")
     files = {file for file in root.rglob("*") if file.name.endswith(DATA_FILE_SUFFIXES)}
-    if len(builder.builder_configs) < 2 and (left := sorted(files - named)):  # what other subsets have is not lost
-        advice = "Name them under `configs:` in its README.md, or give all the same kind and no split in their names."
-        log_warning(f"{source.name}: {len(left)} files are in no split and are not read, such as {left[0]}. {advice}")
+    if len(builder.builder_configs) < 2 and (unused := sorted(files - used)):  # other subsets may use the rest
+        hint = "Name them under `configs:` in its README.md, or give all the same kind and no split in their names."
+        log_warning(f"{source.name}: {len(unused)} files are in no split and are not read, such as {unused[0]}. {hint}")
 
 
-@contextlib.contextmanager
-def _loading(source: DataSourceConfig, after: str = "") -> Iterator[None]:
-    """Whatever goes wrong within `datasets` becomes a `UserError` that names the source."""
-    try:
-        yield
-    except UserError:
-        raise
-    except Exception as error:  # of `datasets`, `fsspec`, `pyarrow` and the network
-        hub = not source.location.exists()
-        advice = (
-            "Without a network, download it first and set `path` to its folder."
-            if hub
-            else "Where a row is at fault: with `path` set to one of the files, its line is told."
-        )
-        reason = " ".join(str(error.__cause__ or error).split()).rstrip(".")  # its cause says what it hides
-        raise UserError(
-            f"{source.name}{after}: cannot be read as a data set: {reason or type(error).__name__}. {advice}"
-        ) from None
+def _as_user_error(error: Exception, source: DataSourceConfig, num_read: int = 0) -> UserError:
+    """Turns an error of `datasets`, `fsspec`, `pyarrow` or the network into a `UserError` with the source name."""
+    if isinstance(error, UserError):
+        return error
+    after = f", after {num_read} rows" if num_read else ""
+    reason = " ".join(str(error.__cause__ or error).split()).rstrip(".") or type(error).__name__
+    hint = "Without a network, download it first and set `path` to its folder."
+    if source.local_path.exists():
+        hint = "To see the line of a bad row, set `path` to one of the files."
+    return UserError(f"{source.name}{after}: cannot be read as a data set: {reason}. {hint}")

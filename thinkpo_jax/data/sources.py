@@ -1,4 +1,4 @@
-"""The config section of a data source, and the error class of one record."""
+"""The config section of a data source, and the error class for one record."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,32 +12,30 @@ from thinkpo_jax.runtime.config import ConfigPath, ConfigSection, UserError
 Record = Mapping[str, Any]
 
 DATA_FILE_SUFFIXES = (".jsonl", ".jsonl.gz", ".parquet")
-
-MAX_MESSAGE_CHARACTERS = 2000  # characters; it may quote the keys of a row, of which some have millions
+MAX_MESSAGE_CHARACTERS = 2000  # a message may quote keys of a record, and some keys have millions of characters
 
 
 class RecordError(UserError):
-    """A row that cannot be used: `reason` is the kind of fault, the message says where and what."""
+    """One record cannot be used. `reason` is the kind of problem, and the message says where and what it is."""
 
     def __init__(self, reason: str, message: str) -> None:
-        printable = message.encode(errors="backslashreplace").decode()  # a key may be half of a character
-        super().__init__(
-            printable if len(printable) <= MAX_MESSAGE_CHARACTERS else f"{printable[:MAX_MESSAGE_CHARACTERS]} ..."
-        )
+        message = message.encode(errors="backslashreplace").decode()  # a quoted key may hold a lone surrogate
+        is_too_long = len(message) > MAX_MESSAGE_CHARACTERS
+        super().__init__(f"{message[:MAX_MESSAGE_CHARACTERS]} ..." if is_too_long else message)
         self.reason = reason
 
 
 def has_data_file_suffix(path: str) -> bool:
-    """Whether a `path` names a file, not a folder or a data set of the Hub."""
+    """Tells whether `path` has the ending of a data file. Other paths are folders or data sets of the Hub."""
     return path.endswith(DATA_FILE_SUFFIXES)
 
 
 class DataSourceConfig(ConfigSection):
-    """Where rows come from: `path` (a file, a folder, or a data set of the Hub) or `generate`.
+    """Where records come from: either `path` or `generate`. At most `limit` records are read.
 
-    Files: .jsonl, .jsonl.gz, .parquet. Folders: what `Dataset.save_to_disk` wrote, or a data set as it lies on the Hub.
-    `split`, `subset`, `revision` choose within a data set; `streaming` reads it while it is downloaded, instead of
-    keeping all of it on the disk first. At most `limit` rows are read.
+    `path` is a file (.jsonl, .jsonl.gz, .parquet), a folder or a Hub id. A folder holds the output of
+    `Dataset.save_to_disk`, or has the layout of a Hub data set. `split`, `subset` and `revision` select within a data
+    set. `streaming` reads records during the download. Without it, the whole data set is first stored on disk.
     """
 
     path: ConfigPath | None = None
@@ -49,22 +47,21 @@ class DataSourceConfig(ConfigSection):
     limit: int | None = pydantic.Field(default=None, ge=1)
 
     @pydantic.model_validator(mode="after")
-    def _one_source(self) -> "DataSourceConfig":
+    def _check_source(self) -> "DataSourceConfig":
         if (self.path is None) == (self.generate is None):
             raise ValueError("give either `path` or `generate`, one of the two")
-        within = (self.split != "train", self.subset is not None, self.revision is not None, self.streaming)
-        if any(within) and (self.path is None or has_data_file_suffix(self.path)):
-            raise ValueError(
-                "`split`, `subset`, `revision` and `streaming` are for a data set; a file has none of them"
-            )
+        has_selection = self.split != "train" or self.subset is not None or self.revision is not None or self.streaming
+        if has_selection and (self.path is None or has_data_file_suffix(self.path)):
+            keys = "`split`, `subset`, `revision` and `streaming`"
+            raise ValueError(f"{keys} select within a data set, but a file has none of them. Leave them out")
         return self
 
     @property
     def name(self) -> str:
-        """What messages call the source."""
+        """The name of the source in messages."""
         return self.path or "generate"
 
     @property
-    def location(self) -> Path:
-        """`path` in the file system, whether or not something is there."""
+    def local_path(self) -> Path:
+        """`path` in the file system, whether or not it exists."""
         return Path(str(self.path)).expanduser()
