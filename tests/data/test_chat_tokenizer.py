@@ -224,8 +224,8 @@ def test_the_end_of_turn_token_of_the_template_stops_a_generation(name: str, cha
 
 def test_the_end_of_turn_token_is_added_to_the_stop_tokens_of_the_model():
     folder = real_tokenizer("llama3_2")
-    assert ChatTokenizer.from_folder(folder, stop_ids=[128001, 128009]).stop_token_ids == (128001, 128009)
-    assert ChatTokenizer.from_folder(folder, stop_ids=[128001]).stop_token_ids == (128001, 128009)
+    assert ChatTokenizer.from_folder(folder, stop_token_ids=[128001, 128009]).stop_token_ids == (128001, 128009)
+    assert ChatTokenizer.from_folder(folder, stop_token_ids=[128001]).stop_token_ids == (128001, 128009)
 
 
 @pytest.mark.parametrize("eos", ["<end>", "<eos>", None])

@@ -152,7 +152,7 @@ def test_stop_ids_fall_back_to_config_json(tmp_path: Path) -> None:
 def test_an_export_stops_where_the_sampler_does(tmp_path: Path) -> None:
     folder = like(tmp_path)
     _edit(folder / "generation_config.json", eos_token_id=7)  # not what the template ends a turn with
-    chat = ChatTokenizer.from_folder(folder, stop_ids=read_stop_token_ids(folder))
+    chat = ChatTokenizer.from_folder(folder, stop_token_ids=read_stop_token_ids(folder))
     assert set(chat.stop_token_ids) == {chat.end_of_turn_id, 7} != {7}
     save_model(
         random_model(),

@@ -110,7 +110,7 @@ def test_a_start_that_is_not_the_reference_is_refused() -> None:
     with jax.set_mesh(mesh):
         batches = small.batches(EXAMPLES["thinkpo"])
         batches.reference_log_probs = compute_reference(small.model(seed=1), batches, mesh)
-        with pytest.raises(RunError, match=r"not 0\.693147"):
+        with pytest.raises(RunError, match=r"instead of 0\.693147"):
             check_initial_loss(PREFERENCE, COMPARE, small.model(), batches[0], mesh)
         batches.reference_log_probs = compute_reference(small.model(), batches, mesh)
         found = check_initial_loss(PREFERENCE, COMPARE, small.model(), batches[0], mesh)

@@ -74,7 +74,7 @@ class ChatTokenizer:
     special_token_ids: frozenset[int]
 
     @classmethod
-    def from_folder(cls, folder: Path, *, stop_ids: Sequence[int] = ()) -> "ChatTokenizer":
+    def from_folder(cls, folder: Path, *, stop_token_ids: Sequence[int] = ()) -> "ChatTokenizer":
         """Loads the tokenizer of a Hugging Face folder. Raises `UserError` if it or its chat template is missing."""
         if not any((folder / name).is_file() for name in TOKENIZER_FILES):
             raise UserError(f"{folder}: no tokenizer: expected {' or '.join(TOKENIZER_FILES)}.")
@@ -89,7 +89,7 @@ class ChatTokenizer:
             raise UserError(f"{folder}: the tokenizer has no chat template to render prompts with. {advice}.")
         end_id = _end_of_turn_id(tokenizer, folder)
         special_ids = {token_id for token_id, token in tokenizer.added_tokens_decoder.items() if token.special}
-        return cls(tokenizer, end_id, tuple(sorted({end_id, *stop_ids})), frozenset(special_ids | {end_id}))
+        return cls(tokenizer, end_id, tuple(sorted({end_id, *stop_token_ids})), frozenset(special_ids | {end_id}))
 
     def encode_prompt(self, messages: Sequence[Message]) -> RenderedPrompt:
         """Renders a conversation up to where the answer of the assistant begins, and encodes it.

@@ -159,7 +159,7 @@ def check_model_folder(folder: Path, *, weights: bool) -> tuple[Architecture, Ch
         architecture = attempt(read_architecture, folder)
         if weights:
             attempt(check_weights, folder, architecture)
-        tokenizer = attempt(lambda: ChatTokenizer.from_folder(folder, stop_ids=read_stop_token_ids(folder)))
+        tokenizer = attempt(lambda: ChatTokenizer.from_folder(folder, stop_token_ids=read_stop_token_ids(folder)))
         if architecture is not None and tokenizer is not None and len(tokenizer.tokenizer) > architecture.vocab_size:
             attempt.fail(
                 f"{folder}: the tokenizer has {len(tokenizer.tokenizer)} tokens, but the embedding has only "
