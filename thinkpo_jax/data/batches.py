@@ -111,11 +111,8 @@ class BatchPlan:
         """Plans `num_updates` updates, or those of `epochs` epochs if it is None.
 
         No update reads the examples with indices `held_out`. The rows of a micro-batch are padded to a multiple of
-        `num_shards`. A process reads only the examples of its `local_shards` (None: all). The tokens of other rows
-        are missing in its batches.
-
-        Raises:
-            UserError: an example is longer than a row.
+        `num_shards`. A process reads only the examples of its `local_shards` (None: all). The tokens of other rows are
+        missing in its batches. Raises `UserError` if an example is longer than a row.
         """
         self.examples, self.config = examples, config
         self.answers_per_example = len(examples[0])

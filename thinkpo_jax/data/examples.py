@@ -70,10 +70,8 @@ class TokenizedDataset(Sequence[Example]):
     """The examples that a stage reads in one epoch, source by source and in the order of their records.
 
     The weight of a source says how often an epoch reads each of its examples. Its fractional part selects a random
-    subset, which depends on `seed` and on the examples of the source.
-
-    Raises:
-        UserError: a weight selects none of the examples of its source.
+    subset, which depends on `seed` and on the examples of the source. Raises `UserError` if a weight selects none of
+    the examples of its source.
     """
 
     def __init__(self, sources: Sequence[TokenizedSource], weights: Sequence[float], *, seed: int) -> None:

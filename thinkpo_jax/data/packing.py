@@ -50,12 +50,10 @@ def pack_best_fit(sizes: np.ndarray, limits: Sequence[int], order: np.ndarray) -
 def split_held_out(examples: Sequence[Example], fraction: float, *, seed: int) -> np.ndarray:
     """Returns sorted indices of the validation examples, about `fraction` of all.
 
-    Examples with the same prompt are held out together, so no prompt is in both training and validation.
-    Prompts are drawn at random. A prompt that would overshoot the target by more than half its examples is skipped.
-    If every prompt is skipped, the prompt with the fewest examples is held out.
-
-    Raises:
-        UserError: all examples have the same prompt.
+    Examples with the same prompt are held out together, so no prompt is in both training and validation. Prompts are
+    drawn at random. A prompt that would overshoot the target by more than half its examples is skipped. If every prompt
+    is skipped, the prompt with the fewest examples is held out. Raises `UserError` if all examples have the same
+    prompt.
     """
     indices_by_prompt: dict[bytes, list[int]] = {}
     for index, (segment, *_) in enumerate(examples):

@@ -23,9 +23,7 @@ def load_or_build(key: str, build: Callable[[BinaryIO], tuple[np.ndarray, Source
     """Loads the tokenized source that is cached under `key`. Builds and saves it if it is missing or damaged.
 
     `build` writes the token ids as int32 to the file, and returns `segments` and `report` of the `TokenizedSource`.
-
-    Raises:
-        UserError: the cache cannot be read or written.
+    Raises `UserError` if the cache cannot be read or written.
     """
     entry = token_cache_folder() / key
     try:

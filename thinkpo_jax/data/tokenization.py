@@ -50,10 +50,8 @@ def tokenize_sources(
     """Tokenizes several sources. The dataset is empty if no record can be used.
 
     Sources with a `path` are cached in `token_cache_folder()`. The key covers all content that affects the result.
-
-    Raises:
-        UserError: a source cannot be read, or the config says to stop at a record that cannot be used. `keep_going`
-            only counts such records.
+    Raises `UserError` if a source cannot be read, or the config says to stop at a record that cannot be used.
+    `keep_going` only counts such records.
     """
     sources: list[TokenizedSource] = []
     for config in configs:

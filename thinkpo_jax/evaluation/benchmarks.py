@@ -68,10 +68,8 @@ def load_questions(config: BenchmarkConfig, *, seed: int) -> list[Question]:
     """Loads the first `config.questions` questions of a benchmark (default: all, 1,000 for miniature).
 
     The id of a question is a hash of its prompt, so runs can tell which questions they share. A repeated prompt gets a
-    number after the hash. The questions of miniature are held out from its training data.
-
-    Raises:
-        UserError: the file is missing, or a row has no question or no reference answer.
+    number after the hash. The questions of miniature are held out from its training data. Raises `UserError` if the
+    file is missing, or a row has no question or no reference answer.
     """
     benchmark = BENCHMARKS[config.name]
     system: list[Message] = [] if config.system is None else [{"role": "system", "content": config.system}]

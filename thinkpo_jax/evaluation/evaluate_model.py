@@ -8,7 +8,7 @@ from typing import Any
 
 from jax.sharding import Mesh
 
-from thinkpo_jax.evaluation.benchmarks import BENCHMARKS, QuestionsByBenchmark, Question, questions_digest
+from thinkpo_jax.evaluation.benchmarks import BENCHMARKS, Question, QuestionsByBenchmark, questions_digest
 from thinkpo_jax.evaluation.evaluation_config import EvaluationConfig
 from thinkpo_jax.evaluation.results import GradedSample, QuestionResult
 from thinkpo_jax.inference.engine import generate
@@ -112,11 +112,7 @@ def answer_questions(
 
 
 def read_answers(path: Path) -> list[QuestionResult]:
-    """Reads the saved answers to a benchmark.
-
-    Raises:
-        UserError: there are none, or the file is damaged.
-    """
+    """Reads the saved answers to a benchmark. Raises `UserError` if there are none, or the file is damaged."""
     record = read_json_record(path, "items")
     if record is None:
         raise UserError(f"{path}: there are no saved answers. Evaluate the model first.")

@@ -25,8 +25,7 @@ Comparisons = list[tuple[str, str, str, PairedComparison]]  # (before, after, be
 def write_report(run_dir: Path, contents: ReportContents) -> None:
     """Writes `report.json`, `report.md` and the plots that have data into `run_dir`, each file atomically.
 
-    Raises:
-        ValueError: a comparison of models without a common benchmark, or results that `statistics` rejects.
+    Raises `ValueError` for a comparison of models without a common benchmark, or results that `statistics` rejects.
     """
     scores, comparisons = _score_models(contents.results), _compare_models(contents)
     figures = draw_figures(run_dir, contents, scores)

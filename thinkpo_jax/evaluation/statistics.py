@@ -68,10 +68,8 @@ class PairedComparison:
 def score_benchmark(results: Sequence[QuestionResult]) -> BenchmarkScore:
     """Returns the score of one model on one benchmark: means over questions of the means over samples.
 
-    The interval treats the questions as a random draw. It is for the mean over all questions of their kind.
-
-    Raises:
-        ValueError: no questions, a question without samples, or a question id that appears twice.
+    The interval treats the questions as a random draw. It is for the mean over all questions of their kind. Raises
+    `ValueError` if no questions, a question without samples, or a question id that appears twice.
     """
     questions = _samples_by_id(results, "results").values()
     accuracy_Q, tokens_Q, truncated_Q = _means_over_samples(questions)
@@ -100,10 +98,8 @@ def compare_paired(before: Sequence[QuestionResult], after: Sequence[QuestionRes
 
     The p-value is that of the two-sided sign-flip permutation test of the mean difference. It is exact for up to 13
     questions that differ. With one sample per question it is then the sign test. For more questions it comes from
-    10,000 random flips, so it is at least 2/10,001.
-
-    Raises:
-        ValueError: the question ids differ, or one side is invalid for `score_benchmark`.
+    10,000 random flips, so it is at least 2/10,001. Raises `ValueError` if the question ids differ, or one side is
+    invalid for `score_benchmark`.
     """
     before_samples, after_samples = _align(before, after)
     accuracy_Q, tokens_Q, _ = _means_over_samples(after_samples) - _means_over_samples(before_samples)
@@ -125,10 +121,8 @@ def compare_pooled_runs(pairs: Sequence[tuple[Sequence[QuestionResult], Sequence
 
     A question that several runs share counts once, with the samples of all runs. What helps it in one run tends to help
     it in the next. Counting it once per run would make the interval too narrow. The interval holds for these trained
-    models. It does not cover the variance between training seeds.
-
-    Raises:
-        ValueError: no pairs, or a pair that is invalid for `compare_paired`. The message counts pairs from 1.
+    models. It does not cover the variance between training seeds. Raises `ValueError` for no pairs, or for a pair that is
+    invalid for `compare_paired`. The message counts pairs from 1.
     """
     if not pairs:
         raise ValueError("no runs to pool. Expected at least one pair of results (before, after).")

@@ -39,10 +39,8 @@ class ModelConfig(ConfigSection):
 def resolve_model_folder(path: str, *, weights: bool = True) -> Path:
     """Returns the folder of a model: `builtin:NAME`, a local folder, or a Hub id (downloaded or cached).
 
-    If `weights` is false, only the configuration and the tokenizer of a Hub id are downloaded.
-
-    Raises:
-        UserError: there is no such model.
+    If `weights` is false, only the configuration and the tokenizer of a Hub id are downloaded. Raises `UserError` if
+    there is no such model.
     """
     if path.startswith(BUILTIN_PREFIX):
         builtins = {
@@ -138,10 +136,8 @@ class ModelSource:
 def resolve_model_source(config: ModelConfig, *, seed: int, require_weights: bool = True) -> ModelSource:
     """Opens a model folder and checks that architecture, weights and tokenizer fit together.
 
-    Without `require_weights` the weights of a Hub id are not downloaded, and no weights are checked.
-
-    Raises:
-        UserError: the folder does not exist or is not supported. All problems of the folder are in one error.
+    Without `require_weights` the weights of a Hub id are not downloaded, and no weights are checked. Raises `UserError`
+    if the folder does not exist or is not supported. All problems of the folder are in one error.
     """
     folder = resolve_model_folder(config.path, weights=require_weights)
     check = require_weights and config.weights == "pretrained"
@@ -152,8 +148,7 @@ def resolve_model_source(config: ModelConfig, *, seed: int, require_weights: boo
 def check_model_folder(folder: Path, *, weights: bool) -> tuple[Architecture, ChatTokenizer]:
     """Reads the architecture and the tokenizer of a model folder, and checks its weights if `weights` is true.
 
-    Raises:
-        UserError: lists every problem of the folder.
+    Raises `UserError`, which lists every problem of the folder.
     """
     with collect_errors() as attempt:
         architecture = attempt(read_architecture, folder)

@@ -35,9 +35,8 @@ STYLE_CONTEXT, STYLE_TRAINED, STYLE_RESET = "\x1b[2m", "\x1b[1;32m", "\x1b[0m"  
 def preview_run_data(config: RunConfig) -> None:
     """Prints what a run would read and train on. Uses no device.
 
-    Raises:
-        UserError: the model, data or questions cannot be read.
-        RunError: lists what would stop a stage, or would make its training useless.
+    Raises `UserError` if the model, data or questions cannot be read. Raises `RunError`, which lists what would stop a
+    stage, or would make its training useless.
     """
     print(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True, default_flow_style=None))
     source = resolve_model_source(config.model, seed=config.seed, require_weights=False)

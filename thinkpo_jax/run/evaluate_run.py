@@ -26,8 +26,7 @@ from thinkpo_jax.runtime.processes import is_primary_process
 def load_all_questions(config: EvaluationConfig | None, tokenizer: ChatTokenizer, *, seed: int) -> QuestionsByBenchmark:
     """Returns the questions of every benchmark by its name. Each question is rendered once as a check.
 
-    Raises:
-        UserError: questions cannot be read, or the chat template cannot render one.
+    Raises `UserError` if questions cannot be read, or the chat template cannot render one.
     """
     benchmarks = config.benchmarks if config else ()
     questions = {benchmark.name: load_questions(benchmark, seed=seed) for benchmark in benchmarks}
@@ -98,8 +97,7 @@ def _settings(run: ResolvedRun) -> dict[str, str]:
 def pool_runs(folders: Sequence[Path]) -> str:
     """Returns the comparisons of several runs that differ in the seed, with their questions pooled, one per line.
 
-    Raises:
-        UserError: the runs are not finished, differ in more than the seed, or have a seed in common.
+    Raises `UserError` if the runs are not finished, differ in more than the seed, or have a seed in common.
     """
     runs = [RunFolder(folder) for folder in folders]
     _check_runs_can_be_pooled(runs)

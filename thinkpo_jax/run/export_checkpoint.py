@@ -18,10 +18,8 @@ def export_checkpoint(
 ) -> None:
     """Writes a checkpoint of a stage to `out`.
 
-    `name` is the stage, by default the last one with a checkpoint. `step` is the update, by default the latest.
-
-    Raises:
-        UserError: there is no such checkpoint, or `out` cannot be written.
+    `name` is the stage, by default the last one with a checkpoint. `step` is the update, by default the latest. Raises
+    `UserError` if there is no such checkpoint, or `out` cannot be written.
     """
     names = [stage.name for stage in run.config.stages]
     with_checkpoint = [each for each in names if _has_checkpoint(run.folder.stage(each).checkpoints)]

@@ -64,8 +64,7 @@ class ResolvedRun:
 def resolve_run(config: RunConfig) -> ResolvedRun:
     """Checks everything that needs no training: the mesh, the start model, its tokenizer, the row lengths.
 
-    Raises:
-        UserError: a check failed.
+    Raises `UserError` if a check failed.
     """
     mesh = make_mesh(config.mesh)
     source = resolve_model_source(config.model, seed=config.seed)
@@ -91,8 +90,7 @@ def warn_if_rows_exceed_model(config: RunConfig, architecture: Architecture) -> 
 def is_stage_finished(run: ResolvedRun, stage: StageConfig) -> bool:
     """Returns whether a stage is finished. Process 0 decides for all processes.
 
-    Raises:
-        UserError: the folder holds the stage with other settings, or the model that it was trained from is gone.
+    Raises `UserError` if the folder holds the stage with other settings, or the model that it was trained from is gone.
     """
     return bool(broadcast_from_primary(_is_stage_finished(run, stage)))
 

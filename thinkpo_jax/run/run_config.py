@@ -64,7 +64,6 @@ class RunConfig(ConfigSection):
 def load_run_config(path: Path, assignments: Sequence[str] = ()) -> RunConfig:
     """Reads a YAML file and applies `--set` assignments.
 
-    Raises:
-        UserError: lists every problem of the configuration.
+    Raises `UserError`, which lists every problem of the configuration.
     """
     return parse_config(RunConfig, apply_overrides(read_yaml(path), assignments), source=str(path))

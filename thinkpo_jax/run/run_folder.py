@@ -61,8 +61,7 @@ class RunFolder:
     def read_stage_record(self, name: str) -> StageRecord | None:
         """Returns the record of a stage, or None if the stage was never begun.
 
-        Raises:
-            UserError: the record is damaged, or another version of thinkpo_jax wrote it.
+        Raises `UserError` if the record is damaged, or another version of thinkpo_jax wrote it.
         """
         path = self.stage(name).record
         remedy = f"Remove {path.parent} to train the stage again."
@@ -88,10 +87,8 @@ class RunFolder:
     def locked(self, config: RunConfig) -> Iterator[None]:
         """Locks the folder for this run, checks that all processes agree, and writes config.yaml.
 
-        No process writes before all processes have read what is there.
-
-        Raises:
-            UserError: another run holds the lock, or the processes do not agree.
+        No process writes before all processes have read what is there. Raises `UserError` if another run holds the
+        lock, or the processes do not agree.
         """
         with lock_folder(self.path, "run_dir"):
             _check_processes_agree(config)

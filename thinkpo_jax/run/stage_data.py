@@ -26,8 +26,7 @@ class StageData:
 def load_stage_data(stage: StageConfig, tokenizer: ChatTokenizer, *, seed: int) -> StageData:
     """Tokenizes the data of a stage, logs what became of its rows, and splits off the validation examples.
 
-    Raises:
-        UserError: a row cannot be used, no example is left, or the validation split is not possible.
+    Raises `UserError` if a row cannot be used, no example is left, or the validation split is not possible.
     """
     dataset = tokenize_stage_data(stage, tokenizer, seed=seed)
     for note in dataset.describe_sources():
@@ -64,8 +63,7 @@ def held_out_indices(stage: StageConfig, dataset: TokenizedDataset, *, seed: int
 def check_data_unchanged(stage: StageConfig, data: StageData, folder: RunFolder) -> None:
     """Checks that all processes read the same data, and that a begun stage reads the data that it was begun with.
 
-    Raises:
-        UserError: the data differs.
+    Raises `UserError` if the data differs.
     """
     digest = data.dataset.digest()
     digest_bytes = np.frombuffer(digest.encode(), np.uint8)

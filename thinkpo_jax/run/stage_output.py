@@ -18,8 +18,7 @@ from thinkpo_jax.training.train_stage import StageInputs, StageResult
 def begin_stage(run: ResolvedRun, stage: StageConfig, data: StageData) -> StageInputs:
     """Writes the record of a stage and returns the inputs of its training.
 
-    Raises:
-        UserError: the stage was begun with other data.
+    Raises `UserError` if the stage was begun with other data.
     """
     check_data_unchanged(stage, data, run.folder)
     log_info(f"{stage.name}: starts from {run.config.initial_model_of(stage)}")

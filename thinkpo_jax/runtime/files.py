@@ -132,8 +132,7 @@ class StageFolder:
 def read_json_record(path: Path, *keys: str, remedy: str = "Remove the file.") -> dict[str, Any] | None:
     """Returns a JSON object that a command wrote, or None if there is none yet.
 
-    Raises:
-        UserError: the file is damaged, or lacks one of `keys`. The message ends with `remedy`.
+    Raises `UserError` if the file is damaged, or lacks one of `keys`. The message ends with `remedy`.
     """
     if not path.exists():
         return None

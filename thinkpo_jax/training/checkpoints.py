@@ -58,8 +58,7 @@ class CheckpointStore:
     def save(self, state: TrainState) -> None:
         """Saves the state in the background. A step that is already saved is not saved again.
 
-        Raises:
-            RunError: the checkpoint cannot be written.
+        Raises `RunError` if the checkpoint cannot be written.
         """
         step = int(state.step)
         if step not in self._manager.all_steps():
@@ -74,8 +73,7 @@ class CheckpointStore:
     def restore(self, like: TrainState, step: int | None = None) -> TrainState:
         """Returns the state of `step` (default: the latest), sharded like `like`.
 
-        Raises:
-            UserError: there is no such checkpoint, or it cannot be read.
+        Raises `UserError` if there is no such checkpoint, or it cannot be read.
         """
         model = self._restore("model", like.model, step)
         optimizer, count = self._restore("training", (like.optimizer, like.step), step)

@@ -75,10 +75,8 @@ def _describe_work(cache: ReferenceCache, num_examples: int, num_cached: int, nu
 def compute_reference(model: Transformer, batches: BatchPlan, mesh: Mesh) -> np.ndarray:
     """Returns the model's log-prob of each region of each answer of each example: float32 [examples, answers, 3].
 
-    The rows have the shape of training rows, and the log-probs come from the function that the objective uses.
-
-    Raises:
-        RunError: a log-prob is not finite.
+    The rows have the shape of training rows, and the log-probs come from the function that the objective uses. Raises
+    `RunError` if a log-prob is not finite.
     """
     log_probs = np.zeros(batches.reference_log_probs.shape, np.float32)
     for indices, batch_log_probs in _reference_batches(model, batches, range(len(batches.examples)), mesh, None):
@@ -127,9 +125,8 @@ def check_initial_loss(
 ) -> float:
     """Returns the loss on a batch before any update. Policy and reference are the same model, so for DPO it is ln 2.
 
-    Raises:
-        RunError: a log-prob differs from the cached reference, or against its own log-probs the model's margins are not
-            0 or its loss is not `expected_initial_loss`.
+    Raises `RunError` if a log-prob differs from the cached reference, or against its own log-probs the model's margins
+    are not 0 or its loss is not `expected_initial_loss`.
     """
 
     def check_rows(model: Transformer, rows: DeviceBatch) -> tuple[LossSums, LossSums, jax.Array, jax.Array]:

@@ -71,10 +71,9 @@ class StageResult:
 def train_stage(inputs: StageInputs) -> StageResult:
     """Trains one stage from its latest checkpoint, or else from its initial model.
 
-    Raises:
-        UserError: an example does not fit into a row.
-        RunError: the reference, the first loss, an update or a checkpoint is wrong.
-        KeyboardInterrupt: a stop was requested. The state is saved, and the same call resumes.
+    Raises `UserError` if an example does not fit into a row. Raises `RunError` if the reference, the first loss, an
+    update or a checkpoint is wrong. Raises `KeyboardInterrupt` if a stop was requested. The state is saved, and the
+    same call resumes.
     """
     config, mesh = inputs.config, inputs.mesh
     batches = BatchPlan(
@@ -198,8 +197,7 @@ class StageMetrics:
     def log_update(self, update: int, metrics: Mapping[str, Any], batch: HostBatch) -> None:
         """Logs one update. `update` counts from 1.
 
-        Raises:
-            RunError: the update is not finite, and the stage stops at it.
+        Raises `RunError` if the update is not finite, and the stage stops at it.
         """
         inputs, batches = self._inputs, self._batches
         seconds = time.monotonic() - self._clock
@@ -228,8 +226,7 @@ class StageMetrics:
 def handle_nonfinite_update(config: StageConfig, line: Mapping[str, float], num_skipped: int, names: str) -> None:
     """Warns about an update that was not applied, because its loss or gradient is not finite.
 
-    Raises:
-        RunError: the stage does not skip such updates, or has skipped too many.
+    Raises `RunError` if the stage does not skip such updates, or has skipped too many.
     """
     problem = (
         f"stage {config.name}, update {line['step']}: the loss is {line['loss']} and the gradient norm is "

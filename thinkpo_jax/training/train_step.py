@@ -41,8 +41,7 @@ def init_train_state(model: Transformer, optimizer: optax.GradientTransformation
 def abstract_train_state(model: Transformer, optimizer: optax.GradientTransformation, mesh: Mesh) -> TrainState:
     """Returns the result of `init_train_state` as shapes with shardings. The model may be abstract too.
 
-    Raises:
-        UserError: a mesh axis does not divide a size of the model.
+    Raises `UserError` if a mesh axis does not divide a size of the model.
     """
     return abstract_with_shardings(jax.eval_shape(functools.partial(_build_state, optimizer), model), mesh)
 
