@@ -121,8 +121,8 @@ def compare_pooled_runs(pairs: Sequence[tuple[Sequence[QuestionResult], Sequence
 
     A question that several runs share counts once, with the samples of all runs. What helps it in one run tends to help
     it in the next. Counting it once per run would make the interval too narrow. The interval holds for these trained
-    models. It does not cover the variance between training seeds. Raises `ValueError` for no pairs, or for a pair that is
-    invalid for `compare_paired`. The message counts pairs from 1.
+    models. It does not cover the variance between training seeds. Raises `ValueError` for no pairs, or for a pair that
+    `compare_paired` rejects. The message counts pairs from 1.
     """
     if not pairs:
         raise ValueError("no runs to pool. Expected at least one pair of results (before, after).")

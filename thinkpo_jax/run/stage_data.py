@@ -1,5 +1,7 @@
 """Loads, checks and splits the data of a stage."""
 
+import contextlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -44,18 +46,20 @@ def tokenize_stage_data(
 ) -> TokenizedDataset:
     """Returns the examples of a stage, see `tokenize_sources`. A `UserError` names the stage."""
     options = {"row_length": stage.batch.row_length, "seed": seed, "title": f"{stage.name} data"}
-    try:
+    with _naming_stage(stage):
         return tokenize_sources(stage.data, tokenizer, **options, keep_going=keep_going)
-    except UserError as error:
-        raise UserError(f"stage {stage.name}: {error}") from None
 
 
 def held_out_indices(stage: StageConfig, dataset: TokenizedDataset, *, seed: int) -> np.ndarray:
     """Returns the indices of the validation examples, none without `validation`. A `UserError` names the stage."""
-    if stage.validation is None:
-        return np.zeros(0, np.int64)
+    with _naming_stage(stage):
+        return split_held_out(dataset, stage.validation.share, seed=seed) if stage.validation else np.zeros(0, np.int64)
+
+
+@contextlib.contextmanager
+def _naming_stage(stage: StageConfig) -> Iterator[None]:
     try:
-        return split_held_out(dataset, stage.validation.share, seed=seed)
+        yield
     except UserError as error:
         raise UserError(f"stage {stage.name}: {error}") from None
 

@@ -35,8 +35,7 @@ from thinkpo_jax.training.reference_cache import load_stage_reference, save_stag
 from thinkpo_jax.training.reference_log_probs import check_initial_loss, load_or_compute_reference
 from thinkpo_jax.training.stage_config import StageConfig, ThinkpoStage
 from thinkpo_jax.training.throughput import throughput_metrics
-from thinkpo_jax.training.train_step import TrainState, init_train_state, make_train_step
-from thinkpo_jax.training.validation import PeriodicEvaluation
+from thinkpo_jax.training.train_step import TrainState, init_train_state, make_eval_step, make_train_step
 
 
 @dataclass(frozen=True)
@@ -101,7 +100,7 @@ def train_stage(inputs: StageInputs) -> StageResult:
         start = int(state.step)
         train_step = make_train_step(objective, optimizer, mesh, state)
         metrics = stack.enter_context(StageMetrics(inputs, batches, start))
-        validation = stack.enter_context(PeriodicEvaluation(config, inputs.folder, mesh, batches, objective, start))
+        validation = stack.enter_context(PeriodicEvaluation(inputs, batches, objective, start))
         validation.run_if_due(start, state)
         metrics.start_clock()
         for update, batch in enumerate(batches.prefetch_from(start), start + 1):
@@ -249,3 +248,41 @@ def _warn_if_saturated(config: StageConfig, line: Mapping[str, float]) -> None:
     log_warning(
         f"stage {config.name}: at its end, {line['saturated']:.0%} of the pairs had almost no gradient. {advice}"
     )
+
+
+class PeriodicEvaluation:
+    """Writes loss and metrics of the held-out examples to `validation.jsonl`. Does nothing without `validation`."""
+
+    def __init__(self, inputs: StageInputs, batches: BatchPlan, objective: Objective, start: int) -> None:
+        """Removes the lines of updates after `start`, which an interrupted run may have left."""
+        validation, path = inputs.config.validation, inputs.folder.validation
+        self._mesh, self._last, self._every = inputs.mesh, len(batches), validation and validation.every
+        if self._every is None:
+            return
+        self._eval_step, self._batches = make_eval_step(objective, inputs.mesh), batches.batches_of(batches.held_out)
+        self._file = MetricsFile(path, step=start)
+        is_done = np.zeros(self._last + 1, bool)
+        is_done[[int(line["step"]) for line in read_metrics(path)]] = True
+        self._is_done = broadcast_from_primary(is_done)
+
+    def __enter__(self) -> "PeriodicEvaluation":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._every is not None:
+            self._file.close()
+
+    def run_if_due(self, update: int, state: TrainState) -> float:
+        """Evaluates if an evaluation is due after `update` updates and not written yet. Returns the seconds it took."""
+        if self._every is None or self._is_done[update] or (update % self._every and update != self._last):
+            return 0.0
+        began = time.monotonic()
+        sums = [jax.device_get(self._eval_step(state.model, put_batch(batch, self._mesh))) for batch in self._batches]
+        total = jax.tree.map(lambda *values: sum(values), *sums)
+        means = {name: float(value / total.weight) for name, value in total.metrics.items()}
+        line = finalize_metrics(means | {"loss": float(total.loss / total.weight)})
+        self._file.write({"step": update, **line})
+        self._is_done[update] = True
+        summary = ", ".join(f"{name} {value}" for name, value in headline_metrics(line).items())
+        log_info(f"validation after {update} updates: {summary}")
+        return time.monotonic() - began
