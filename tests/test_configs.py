@@ -143,4 +143,4 @@ def test_the_papers_pairs_are_asked_for_as_the_paper_did():
     assert (sampling.temperature, sampling.top_p, sampling.max_new_tokens, sampling.samples) == (0.7, 0.9, 1024, 1)
     assert found.short.system == "You are a helpful and harmless assistant. Please reason step by step."
     assert found.long.path == "bespokelabs/Bespoke-Stratos-17k"
-    assert found.filters.disagreeing_share == 2000 / 10080
+    assert found.filters.max_wrong_short_fraction == 2000 / 10080

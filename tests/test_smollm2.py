@@ -134,7 +134,7 @@ def test_greedy_answers_to_real_questions_are_those_of_transformers(smollm2: Pat
     for prompt, generation in zip(prompts, found, strict=True):
         rows = torch.tensor([prompt])
         answer = reference.generate(rows, attention_mask=torch.ones_like(rows))[0, len(prompt) :].tolist()
-        assert generation.ids == [token for token in answer if token not in chat.stop_token_ids]
+        assert generation.token_ids == [token for token in answer if token not in chat.stop_token_ids]
 
 
 @contextlib.contextmanager
@@ -178,7 +178,7 @@ def test_a_server_answers_with_what_we_export_as_our_own_sampler_does(smollm2: P
     with _server(out) as address:
         client = openai.OpenAI(base_url=f"{address}/v1", api_key="none", timeout=600)
         told = client.chat.completions.create(model=str(out), messages=messages, temperature=0, max_tokens=16)
-    assert told.choices[0].message.content.strip() == chat.decode(expected.ids).strip()
+    assert told.choices[0].message.content.strip() == chat.decode(expected.token_ids).strip()
 
 
 def test_the_first_thinkpo_loss_is_ln_2_and_losses_fall(run: Path) -> None:

@@ -1,4 +1,4 @@
-"""Argument parsing and one call."""
+"""The command `python -m thinkpo_jax.pairs`: builds preference pairs as a YAML file says."""
 
 import argparse
 from collections.abc import Sequence
@@ -13,7 +13,7 @@ def main(arguments: Sequence[str]) -> None:
     """Parses the command line and builds the pairs."""
     parser = argparse.ArgumentParser(
         prog="python -m thinkpo_jax.pairs",
-        description="Build preference pairs. Answers that were generated before are not generated again.",
+        description="Build preference pairs. Short answers that are saved already are not generated again.",
         epilog="example: python -m thinkpo_jax.pairs --config configs/pairs_miniature.yaml --set select.gap=short",
     )
     add_config_arguments(parser)

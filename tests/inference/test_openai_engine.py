@@ -1,4 +1,4 @@
-"""A server's answers come one by one, whatever the network does; every failure is a message that helps."""
+"""The client yields the answers of a server as they arrive. Each failure gives a message that says what to do."""
 
 import asyncio
 import contextlib
@@ -16,7 +16,8 @@ import pytest
 from support.server import Endpoint, Reply, failed, fast_retries, said, serving  # noqa: F401
 
 from thinkpo_jax.data.chat_tokenizer import Message
-from thinkpo_jax.inference.openai_engine import ServerAnswer, ServerConfig, request_completions
+from thinkpo_jax.inference.engine import Completion
+from thinkpo_jax.inference.openai_engine import ServerConfig, request_completions
 from thinkpo_jax.inference.sampling import SamplingConfig
 from thinkpo_jax.runtime.config import RunError, UserError, parse_config
 
@@ -28,32 +29,32 @@ def config(url: str, **changes: Any) -> ServerConfig:
     return ServerConfig(**{"url": url, "model": "tiny", "retries": 3, "timeout": 120.0, **changes})
 
 
-def question(text: str) -> list[Message]:
-    return [{"role": "user", "content": text}]
+def conversations(*texts: str) -> dict[int, list[Message]]:
+    return {i: [{"role": "user", "content": text}] for i, text in enumerate(texts)}
 
 
-def ask(endpoint: Endpoint | str, *texts: str, seed: int = 0, **changes: Any) -> dict[int, ServerAnswer]:
+def ask(endpoint: Endpoint | str, *texts: str, seed: int = 0, **changes: Any) -> dict[int, Completion]:
     url = endpoint if isinstance(endpoint, str) else endpoint.url
-    return dict(request_completions(config(url, **changes), [question(text) for text in texts], SAMPLING, seed=seed))
+    return dict(request_completions(config(url, **changes), conversations(*texts), SAMPLING, seed=seed))
 
 
 def echo(_: int, body: dict[str, Any]) -> Reply:
     return said(body["messages"][-1]["content"].upper())
 
 
-def test_every_conversation_gets_its_answer_and_its_index() -> None:
+def test_every_conversation_gets_its_own_answer() -> None:
     with serving(echo) as endpoint:
         answers = ask(endpoint, *(f"q{i}" for i in range(50)), concurrency=8)
-    assert answers == {i: ServerAnswer(f"Q{i}", finished=True) for i in range(50)}
+    assert answers == {i: Completion(text=f"Q{i}", finish_reason="stop") for i in range(50)}
 
 
-def test_no_conversation_asks_nothing() -> None:
+def test_without_conversations_no_request_is_sent() -> None:
     with serving(echo) as endpoint:
         assert ask(endpoint) == {}
         assert endpoint.bodies == []
 
 
-def test_answers_come_as_they_arrive() -> None:
+def test_answers_are_yielded_as_they_arrive() -> None:
     last = threading.Event()
 
     def script(_: int, body: dict[str, Any]) -> Reply:
@@ -62,18 +63,18 @@ def test_answers_come_as_they_arrive() -> None:
         return said(text)
 
     with serving(script) as endpoint:
-        answers = request_completions(config(endpoint.url), [question("slow"), question("quick")], SAMPLING, seed=0)
+        answers = request_completions(config(endpoint.url), conversations("slow", "quick"), SAMPLING, seed=0)
         assert next(answers)[0] == 1
         last.set()
         assert next(answers)[0] == 0
         assert list(answers) == []
 
 
-def test_what_the_server_receives(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_request_holds_the_settings_and_the_key(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MY_KEY", " secret\n")
     conversation: list[Message] = [{"role": "system", "content": "Be short."}, {"role": "user", "content": "1+1?\n"}]
     with serving(said("2")) as endpoint:
-        list(request_completions(config(endpoint.url, api_key_variable="MY_KEY"), [conversation], SAMPLING, seed=5))
+        list(request_completions(config(endpoint.url, api_key_variable="MY_KEY"), {0: conversation}, SAMPLING, seed=5))
         ask(endpoint, "x", api_key_variable="MY_OTHER_KEY")
     (first, _), keys = endpoint.bodies, endpoint.keys
     assert 0 <= first.pop("seed") < 2**31
@@ -83,7 +84,7 @@ def test_what_the_server_receives(monkeypatch: pytest.MonkeyPatch) -> None:
     assert keys == ["Bearer secret", "Bearer none"]
 
 
-def test_a_seed_depends_on_the_seed_and_the_conversation_alone() -> None:
+def test_the_seed_of_a_request_depends_only_on_the_seed_and_the_conversation() -> None:
     with serving(said("")) as endpoint:
         ask(endpoint, "a", "b", seed=1)
         ask(endpoint, "b", seed=1)
@@ -96,13 +97,13 @@ def test_a_seed_depends_on_the_seed_and_the_conversation_alone() -> None:
     assert len({values[0] for values in seeds.values()}) == 3
 
 
-def test_requests_under_way_reach_the_limit_and_never_pass_it() -> None:
-    together = threading.Barrier(4)
+def test_the_number_of_running_requests_reaches_the_limit_and_never_exceeds_it() -> None:
+    four_requests = threading.Barrier(4)
 
     def script(*_: Any) -> Reply:
-        together.wait(120)  # breaks where four are not under way at once
+        four_requests.wait(120)  # breaks unless four requests run at the same time
         reply = said("ok")
-        reply.seconds = 0.1  # a fifth would be seen
+        reply.seconds = 0.1  # long enough that a fifth would be counted
         return reply
 
     with serving(script) as endpoint:
@@ -110,23 +111,25 @@ def test_requests_under_way_reach_the_limit_and_never_pass_it() -> None:
     assert endpoint.most == 4
 
 
-def test_stopping_early_cancels_and_starts_nothing_more() -> None:
+def test_closing_the_generator_cancels_requests_and_starts_no_more() -> None:
     def script(number: int, _: dict[str, Any]) -> Reply:
         return said("ok") if number == 0 else Reply("", seconds=600)
 
     with serving(script) as endpoint:
-        answers = request_completions(config(endpoint.url, concurrency=4), [question("x")] * 100, SAMPLING, seed=0)
+        answers = request_completions(
+            config(endpoint.url, concurrency=4), conversations(*["x"] * 100), SAMPLING, seed=0
+        )
         next(answers)
         start = time.monotonic()
         answers.close()
         assert time.monotonic() - start < 60
-        time.sleep(0.5)  # what was sent before it was closed may still arrive
+        time.sleep(0.5)  # a request that was sent before may still arrive
         started = len(endpoint.bodies)
         time.sleep(0.3)
         assert len(endpoint.bodies) == started <= 4
 
 
-def test_ctrl_c_ends_promptly() -> None:
+def test_ctrl_c_stops_at_once() -> None:
     def script(*_: Any) -> Reply:
         os.kill(os.getpid(), signal.SIGINT)
         return Reply("", seconds=600)
@@ -138,12 +141,12 @@ def test_ctrl_c_ends_promptly() -> None:
         assert time.monotonic() - start < 60
 
 
-def test_a_notebook_whose_event_loop_runs_can_ask() -> None:
-    async def cell() -> dict[int, ServerAnswer]:
+def test_requests_work_inside_a_running_event_loop_as_in_a_notebook() -> None:
+    async def cell() -> dict[int, Completion]:
         return ask(endpoint, "a")
 
     with serving(echo) as endpoint:
-        assert asyncio.run(cell()) == {0: ServerAnswer("A", finished=True)}
+        assert asyncio.run(cell()) == {0: Completion(text="A", finish_reason="stop")}
 
 
 CUT = Reply('{"choices": [', length=1000)
@@ -158,31 +161,31 @@ TRANSIENT = {
 
 
 @pytest.mark.parametrize("reply", TRANSIENT.values(), ids=list(TRANSIENT))
-def test_what_passes_is_asked_again(reply: Reply) -> None:
+def test_transient_failures_and_malformed_answers_are_retried(reply: Reply) -> None:
     with serving([reply, reply, said("good")]) as endpoint:
-        assert ask(endpoint, "x") == {0: ServerAnswer("good", finished=True)}
+        assert ask(endpoint, "x") == {0: Completion(text="good", finish_reason="stop")}
     assert len({body["seed"] for body in endpoint.bodies}) == 1
 
 
 @pytest.mark.parametrize("reply", TRANSIENT.values(), ids=list(TRANSIENT))
-def test_what_does_not_pass_is_a_run_error_after_all_tries(reply: Reply) -> None:
+def test_a_failure_that_stays_is_a_run_error_after_all_tries(reply: Reply) -> None:
     with serving(reply) as endpoint, pytest.raises(RunError) as caught:
         ask(endpoint, "x")
     assert len(endpoint.bodies) == 4
     assert endpoint.url in str(caught.value)
     assert "4 tries" in str(caught.value)
-    assert "What was answered is kept; run the same command again." in str(caught.value)
+    assert "The answers so far are saved. Run the same command again to resume." in str(caught.value)
     assert caught.value.__cause__ is None
     assert caught.value.__suppress_context__ or caught.value.__context__ is None
 
 
-def test_failures_and_nonsense_count_as_tries_together() -> None:
+def test_failures_and_malformed_answers_share_the_number_of_tries() -> None:
     with serving(lambda number, _: failed(500) if number % 2 else Reply("?")) as endpoint, pytest.raises(RunError):
         ask(endpoint, "x", retries=5)
     assert len(endpoint.bodies) == 6
 
 
-def test_an_error_shows_what_came() -> None:
+def test_an_error_quotes_the_start_of_the_response() -> None:
     with serving(Reply("<html>" + "a" * 200)) as endpoint, pytest.raises(RunError) as caught:
         ask(endpoint, "x")
     assert repr("<html>" + "a" * 74) in str(caught.value)
@@ -191,25 +194,25 @@ def test_an_error_shows_what_came() -> None:
         ask(endpoint, "x", retries=0)
 
 
-def test_a_server_that_is_too_slow() -> None:
+def test_a_timeout_is_retried_and_then_reported() -> None:
     with serving(Reply("", seconds=600)) as endpoint, pytest.raises(RunError, match=r"no answer within 1 s, in 2 t"):
         ask(endpoint, "x", timeout=1.0, retries=1)
     assert len(endpoint.bodies) == 2
     with serving(lambda number, _: said("now") if number else Reply("", seconds=600)) as endpoint:
-        assert ask(endpoint, "x", timeout=1.0) == {0: ServerAnswer("now", finished=True)}
+        assert ask(endpoint, "x", timeout=1.0) == {0: Completion(text="now", finish_reason="stop")}
 
 
-def test_nobody_listens_or_nobody_is_there() -> None:
+def test_a_server_that_cannot_be_reached_is_reported() -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         url = f"http://127.0.0.1:{free.getsockname()[1]}/v1"
-    with pytest.raises(RunError, match=rf"{url}.*[Cc]onnection.*4 tries.*kept"):
+    with pytest.raises(RunError, match=rf"{url}.*[Cc]onnection.*4 tries.*saved"):
         ask(url, "x")
-    with pytest.raises(RunError, match=r"nowhere\.invalid.*kept"):
+    with pytest.raises(RunError, match=r"nowhere\.invalid.*saved"):
         ask("http://nowhere.invalid/v1", "x", retries=0)
 
 
-def test_something_that_speaks_no_http() -> None:
+def test_a_server_without_http_is_reported() -> None:
     def talk() -> None:
         with contextlib.suppress(OSError):
             while True:
@@ -227,7 +230,7 @@ def test_something_that_speaks_no_http() -> None:
 
 
 @pytest.mark.parametrize("status", [401, 403])
-def test_a_key_that_is_not_accepted(status: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_rejected_key_names_the_variable_and_hides_the_key(status: int, monkeypatch: pytest.MonkeyPatch) -> None:
     with serving(failed(status, "bad key")) as endpoint:
         with pytest.raises(UserError, match=rf"{endpoint.url}.*{status}.*bad key.*OPENAI_API_KEY is not set.*tiny"):
             ask(endpoint, "x")
@@ -241,7 +244,7 @@ def test_a_key_that_is_not_accepted(status: int, monkeypatch: pytest.MonkeyPatch
         ask(endpoint, "x")
 
 
-def test_a_model_that_is_not_there() -> None:
+def test_an_unknown_model_lists_the_models_of_the_server() -> None:
     with serving(failed(404, "The model does not exist")) as endpoint:
         with pytest.raises(UserError, match=rf"{endpoint.url}.*404.*no model tiny.*first, second"):
             ask(endpoint, "x")
@@ -254,21 +257,21 @@ def test_a_model_that_is_not_there() -> None:
 
 
 @pytest.mark.parametrize("status", [302, 304, 402, 405, 418])
-def test_another_status_is_a_user_error(status: int) -> None:
+def test_any_other_error_status_is_a_user_error(status: int) -> None:
     with serving(failed(status, "odd")) as endpoint, pytest.raises(UserError, match=f"HTTP {status}"):
         ask(endpoint, "x")
 
 
 @pytest.mark.parametrize("status", [400, 413, 422])
-def test_a_refused_conversation_does_not_stop_the_others(status: int) -> None:
+def test_a_rejected_conversation_does_not_stop_the_others(status: int) -> None:
     def script(_: int, body: dict[str, Any]) -> Reply:
         long = body["messages"][0]["content"] == "long"
         return failed(status, "too long\n" + "b" * 500) if long else said("ok")
 
     with serving(script) as endpoint:
         answers = ask(endpoint, "a", "long", "b", concurrency=1)
-    assert [answers[i] for i in (0, 2)] == [ServerAnswer("ok", finished=True)] * 2
-    assert answers[1] == ServerAnswer("", finished=False, refused="too long " + "b" * 191)
+    assert [answers[i] for i in (0, 2)] == [Completion(text="ok", finish_reason="stop")] * 2
+    assert answers[1] == Completion(error="too long " + "b" * 191)
     assert len(endpoint.bodies) == 3
 
 
@@ -279,44 +282,44 @@ def test_a_refused_conversation_does_not_stop_the_others(status: int) -> None:
         ('{"object": "error", "message": "old"}', "old"), ('["a"]', "['a']"), ('{"error": null}', "no reason given"),
     ],
 )  # fmt: skip
-def test_any_form_of_a_refusal_is_shown(body: str, reason: str) -> None:
+def test_the_reason_of_a_rejection_is_found_in_any_format(body: str, reason: str) -> None:
     with serving(Reply(body, 400)) as endpoint:
-        assert ask(endpoint, "x")[0].refused == reason
+        assert ask(endpoint, "x")[0].error == reason
 
 
 @pytest.mark.parametrize(
     ("reply", "answer"),
     [
-        (said(""), ServerAnswer("", True)),
-        (said("half", "length"), ServerAnswer("half", False)),
-        (said(None, "length", reasoning_content="hm"), ServerAnswer("", False)),
-        (said("x", None), ServerAnswer("x", True)),
-        (said("a\ud800é"), ServerAnswer("a?é", True)),
-        (said(None, "content_filter"), ServerAnswer("", False, "the server's content filter")),
+        (said(""), Completion(text="", finish_reason="stop")),
+        (said("half", "length"), Completion(text="half", finish_reason="length")),
+        (said(None, "length", reasoning_content="hm"), Completion(text="", finish_reason="length")),
+        (said("x", None), Completion(text="x", finish_reason="stop")),
+        (said("a\ud800é"), Completion(text="a?é", finish_reason="stop")),
+        (said(None, "content_filter"), Completion(error="the server's content filter")),
     ],
 )
-def test_unusual_answers(reply: Reply, answer: ServerAnswer) -> None:
+def test_empty_truncated_and_filtered_answers(reply: Reply, answer: Completion) -> None:
     with serving(reply) as endpoint:
         assert ask(endpoint, "x") == {0: answer}
     assert len(endpoint.bodies) == 1
 
 
-def test_a_conversation_that_is_no_utf8_is_refused_unasked() -> None:
+def test_a_conversation_that_is_not_utf8_gets_an_error_and_is_not_sent() -> None:
     with serving(echo) as endpoint:
         answers = ask(endpoint, "\ud800", "b")
-    assert answers[1] == ServerAnswer("B", finished=True)
-    assert "UTF-8" in (answers[0].refused or "")
+    assert answers[1] == Completion(text="B", finish_reason="stop")
+    assert "UTF-8" in (answers[0].error or "")
 
 
-def test_a_compressed_answer() -> None:
+def test_a_compressed_answer_is_read() -> None:
     reply = said("x")
     assert isinstance(reply.body, str)
     packed = Reply(gzip.compress(reply.body.encode()), headers={"Content-Encoding": "gzip"})
     with serving(packed) as endpoint:
-        assert ask(endpoint, "x") == {0: ServerAnswer("x", finished=True)}
+        assert ask(endpoint, "x") == {0: Completion(text="x", finish_reason="stop")}
 
 
-def test_answers_that_came_are_given_before_an_error() -> None:
+def test_answers_that_arrived_are_yielded_before_an_error() -> None:
     def script(_: int, body: dict[str, Any]) -> Reply:
         text = body["messages"][0]["content"]
         if text == "first":
@@ -327,7 +330,7 @@ def test_answers_that_came_are_given_before_an_error() -> None:
 
     with serving(script) as endpoint:
         texts = ["first", "bad", "good", "bad", "good"]
-        answers = request_completions(config(endpoint.url), [question(text) for text in texts], SAMPLING, seed=0)
+        answers = request_completions(config(endpoint.url), conversations(*texts), SAMPLING, seed=0)
         assert next(answers)[0] == 0
         time.sleep(1)  # all others arrive
         assert {next(answers)[0], next(answers)[0]} == {2, 4}
@@ -335,7 +338,7 @@ def test_answers_that_came_are_given_before_an_error() -> None:
             next(answers)
 
 
-def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_package_is_reported_with_the_command_to_install_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "openai", None)
     with pytest.raises(UserError, match=r'pip install "thinkpo_jax\[server\]"'):
         ask("http://127.0.0.1:1/v1", "x")
@@ -346,7 +349,7 @@ def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     ["", "localhost:8000/v1", "ftp://a/v1", "http://", "http:///v1", "http://a:b/v1", "http://[::1/v1", "http://a b/v1",
      "http://a:99999", "http://a:0", "http://.x/v1", f"http://{'a' * 70}.com", "http://a\x00/v1", "http://a\n"],
 )  # fmt: skip
-def test_a_wrong_url_is_named(url: str) -> None:
+def test_an_invalid_url_is_rejected(url: str) -> None:
     with pytest.raises(UserError, match="url: expected a base URL"):
         parse_config(ServerConfig, {"url": url, "model": "m"}, source="run.yaml")
 
@@ -354,7 +357,7 @@ def test_a_wrong_url_is_named(url: str) -> None:
 @pytest.mark.parametrize(
     "url", ["http://localhost:8000/v1", "https://api.openai.com/v1/", "http://[::1]:80", "http://a_b"]
 )
-def test_a_right_url_is_taken(url: str) -> None:
+def test_a_valid_url_is_accepted(url: str) -> None:
     assert parse_config(ServerConfig, {"url": url, "model": "m"}, source="x").url == url
     openai.AsyncOpenAI(base_url=url, api_key="none")
 
@@ -362,6 +365,6 @@ def test_a_right_url_is_taken(url: str) -> None:
 @pytest.mark.parametrize(
     "wrong", [{"concurrency": 0}, {"concurrency": 1025}, {"timeout": 0.0}, {"retries": -1}, {"retries": 101}, {"n": 1}]
 )
-def test_wrong_settings_are_named(wrong: dict[str, Any]) -> None:
+def test_invalid_settings_are_named(wrong: dict[str, Any]) -> None:
     with pytest.raises(UserError, match=next(iter(wrong))):
         parse_config(ServerConfig, {"url": "http://a", "model": "m", **wrong}, source="run.yaml")

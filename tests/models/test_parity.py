@@ -160,8 +160,8 @@ def test_greedy_answers(folder: Path, model: Transformer) -> None:
         rows = torch.tensor([prompt])
         kwargs = {"attention_mask": torch.ones_like(rows), "generation_config": settings}
         answer = reference.generate(rows, **kwargs)  # pyright: ignore[reportCallIssue] -- torch hides a module's methods
-        expected.append(Completion(answer[0, len(prompt) :].tolist(), False))
-    assert [len(generation.ids) for generation in expected] == [64] * 3
+        expected.append(Completion(answer[0, len(prompt) :].tolist(), finish_reason="length"))
+    assert [len(generation.token_ids) for generation in expected] == [64] * 3
     mesh = small.mesh()
     with jax.set_mesh(mesh):
         config = SamplingConfig(temperature=0, max_new_tokens=64, batch_size=4)

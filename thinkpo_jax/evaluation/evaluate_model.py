@@ -98,10 +98,10 @@ def answer_questions(
         mesh=mesh,
         on_progress=progress.update,
     )
-    responses = [tokenizer.decode(completion.ids) for completion in completions]
+    responses = [tokenizer.decode(completion.token_ids) for completion in completions]
     references = [question.reference for question in questions for _ in range(count)]
     samples = [
-        GradedSample(response, len(completion.ids), is_correct, not completion.finished)
+        GradedSample(response, len(completion.token_ids), is_correct, completion.finish_reason == "length")
         for response, completion, is_correct in zip(
             responses, completions, BENCHMARKS[benchmark].check(responses, references), strict=True
         )

@@ -1,11 +1,13 @@
-"""How are answers generated? Batches of prompts through a key/value cache, in one jitted loop.
+"""Generates completions with the local model: batches of prompts, a KV cache and one jitted decoding loop.
 
-Letters: B batch, T prompt length, V vocabulary, G generated tokens.
+Shape letters: B batch, T prompt length, D hidden size, V vocabulary, G generated tokens, W words of a random key.
 """
 
 import functools
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -19,14 +21,22 @@ from thinkpo_jax.runtime.mesh import num_data_shards
 from thinkpo_jax.runtime.sharding import constrain_sharding, put_on_mesh
 
 PROMPT_MULTIPLE = 64  # prompts are padded to a multiple of this, so that few shapes are compiled
+_Options = tuple[SamplingConfig, int, tuple[int, ...]]  # configuration, vocab_size, stop_token_ids
 
 
 @dataclass(frozen=True)
 class Completion:
-    """Generated ids without the one that ended them; `finished` is False where the length limit cut them."""
+    """A model's answer to one prompt.
 
-    ids: list[int]
-    finished: bool
+    The local model gives `token_ids` without the stop token. Whoever has the tokenizer decodes them to `text`. A server
+    gives only `text`. The `finish_reason` is "length" if the token limit cut the answer. With an `error` there is no
+    answer, and the other fields mean nothing.
+    """
+
+    token_ids: Sequence[int] = ()
+    text: str = ""
+    finish_reason: Literal["stop", "length"] = "stop"
+    error: str | None = None
 
 
 def generate(
@@ -40,87 +50,77 @@ def generate(
     mesh: Mesh,
     on_progress: Callable[[int], object] | None = None,
 ) -> list[Completion]:
-    """One generation for each prompt, in their order.
+    """Returns the completion of each prompt, in the order of the prompts. Their `text` is empty.
 
-    The random numbers of a prompt depend on the seed and its index alone, not on the batch it falls into. Ids from
-    `vocabulary` on (rows of the embedding that no token of the tokenizer has) are never drawn.
+    The random numbers of a prompt depend only on the seed and on its index, not on its batch. Rows of the embedding
+    from `vocab_size` on have no token in the tokenizer and are never sampled. After each batch, `on_progress` gets the
+    number of finished prompts.
     """
-    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-    rows = -(-config.batch_size // num_data_shards(mesh)) * num_data_shards(mesh)
-    results: list[Completion] = [Completion([], False)] * len(prompts)
+    options, num_shards = (config, vocab_size, tuple(stop_token_ids)), num_data_shards(mesh)
+    batch_size = math.ceil(config.batch_size / num_shards) * num_shards
+    completions: dict[int, Completion] = {}
     keys = jax.vmap(lambda i: jax.random.fold_in(jax.random.key(seed), i))(np.arange(len(prompts)))
     keys = np.asarray(jax.random.key_data(keys))
-    for start in range(0, len(order), rows):
-        chosen = order[start : start + rows]
-        filled = chosen + chosen[:1] * (rows - len(chosen))
-        length = -(-max(len(prompts[i]) for i in chosen) // PROMPT_MULTIPLE) * PROMPT_MULTIPLE
-        tokens_BT = np.zeros((rows, length), np.int32)
-        for row, i in enumerate(filled):
-            tokens_BT[row, length - len(prompts[i]) :] = prompts[i]
-        lengths_B = np.array([len(prompts[i]) for i in filled], np.int32)
-        settings = (config.max_new_tokens, config.temperature, config.top_p, vocab_size, tuple(stop_token_ids))
-        ids_BG, counts_B, done_B = jax.device_get(
-            _generate(
-                model,
-                *(put_on_mesh(array, ("batch",), mesh) for array in (tokens_BT, lengths_B, keys[filled])),
-                settings,
-            )
-        )
-        for row, i in enumerate(chosen):
-            results[i] = Completion(ids_BG[row, : counts_B[row]].tolist(), bool(done_B[row]))
+    by_length = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+    for start in range(0, len(prompts), batch_size):
+        indices = by_length[start : start + batch_size]
+        padded = indices + indices[:1] * (batch_size - len(indices))
+        lengths_B = np.array([len(prompts[i]) for i in padded], np.int32)
+        padded_length = math.ceil(lengths_B.max() / PROMPT_MULTIPLE) * PROMPT_MULTIPLE
+        tokens_BT = np.zeros((batch_size, padded_length), np.int32)
+        for row, i in zip(tokens_BT, padded, strict=True):
+            row[row.size - len(prompts[i]) :] = prompts[i]
+        arrays = [put_on_mesh(array, ("batch",), mesh) for array in (tokens_BT, lengths_B, keys[padded])]
+        ids_BG, counts_B, is_stopped_B = jax.device_get(_generate_batch(model, *arrays, options))
+        for i, ids, count, is_stopped in zip(indices, ids_BG, counts_B, is_stopped_B, strict=False):
+            completions[i] = Completion(ids[:count].tolist(), finish_reason="stop" if is_stopped else "length")
         if on_progress is not None:
-            on_progress(min(start + rows, len(order)))
-    return results
+            on_progress(len(completions))
+    return [completions[i] for i in range(len(prompts))]
 
 
-@functools.partial(jax.jit, static_argnums=4)
-def _generate(
-    model: Transformer,
-    tokens_BT: jax.Array,
-    lengths_B: jax.Array,
-    keys_BW: jax.Array,
-    settings: tuple[int, float, float, int, tuple[int, ...]],
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Ids [B, G], how many of them count [B], and whether a stop id ended them [B], whole on every device."""
-    limit, temperature, top_p, vocabulary, stop_ids = settings
+@functools.partial(jax.jit, static_argnames="options")
+def _generate_batch(
+    model: Transformer, tokens_BT: jax.Array, lengths_B: jax.Array, keys_BW: jax.Array, options: _Options
+) -> tuple[jax.Array, ...]:
+    """Returns ids [B, G], how many of them belong to the answer [B] and whether a stop token ended it [B].
+
+    The prompts are padded on the left. The results are replicated on every device.
+    """
+    config, vocab_size, stop_token_ids = options
+    limit = config.max_new_tokens
     batch, length = tokens_BT.shape
     positions_BT = jnp.arange(length)[None] - (length - lengths_B)[:, None]
-    places = TokenPositions((positions_BT >= 0).astype(jnp.int32), jnp.maximum(positions_BT, 0))
-    head_DV, keys_B = model.lm_head()[:, :vocabulary], jax.random.wrap_key_data(keys_BW)
+    prompt_positions = TokenPositions((positions_BT >= 0).astype(jnp.int32), jnp.maximum(positions_BT, 0))
+    is_stop_token = functools.partial(jnp.isin, test_elements=jnp.array(stop_token_ids, jnp.int32))
+    head_DV, keys_B = model.lm_head()[:, :vocab_size], jax.random.wrap_key_data(keys_BW)
 
-    def draw(hidden_BD: jax.Array, count: jax.Array) -> jax.Array:
+    def sample_token(hidden_BD: jax.Array, step: jax.Array) -> jax.Array:
         logits_BV = jnp.dot(hidden_BD, head_DV, preferred_element_type=jnp.float32)
-        if temperature == 0:
+        if config.temperature == 0:
             return jnp.argmax(logits_BV, axis=-1)
-        logits_BV = filter_top_p(logits_BV / temperature, top_p)
-        step_keys_B = jax.vmap(lambda key: jax.random.fold_in(key, count))(keys_B)
+        logits_BV = filter_top_p(logits_BV / config.temperature, config.top_p)
+        step_keys_B = jax.vmap(lambda key: jax.random.fold_in(key, step))(keys_B)
         return jax.vmap(jax.random.categorical)(step_keys_B, logits_BV)
 
-    def stops(ids_B: jax.Array) -> jax.Array:
-        return (ids_B[:, None] == jnp.array(stop_ids, jnp.int32)[None]).any(axis=-1)
+    def should_continue(state: tuple) -> jax.Array:
+        step, _, is_stopped_B, *_ = state
+        return (step < limit) & ~is_stopped_B.all()
 
-    def body(carry: tuple) -> tuple:
-        count, ids_B, done_B, counts_B, out_BG, cache = carry
-        out_BG = jax.lax.dynamic_update_slice(out_BG, ids_B[:, None].astype(jnp.int32), (0, count))
-        counts_B = counts_B + jnp.where(done_B, 0, 1)
-        here = TokenPositions(jnp.ones((batch, 1), jnp.int32), (lengths_B + count)[:, None])
-        hidden_BTD, cache = model(ids_B[:, None], here, cache)
-        ids_B = draw(hidden_BTD[:, -1], count + 1)
-        # The limit counts the stop id too, as Hugging Face and the servers do.
-        done_B = done_B | (stops(ids_B) & (count + 1 < limit))
-        return count + 1, ids_B, done_B, counts_B, out_BG, cache
+    def decode_step(state: tuple) -> tuple:
+        step, ids_B, is_stopped_B, counts_B, output_BG, cache = state
+        output_BG = jax.lax.dynamic_update_slice(output_BG, ids_B[:, None].astype(jnp.int32), (0, step))
+        counts_B = counts_B + jnp.where(is_stopped_B, 0, 1)
+        positions = TokenPositions(jnp.ones((batch, 1), jnp.int32), (lengths_B + step)[:, None])
+        hidden_BTD, cache = model(ids_B[:, None], positions, cache)
+        ids_B = sample_token(hidden_BTD[:, -1], step + 1)
+        # The limit counts the stop token too, as in Hugging Face and in the servers.
+        is_stopped_B = is_stopped_B | (is_stop_token(ids_B) & (step + 1 < limit))
+        return step + 1, ids_B, is_stopped_B, counts_B, output_BG, cache
 
-    def going_on(carry: tuple) -> jax.Array:
-        return (carry[0] < limit) & ~carry[2].all()
-
-    hidden_BTD, cache = model(tokens_BT, places, model.init_cache(batch, length + limit))
-    ids_B = draw(hidden_BTD[:, -1], jnp.zeros((), jnp.int32))
-    start = (jnp.zeros((), jnp.int32), ids_B, stops(ids_B), jnp.zeros(batch, jnp.int32))
-    _, _, done_B, counts_B, out_BG, _ = jax.lax.while_loop(
-        going_on, body, (*start, jnp.zeros((batch, limit), jnp.int32), cache)
-    )
-    return (
-        constrain_sharding(out_BG, (None, None)),
-        constrain_sharding(counts_B, (None,)),
-        constrain_sharding(done_B, (None,)),
-    )
+    hidden_BTD, cache = model(tokens_BT, prompt_positions, model.init_cache(batch, length + limit))
+    first_step = jnp.zeros((), jnp.int32)
+    ids_B = sample_token(hidden_BTD[:, -1], first_step)
+    state = (first_step, ids_B, is_stop_token(ids_B), jnp.zeros(batch, jnp.int32), jnp.zeros((batch, limit), jnp.int32))
+    _, _, is_stopped_B, counts_B, output_BG, _ = jax.lax.while_loop(should_continue, decode_step, (*state, cache))
+    return tuple(constrain_sharding(array, (None,) * array.ndim) for array in (output_BG, counts_B, is_stopped_B))

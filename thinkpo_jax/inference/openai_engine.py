@@ -1,7 +1,7 @@
-"""How does a server answer? Any that speaks OpenAI's chat API, such as vLLM; many requests are under way at once.
+"""Requests completions from a server with OpenAI's chat API, such as vLLM. Many requests run at the same time.
 
-The requests run on an event loop in a thread of its own, so that a notebook may ask too, and Ctrl-C ends them at once.
-The package openai is optional, and is imported only here, when a server is asked.
+The requests run on an event loop in a separate thread. So this works in a notebook, and Ctrl-C cancels them at once.
+The package openai is optional. It is imported only when a server is used.
 """
 
 import asyncio
@@ -10,34 +10,32 @@ import hashlib
 import itertools
 import json
 import os
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
 import pydantic
 
 from thinkpo_jax.data.chat_tokenizer import Message
+from thinkpo_jax.inference.engine import Completion
 from thinkpo_jax.inference.sampling import SamplingConfig
 from thinkpo_jax.runtime.config import ConfigSection, RunError, UserError
 
-CONNECT_SECONDS = 10.0  # to open a connection; an answer may take `timeout`
-PAUSE_SECONDS = 1.0  # before asking again for an answer that was none; openai's own back-off sees failures alone
-MAX_QUOTED_CHARACTERS, REASON = 80, 200  # characters of what came instead of an answer, of a server's reason
-PER_CONVERSATION_STATUSES = (
-    400,
-    413,
-    422,
-)  # statuses that concern one conversation, such as a prompt too long for the model
-RETRYABLE_STATUSES = (408, 409, 429)  # statuses besides 5xx that openai asks again for
-RESUME_HINT = "What was answered is kept; run the same command again."
+CONNECT_SECONDS = 10.0  # Limits opening a connection. `timeout` limits waiting for an answer.
+PAUSE_SECONDS = 1.0  # The wait after a malformed answer. After a failed request, openai waits.
+MAX_QUOTED_CHARACTERS, MAX_REASON_CHARACTERS = 80, 200  # Of a malformed answer, and of the reason in an error response.
+PER_CONVERSATION_STATUSES = (400, 413, 422)  # They reject one conversation, such as a prompt that is too long.
+RETRYABLE_STATUSES = (408, 409, 429)  # openai retries these and 5xx.
+RESUME_HINT = "The answers so far are saved. Run the same command again to resume."
+KeyT = TypeVar("KeyT")
 
 
 class ServerConfig(ConfigSection):
-    """A server, and how much is asked of it at once. `timeout`: seconds that one request may wait for its answer.
+    """A server and how to use it.
 
-    The key is read from the environment variable `api_key_variable`; where that is unset, "none" is sent.
+    The environment variable `api_key_variable` holds the key. If it is not set, the key "none" is sent. Up to
+    `concurrency` requests run at the same time. Each may take `timeout` seconds, and is retried `retries` times.
     """
 
     url: str
@@ -49,155 +47,145 @@ class ServerConfig(ConfigSection):
 
     @pydantic.field_validator("url")
     @classmethod
-    def _is_http(cls, url: str) -> str:
-        good = False
-        with contextlib.suppress(ValueError):  # a bracket left open, a port that is no number, a label too long
+    def _check_url(cls, url: str) -> str:
+        with contextlib.suppress(ValueError):  # such as an unclosed bracket, a wrong port or a label that is too long
             parts = urlsplit(url)
-            good = parts.scheme in ("http", "https") and parts.port != 0 and bool((parts.hostname or "").encode("idna"))
-        if not good or not url.isprintable() or " " in url:
-            raise ValueError("expected a base URL such as http://localhost:8000/v1")
-        return url
-
-
-@dataclass(frozen=True)
-class ServerAnswer:
-    """What a server wrote; `finished` is False where the length limit cut it.
-
-    `refused`: why the server refused this one conversation; the text is empty then.
-    """
-
-    text: str
-    finished: bool
-    refused: str | None = None
+            has_host = bool((parts.hostname or "").encode("idna")) and parts.port != 0
+            if has_host and parts.scheme in ("http", "https") and url.isprintable() and " " not in url:
+                return url
+        raise ValueError("expected a base URL such as http://localhost:8000/v1")
 
 
 def request_completions(
-    config: ServerConfig, conversations: Sequence[Sequence[Message]], sampling: SamplingConfig, *, seed: int
-) -> Generator[tuple[int, ServerAnswer], None, None]:
-    """One answer for each conversation, with its index, as they arrive; at most `concurrency` are under way.
+    config: ServerConfig, conversations: Mapping[KeyT, Sequence[Message]], sampling: SamplingConfig, *, seed: int
+) -> Generator[tuple[KeyT, Completion], None, None]:
+    """Yields the key and the completion of each conversation as the answers arrive.
 
-    The seed that is sent depends on `seed` and the conversation's text alone, so a subset gets the same seeds. Closing
-    the generator cancels what is under way. Raises `UserError` for a missing package, a key or a model that the server
-    does not accept, and `RunError` where it cannot be reached or gives no answers after `retries` further tries.
+    The seed of a request depends only on `seed` and the conversation, so a subset gets the same seeds. Closing the
+    generator cancels the running requests. Raises `UserError` if openai is not installed, or the server does not accept
+    the key or the model. Raises `RunError` if the server cannot be reached, or gives no valid answer in `retries` + 1
+    tries.
     """
     try:
         import openai
         from anyio.from_thread import start_blocking_portal  # openai depends on it
     except ImportError:
-        raise UserError('asking a server needs the package openai: pip install "thinkpo_jax[server]"') from None
-    client = openai.AsyncOpenAI(
-        base_url=config.url,
-        api_key=_key(config),
-        timeout=openai.Timeout(config.timeout, connect=min(config.timeout, CONNECT_SECONDS)),
-    )
-    unasked = iter(enumerate(conversations))
-    asked: dict[Future[ServerAnswer], int] = {}
+        raise UserError('A server needs the package openai. Run: pip install "thinkpo_jax[server]"') from None
+    timeout = openai.Timeout(config.timeout, connect=min(config.timeout, CONNECT_SECONDS))
+    client = openai.AsyncOpenAI(base_url=config.url, api_key=_api_key(config), timeout=timeout)
+    pending = iter(conversations.items())
+    running: dict[Future[Completion], KeyT] = {}
     with start_blocking_portal() as portal, portal.wrap_async_context_manager(client):
         try:
             while True:
-                for index, messages in itertools.islice(unasked, config.concurrency - len(asked)):
-                    request = _request(config, messages, sampling, seed)
-                    asked[portal.start_task_soon(_answer, client, config, request)] = index
-                if not asked:
+                for key, messages in itertools.islice(pending, config.concurrency - len(running)):
+                    body = _body(config, messages, sampling, seed)
+                    running[portal.start_task_soon(_complete, client, config, body)] = key
+                if not running:
                     return
-                arrived = wait(asked, return_when=FIRST_COMPLETED).done
-                for future in sorted(arrived, key=lambda future: future.exception() is not None):  # answers first
-                    yield asked.pop(future), future.result()
+                finished = wait(running, return_when=FIRST_COMPLETED).done
+                # Yield the answers before the first error, so that the caller can save them.
+                for future in sorted(finished, key=lambda future: future.exception() is not None):
+                    yield running.pop(future), future.result()
         finally:
-            for future in asked:
+            for future in running:
                 future.cancel()
 
 
-def _key(config: ServerConfig) -> str:
+def _api_key(config: ServerConfig) -> str:
     key = os.environ.get(config.api_key_variable, "").strip() or "none"
     if not (key.isascii() and key.isprintable()):
-        raise UserError(f"{config.api_key_variable}: the key holds characters that no HTTP header can. Set it again.")
+        raise UserError(f"{config.api_key_variable}: the key has characters that HTTP headers forbid. Set it again.")
     return key
 
 
-def _request(config: ServerConfig, messages: Sequence[Message], sampling: SamplingConfig, seed: int) -> dict[str, Any]:
-    """The body of a request. Its seed has 31 bits: some servers read it as a signed number of 32."""
+def _body(config: ServerConfig, messages: Sequence[Message], sampling: SamplingConfig, seed: int) -> dict[str, Any]:
+    """Returns the body of a request."""
     turns = [(message["role"], message["content"]) for message in messages]
     digest = hashlib.sha256(json.dumps([seed, turns]).encode()).digest()
     return {
         "model": config.model,
-        "messages": [{"role": role, "content": content} for role, content in turns],
+        "messages": list(messages),
         "temperature": sampling.temperature,
         "top_p": sampling.top_p,
         "max_tokens": sampling.max_new_tokens,
         "n": 1,
-        "seed": int.from_bytes(digest[:4], "big") >> 1,
+        "seed": int.from_bytes(digest[:4], "big") >> 1,  # 31 bits: some servers read a signed 32-bit number
     }
 
 
-async def _answer(client: Any, config: ServerConfig, request: dict[str, Any]) -> ServerAnswer:
-    """The answer to one request, asked again while none comes: by openai after failures, here after nonsense."""
+async def _complete(client: Any, config: ServerConfig, body: dict[str, Any]) -> Completion:
+    """Sends one request. Failed requests are retried by openai, and malformed answers by the loop here."""
     import openai
 
-    left = config.retries
+    retries_left = config.retries
     while True:
         try:
-            completions = client.with_options(max_retries=left).chat.completions
-            raw = await completions.with_raw_response.create(**request)
+            completions = client.with_options(max_retries=retries_left).chat.completions
+            response = await completions.with_raw_response.create(**body)
         except openai.APIStatusError as error:
             if error.status_code in PER_CONVERSATION_STATUSES:
-                return ServerAnswer("", False, refused=_said(error))
-            raise await _failure(client, config, error) from None
+                return Completion(error=_reason(error))
+            raise await _status_error(client, config, error) from None
         except UnicodeEncodeError:
-            return ServerAnswer("", False, refused="the conversation cannot be written as UTF-8")
-        except Exception as error:  # whatever a network does: openai's own errors, and some that it lets through
-            late = isinstance(error, openai.APITimeoutError)
-            what = f"no answer within {config.timeout:g} s" if late else f"{error} {error.__cause__ or ''}".strip()
-            raise RunError(f"{config.url}: {what}, in {config.retries + 1} tries. {RESUME_HINT}") from None
-        text = raw.http_response.text
-        if (answer := _read(text)) is not None:
-            return answer
-        left -= raw.retries_taken + 1
-        if left < 0:
-            raise RunError(
-                f"{config.url}: no chat completion came, in {config.retries + 1} tries, but {text[:MAX_QUOTED_CHARACTERS]!r}. {RESUME_HINT}"
-            )
+            return Completion(error="the conversation cannot be encoded as UTF-8")
+        except Exception as error:  # errors of openai, and those of the network that it lets through
+            is_timeout = isinstance(error, openai.APITimeoutError)
+            problem = f"no answer within {config.timeout:g} s" if is_timeout else f"{error} {error.__cause__ or ''}"
+            raise _no_answer(config, f"{problem.strip()},") from None
+        text = response.http_response.text
+        if (completion := _parse_completion(text)) is not None:
+            return completion
+        retries_left -= response.retries_taken + 1
+        if retries_left < 0:
+            raise _no_answer(config, f"expected a chat completion, found {text[:MAX_QUOTED_CHARACTERS]!r}")
         await asyncio.sleep(PAUSE_SECONDS)
 
 
-def _read(text: str) -> ServerAnswer | None:
-    """The answer that a response's body holds; None where it holds none."""
+def _no_answer(config: ServerConfig, problem: str) -> RunError:
+    return RunError(f"{config.url}: {problem} in {config.retries + 1} tries. {RESUME_HINT}")
+
+
+def _parse_completion(text: str) -> Completion | None:
+    """Reads the body of a response. Returns None if it holds no chat completion."""
     try:
         choice = json.loads(text)["choices"][0]
         content, reason = choice["message"].get("content"), choice.get("finish_reason")
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
         return None
-    if content is None and reason == "length":
-        return ServerAnswer("", False)  # the limit cut the thinking, which some servers keep apart
     if reason == "content_filter":
-        return ServerAnswer("", False, refused="the server's content filter")
-    if not isinstance(content, str) or reason == "abort":  # vLLM: the request was ended, not the answer
+        return Completion(error="the server's content filter")
+    if content is None and reason == "length":
+        content = ""  # the limit cut the thought, which some servers put into another field
+    if not isinstance(content, str) or reason == "abort":  # vLLM aborted the request before the answer was complete
         return None
-    return ServerAnswer(content.encode(errors="replace").decode(), reason != "length")  # half a surrogate pair: "?"
+    printable = content.encode(errors="replace").decode()  # half of a surrogate pair becomes "?"
+    return Completion(text=printable, finish_reason="length" if reason == "length" else "stop")
 
 
-async def _failure(client: Any, config: ServerConfig, error: Any) -> UserError | RunError:
-    """What a status that concerns every conversation means for the user."""
-    status, said = error.status_code, _said(error)
-    place = f"{config.url}: HTTP {status} ({said})"
+async def _status_error(client: Any, config: ServerConfig, error: Any) -> UserError | RunError:
+    """Returns the error to raise for a status that concerns every conversation."""
+    status = error.status_code
+    problem = f"{config.url}: HTTP {status} ({_reason(error)})"
     if status in RETRYABLE_STATUSES or status >= 500:
-        return RunError(f"{place}, in up to {config.retries + 1} tries. {RESUME_HINT}")
+        return RunError(f"{problem}, in up to {config.retries + 1} tries. {RESUME_HINT}")
     if status in (401, 403):
-        known = "is not accepted for" if os.environ.get(config.api_key_variable) else "is not set, but needed for"
-        return UserError(f"{place}: the key in {config.api_key_variable} {known} the model {config.model}. Set it.")
+        is_set = bool(os.environ.get(config.api_key_variable))
+        state = "is not accepted" if is_set else "is not set"
+        return UserError(f"{problem}: {config.api_key_variable} {state}. Set it to a key for the model {config.model}.")
     if status != 404:
-        return UserError(f"{place}. Check url and model ({config.model}).")
+        return UserError(f"{problem}. Check url and model ({config.model}).")
     try:
         page = await client.with_options(max_retries=0, timeout=CONNECT_SECONDS).models.list()
         models = [str(model.id) for model in page.data[:20]]
-    except Exception:  # a server without a list, or whatever it sends instead of one
+    except Exception:  # the server has no list of models, or sends something else
         models = []
-    found = f"The server has: {', '.join(models)}." if models else "The url of most servers ends in /v1."
-    return UserError(f"{place}: no model {config.model} there. {found} Set url or model.")
+    hint = f"The server has: {', '.join(models)}." if models else "The url of most servers ends in /v1."
+    return UserError(f"{problem}: there is no model {config.model}. {hint} Set url or model.")
 
 
-def _said(error: Any) -> str:
-    """The reason that a server gives for a status, shortened."""
+def _reason(error: Any) -> str:
+    """Returns the reason in an error response, on one line and shortened."""
     body = error.body
-    told = (body.get("message") or body.get("detail")) if isinstance(body, dict) else body
-    return " ".join(str(told or body or "no reason given").split())[:REASON]
+    reason = (body.get("message") or body.get("detail")) if isinstance(body, dict) else body
+    return " ".join(str(reason or body or "no reason given").split())[:MAX_REASON_CHARACTERS]

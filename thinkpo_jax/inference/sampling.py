@@ -8,7 +8,10 @@ from thinkpo_jax.runtime.config import ConfigSection
 
 
 class SamplingConfig(ConfigSection):
-    """How answers are drawn. Temperature 0 is greedy; `samples` answers are drawn for each question."""
+    """How tokens are sampled. Temperature 0 is greedy decoding.
+
+    `samples` completions are generated for each question. `batch_size` prompts run at once in the local model.
+    """
 
     temperature: float = pydantic.Field(default=0.7, ge=0)
     top_p: float = pydantic.Field(default=1.0, gt=0, le=1)
@@ -17,14 +20,14 @@ class SamplingConfig(ConfigSection):
     batch_size: int = pydantic.Field(default=64, ge=1)
 
     @pydantic.model_validator(mode="after")
-    def _greedy_is_one_answer(self) -> "SamplingConfig":
+    def _reject_keys_without_effect(self) -> "SamplingConfig":
         if self.temperature == 0 and (self.samples > 1 or self.top_p < 1):
             raise ValueError("temperature 0 is greedy: `samples` above 1 and `top_p` below 1 have no effect")
         return self
 
 
 def filter_top_p(logits_BV: jax.Array, top_p: float) -> jax.Array:
-    """Logits with -inf for all but the most probable tokens that together reach top_p (arXiv 1904.09751)."""
+    """Sets logits to -inf, except for the most probable tokens that together reach `top_p` (arXiv 1904.09751)."""
     if top_p == 1.0:
         return logits_BV
     sorted_BV = jnp.sort(logits_BV, axis=-1, descending=True)

@@ -1,77 +1,100 @@
-"""README, Parquet file and plot of a pair set."""
+"""Writes a set of pairs: the Parquet file, a README that describes it, and a plot of the answer lengths."""
 
+import io
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from typing import Any
+from dataclasses import asdict
+from pathlib import Path
 
 import numpy as np
 import yaml
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
-from numpy.typing import NDArray
 
 from thinkpo_jax.pair_building.filters import PreferencePair
 from thinkpo_jax.pair_building.pairs_config import PairsConfig
-from thinkpo_jax.runtime.figures import (
-    CHOSEN_COLOUR,
-    MARGIN_COLOUR,
-    REJECTED_COLOUR,
-    draw_legend,
-    label_axes,
-    panel_grid,
-)
+from thinkpo_jax.runtime import figures
+from thinkpo_jax.runtime.console import log_info
+from thinkpo_jax.runtime.files import write_atomically
 
-PAIRS, CARD, PLOT, CONTAMINATION_FILE = "pairs.parquet", "README.md", "lengths.png", "contaminated.jsonl"
-NOT_COMPARED = "The questions were not compared with those of any evaluation."
+PAIRS_FILE, CARD_FILE, PLOT_FILE = "pairs.parquet", "README.md", "lengths.png"
+CONTAMINATION_FILE = "contaminated.jsonl"
+Tables = Mapping[str, Mapping[str, int]]  # title -> what is counted -> count
 
 
-def summarize_counts(tables: Mapping[str, Mapping[str, int]]) -> str:
+def write_pair_set(folder: Path, config: PairsConfig, pairs: Sequence[PreferencePair], tables: Tables) -> None:
+    """Writes the pairs, the data card with the tables, and the plot into a folder. Logs where they are."""
+    write_atomically(folder / PAIRS_FILE, _parquet(pairs))
+    write_atomically(folder / PLOT_FILE, figures.figure_to_png(_pair_lengths_figure(pairs)))
+    write_atomically(folder / CARD_FILE, _data_card(config, pairs, tables).encode())
+    log_info(f"{len(pairs)} pairs: {folder / PAIRS_FILE}, data card: {folder / CARD_FILE}")
+
+
+def summarize_counts(tables: Tables) -> str:
+    """Returns the counts that are not zero, on one line."""
     return "; ".join(
         f"{title}: " + (", ".join(f"{count} {what}" for what, count in counts.items() if count) or "none")
         for title, counts in tables.items()
     )
 
 
-def data_card(config: PairsConfig, pairs: Sequence[PreferencePair], tables: Mapping[str, Mapping[str, int]]) -> str:
-    head: dict[str, Any] = {
-        "tags": ["thinkpo_jax", "preference"],
-        "configs": [{"config_name": "default", "data_files": PAIRS}],
-    }
+def _parquet(pairs: Sequence[PreferencePair]) -> bytes:
+    """Returns a Parquet file with one row per pair. A ThinkPO stage reads prompt, chosen and rejected by default."""
+    import pyarrow
+    from pyarrow import parquet
+
+    text, integer = pyarrow.string(), pyarrow.int64()
+    prompt = pyarrow.list_(pyarrow.struct([("role", text), ("content", text)]))
+    columns = {"question": text, "prompt": prompt, "reference": text, "chosen": text, "rejected": text}
+    columns |= {"chosen_tokens": integer, "rejected_tokens": integer, "short_answer_is_correct": pyarrow.bool_()}
+    columns |= {"source": text, "gap": integer}
+    rows = [asdict(pair) | {"gap": pair.gap} for pair in pairs]
+    table = pyarrow.Table.from_pylist(rows, schema=pyarrow.schema(columns))
+    parquet.write_table(table, buffer := io.BytesIO())
+    return buffer.getvalue()
+
+
+def _data_card(config: PairsConfig, pairs: Sequence[PreferencePair], tables: Tables) -> str:
+    header = f"tags: [thinkpo_jax, preference]\nconfigs: [{{config_name: default, data_files: {PAIRS_FILE}}}]\n"
     settings = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
-    verdicts = Counter(
-        {True: "agree", False: "disagree", None: "cannot be compared"}[pair.short_answer_is_correct] for pair in pairs
-    )
-    shares = ", ".join(f"{count} {verdict}" for verdict, count in sorted(verdicts.items()))
-    counted = "".join(
+    labels = {True: "correct", False: "wrong", None: "not graded"}
+    verdicts = Counter(labels[pair.short_answer_is_correct] for pair in pairs)
+    verdict_text = ", ".join(f"{count:,} are {verdict}" for verdict, count in sorted(verdicts.items()))
+    count_tables = "".join(
         f"\n## {title}\n\n| | |\n|---|--:|\n" + "".join(f"| {what} | {count:,} |\n" for what, count in counts.items())
         for title, counts in tables.items()
     )
     gaps = np.array([pair.gap for pair in pairs])
     benchmarks = ", ".join(benchmark.name for benchmark in config.decontaminate.against)
-    held_out = (
-        f"Questions of {benchmarks} are left out and listed in `{CONTAMINATION_FILE}`." if benchmarks else NOT_COMPARED
+    decontamination = (
+        f"Questions of {benchmarks} are left out and listed in `{CONTAMINATION_FILE}`."
+        if benchmarks
+        else "The questions were not compared with those of any benchmark."
     )
     return (
-        f"---\n{yaml.safe_dump(head, sort_keys=False)}---\n\n# {config.title}\n\n"
-        f"{len(pairs):,} pairs of a chosen and a rejected answer for ThinkPO (arXiv 2502.13173), in `{PAIRS}`, built "
-        f"by `python -m thinkpo_jax.pairs`.\n\nOf the short answers {shares} with the reference, or, without one, with "
-        f"the long answer (column `short_answer_is_correct`). Chosen minus rejected: mean {gaps.mean():,.0f}, median "
-        f"{np.median(gaps):,.0f} tokens. {held_out}\n\n"
-        f"![lengths]({PLOT})\n{counted}\n## Settings\n\n```yaml\n{settings}```\n"
+        f"---\n{header}---\n\n# {config.title}\n\n"
+        f"{len(pairs):,} pairs of a chosen and a rejected answer for ThinkPO (arXiv 2502.13173), in `{PAIRS_FILE}`. "
+        f"`python -m thinkpo_jax.pairs` built them.\n\nOf the short answers {verdict_text} (column "
+        "`short_answer_is_correct`). They were compared with the reference or, without one, with the long answer. "
+        f"Chosen minus rejected: mean {gaps.mean():,.0f}, median {np.median(gaps):,.0f} tokens. {decontamination}\n\n"
+        f"![lengths]({PLOT_FILE})\n{count_tables}\n## Settings\n\n```yaml\n{settings}```\n"
     )
 
 
-def pair_lengths_figure(chosen: NDArray[np.int64], rejected: NDArray[np.int64]) -> Figure:
-    """Histograms of the tokens of chosen and rejected answers, and of their differences."""
-    figure, (left, right) = panel_grid(2, f"Answer lengths of {len(chosen):,} pairs")
-    label_axes(left, f"medians {np.median(chosen):,.0f} and {np.median(rejected):,.0f}", "tokens (log scale)", "pairs")
-    both, gaps = np.maximum(1, [chosen, rejected]), chosen - rejected
-    bins, colours = np.geomspace(both.min() / 2, both.max() * 2, 41).tolist(), (CHOSEN_COLOUR, REJECTED_COLOUR)
-    left.hist(list(both), bins, color=colours, label=("chosen", "rejected"), histtype="stepfilled", alpha=0.6)
+def _pair_lengths_figure(pairs: Sequence[PreferencePair]) -> Figure:
+    """Draws histograms of the answer lengths and of their differences."""
+    chosen, rejected = np.array([(pair.chosen_tokens, pair.rejected_tokens) for pair in pairs]).T
+    figure, (left, right) = figures.panel_grid(2, f"Answer lengths of {len(pairs):,} pairs")
+    medians = f"medians {np.median(chosen):,.0f} and {np.median(rejected):,.0f}"
+    figures.label_axes(left, medians, "tokens (log scale)", "pairs")
+    lengths, gaps = np.maximum(1, [chosen, rejected]), chosen - rejected
+    bins = np.geomspace(lengths.min() / 2, lengths.max() * 2, 41).tolist()
+    colours = (figures.CHOSEN_COLOUR, figures.REJECTED_COLOUR)
+    left.hist(list(lengths), bins, color=colours, label=("chosen", "rejected"), histtype="stepfilled", alpha=0.6)
     left.set_xscale("log")
-    draw_legend(left)
-    label_axes(right, f"chosen - rejected: median {np.median(gaps):,.0f}", "tokens", "pairs")
-    right.hist(gaps, np.linspace(gaps.min() - 20, gaps.max() + 20, 42).tolist(), color=MARGIN_COLOUR)
+    figures.draw_legend(left)
+    figures.label_axes(right, f"chosen - rejected: median {np.median(gaps):,.0f}", "tokens", "pairs")
+    right.hist(gaps, np.linspace(gaps.min() - 20, gaps.max() + 20, 42).tolist(), color=figures.MARGIN_COLOUR)
     for axis in (left.yaxis, right.yaxis, right.xaxis):
         axis.set_major_locator(MaxNLocator(nbins=6, integer=True))
     return figure

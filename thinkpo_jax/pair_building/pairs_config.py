@@ -1,4 +1,4 @@
-"""Config sections of `pairs`."""
+"""Config sections of the command `pairs`."""
 
 from typing import Annotated
 
@@ -12,27 +12,27 @@ from thinkpo_jax.runtime.config import ConfigPath, ConfigSection
 
 
 class LongAnswersConfig(ResponseSourceConfig):
-    """The rows with the long answers; `reference`: the column of the right answer, where there is one."""
+    """The rows with the long answers. `reference` is the column with the correct answer, if there is one."""
 
     reference: str | None = None
 
 
 class DecontaminationConfig(ConfigSection):
-    """Which evaluation questions may not be trained on; `ngram`: tokens in a row that make two questions one."""
+    """Benchmarks whose questions are dropped. Questions match if they share `ngram` tokens in a row."""
 
     against: tuple[BenchmarkConfig, ...] = ()
     ngram: int = pydantic.Field(default=13, ge=4)
 
     @pydantic.model_validator(mode="after")
-    def _once(self) -> "DecontaminationConfig":
+    def _reject_repeated_benchmarks(self) -> "DecontaminationConfig":
         names = [benchmark.name for benchmark in self.against]
         if len(set(names)) < len(names):
-            raise ValueError(f"against: a benchmark is named twice: {names}")
+            raise ValueError(f"against: a benchmark is named twice: {', '.join(names)}. Name each one once")
         return self
 
 
 class PairsConfig(ConfigSection):
-    """How pairs are built. `tokenizer`, a model's folder or Hub id, counts tokens; `out` is the folder they go to."""
+    """How pairs are built. `out` is the output folder, and `tokenizer` (a model folder or Hub id) counts the tokens."""
 
     out: ConfigPath
     title: str = "ThinkPO pairs"

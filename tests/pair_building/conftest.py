@@ -1,0 +1,60 @@
+"""Fixtures of the tests that build pairs."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+from support.byte_tokenizer import byte_tokenizer
+from support.pairs import LONG, SHORT, UNBOXED, Config, write_jsonl
+from support.server import fast_retries  # noqa: F401
+
+from thinkpo_jax.evaluation.grading import grade_boxed
+from thinkpo_jax.pair_building import filters
+
+
+@pytest.fixture(scope="session")
+def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return str(byte_tokenizer(tmp_path_factory.mktemp("bytes")))
+
+
+@pytest.fixture(scope="session")
+def known_grades() -> dict[tuple[str, str], bool]:
+    """The grades of (response, reference). Grading takes seconds, so each pair is graded once."""
+    return {}
+
+
+@pytest.fixture
+def cached_grading(known_grades: dict[tuple[str, str], bool], monkeypatch: pytest.MonkeyPatch) -> None:
+    def cached(responses: Sequence[str], references: Sequence[str]) -> list[bool]:
+        answers = list(zip(responses, references, strict=True))
+        new = [answer for answer in dict.fromkeys(answers) if answer not in known_grades]
+        grades = grade_boxed([response for response, _ in new], [reference for _, reference in new])
+        known_grades.update(zip(new, grades, strict=True))
+        return [known_grades[answer] for answer in answers]
+
+    monkeypatch.setattr(filters, "grade_boxed", cached)
+
+
+@pytest.fixture
+def joined(tmp_path: Path, tokenizer: str) -> Config:
+    """Long and short answers of two files: five candidates, two of them with a wrong short answer."""
+    return {
+        "out": str(tmp_path / "out"),
+        "tokenizer": tokenizer,
+        "long": {"path": write_jsonl(tmp_path / "long.jsonl", LONG), "reference": "reference"},
+        "short": {"by": "join", "path": write_jsonl(tmp_path / "short.jsonl", SHORT)},
+        "filters": {"max_wrong_short_fraction": 0.4},
+    }
+
+
+@pytest.fixture
+def miniature(tmp_path: Path) -> Config:
+    """Short answers of the builtin model, in twenty batches."""
+    return {
+        "out": str(tmp_path / "out"),
+        "tokenizer": "builtin:miniature",
+        "long": {"generate": {"questions": 40}, "prompt": "question", "response": "long"},
+        "short": {"by": "sample", "model": {"path": "builtin:miniature"}, "system": None,
+                  "sampling": {"max_new_tokens": 64, "batch_size": 2}},
+        "filters": UNBOXED,
+    }  # fmt: skip
