@@ -1,4 +1,4 @@
-"""Every family has the published number of parameters, at every published size."""
+"""Models of every family and size have the published number of parameters."""
 
 import json
 import math
@@ -18,7 +18,7 @@ LLAMA = {"model_type": "llama", "rope_theta": 5e5, "num_key_value_heads": 8, "vo
 SMOLLM2 = {"model_type": "llama", "rope_theta": 1e5, "vocab_size": 49_152}
 TIED = {"tie_word_embeddings": True}
 FIELDS = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
-# (family, hidden_size, layers, heads, intermediate_size, further fields, published number of parameters)
+# (fields of the family, values of FIELDS, other fields, published number of parameters)
 PUBLISHED: dict[str, tuple[dict[str, Any], tuple[int, int, int, int], dict[str, Any], int]] = {
     "Qwen2.5-0.5B": (QWEN2, (896, 24, 14, 4864), TIED | QWEN2_SMALL, 494_032_768),
     "Qwen2.5-1.5B": (QWEN2, (1536, 28, 12, 8960), TIED | QWEN2_SMALL, 1_543_714_304),
@@ -48,10 +48,10 @@ PUBLISHED: dict[str, tuple[dict[str, Any], tuple[int, int, int, int], dict[str, 
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
-def test_the_number_of_parameters_is_the_published_one(name: str, tmp_path: Path) -> None:
-    family, sizes, further, expected = PUBLISHED[name]
+def test_the_number_of_parameters_is_the_published_number(name: str, tmp_path: Path) -> None:
+    family, sizes, other_fields, expected = PUBLISHED[name]
     config = {"rms_norm_eps": 1e-6, "max_position_embeddings": 32_768, "tie_word_embeddings": False}
-    raw = config | family | dict(zip(FIELDS, sizes, strict=True)) | further
+    raw = config | family | dict(zip(FIELDS, sizes, strict=True)) | other_fields
     (tmp_path / "config.json").write_text(json.dumps(raw))
     shapes = expected_tensor_shapes(read_architecture(tmp_path))
     assert sum(math.prod(shape) for shape in shapes.values()) == expected

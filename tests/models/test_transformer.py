@@ -1,4 +1,4 @@
-"""A hidden state depends on the earlier tokens of its own segment, on all of them, and on nothing else."""
+"""A hidden state depends on the earlier tokens of its segment, on all of them, and on nothing else."""
 
 import functools
 import re
@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from flax import nnx
 from support import small
+from support.attention import packed_positions
 
 from thinkpo_jax.models.attention.blockwise import BLOCK_SIZE
 from thinkpo_jax.models.attention.dense import TokenPositions
@@ -18,7 +19,8 @@ from thinkpo_jax.models.transformer import KVCache, Transformer
 from thinkpo_jax.models.weight_mapping import flatten_by_name
 
 ROW = np.random.default_rng(0).permutation(small.ARCH.vocab_size)[:20].astype(np.int32)  # distinct tokens
-LENGTHS = (7, 9)  # of the segments in the row; padding after them
+LENGTHS = (7, 9)  # of the segments in the row. The rest is padding.
+POSITIONS = packed_positions([LENGTHS], len(ROW))
 
 
 @functools.cache
@@ -26,130 +28,122 @@ def _model(dtype: str = "float32", remat: str = "none") -> Transformer:
     return small.model(ComputeConfig.model_validate({"dtype": dtype, "remat": remat}))
 
 
-def _packed(*lengths: int, total: int) -> TokenPositions:
-    """Segments 1, 2, ... of the given lengths in one row, then padding."""
-    segments, positions = np.zeros((1, total), np.int32), np.zeros((1, total), np.int32)
-    start = 0
-    for index, length in enumerate(lengths):
-        segments[0, start : start + length] = index + 1
-        positions[0, start : start + length] = np.arange(length)
-        start += length
-    return TokenPositions(jnp.array(segments), jnp.array(positions))
-
-
-PLACES = _packed(*LENGTHS, total=len(ROW))
+@jax.jit
+def _hidden_states(model: Transformer, token_ids_BT: jax.Array, positions: TokenPositions) -> jax.Array:
+    return model(token_ids_BT, positions)[0]
 
 
 @jax.jit
-def _hidden(model: Transformer, tokens_BT: jax.Array, places: TokenPositions) -> jax.Array:
-    return model(tokens_BT, places)[0]
-
-
-@jax.jit
-def _cached(
-    model: Transformer, tokens_BT: jax.Array, places: TokenPositions, cache: KVCache
+def _step_with_cache(
+    model: Transformer, token_ids_BT: jax.Array, positions: TokenPositions, cache: KVCache
 ) -> tuple[jax.Array, KVCache]:
-    hidden_BTD, cached = model(tokens_BT, places, cache)
-    assert cached is not None
-    return hidden_BTD, cached
+    hidden_BTD, new_cache = model(token_ids_BT, positions, cache)
+    assert new_cache is not None
+    return hidden_BTD, new_cache
 
 
 def _loss(model: Transformer) -> jax.Array:
-    """A number in which every logit of the row has its own weight."""
-    logits_TV = (model(jnp.array(ROW)[None], PLACES)[0][0] @ model.lm_head()).astype(jnp.float32)
+    """Returns a sum in which every logit of the row has its own weight."""
+    logits_TV = (model(jnp.array(ROW)[None], POSITIONS)[0][0] @ model.lm_head()).astype(jnp.float32)
     return jnp.sum(logits_TV * np.random.default_rng(1).normal(size=logits_TV.shape).astype(np.float32))
 
 
 def test_a_gradient_reaches_exactly_the_earlier_tokens_of_the_segment() -> None:
     def states(model: Transformer) -> jax.Array:
-        hidden_TD = model(jnp.array(ROW)[None], PLACES)[0][0]
+        hidden_TD = model(jnp.array(ROW)[None], POSITIONS)[0][0]
         return hidden_TD @ jnp.array(np.random.default_rng(1).normal(size=small.ARCH.hidden_size), jnp.float32)
 
     gradient_TVD = np.asarray(flatten_by_name(jax.jit(jax.jacrev(states))(_model()))["embedding"])
-    reaches_TS = (gradient_TVD[:, ROW] != 0).any(axis=-1)
-    segments, real = np.asarray(PLACES.segment_ids[0]), sum(LENGTHS)
+    has_gradient_TS = (gradient_TVD[:, ROW] != 0).any(axis=-1)
+    segments, real = np.asarray(POSITIONS.segment_ids[0]), sum(LENGTHS)
     earlier_TS = np.tril(segments[:, None] == segments[None, :])
-    np.testing.assert_array_equal(reaches_TS[:real], earlier_TS[:real])
+    np.testing.assert_array_equal(has_gradient_TS[:real], earlier_TS[:real])
 
 
 def test_a_packed_segment_is_computed_as_if_alone() -> None:
     model = _model()
-    packed_TD = _hidden(model, jnp.array(ROW)[None], PLACES)[0]
+    packed_TD = _hidden_states(model, jnp.array(ROW)[None], POSITIONS)[0]
     start = 0
     for length in LENGTHS:
         alone = ROW[None, start : start + length]
-        alone_TD = _hidden(model, jnp.array(alone), _packed(length, total=length))[0]
+        alone_TD = _hidden_states(model, jnp.array(alone), packed_positions([[length]], length))[0]
         np.testing.assert_allclose(packed_TD[start : start + length], alone_TD, atol=1e-5)
         start += length
 
 
 @pytest.mark.parametrize("changed", range(len(LENGTHS) + 1))
-def test_tokens_of_another_segment_change_nothing(changed: int) -> None:
-    """The last of the changed segments is the padding."""
+def test_tokens_of_another_segment_do_not_change_hidden_states(changed: int) -> None:
+    """The last case changes the padding."""
     model = _model()
-    here = np.asarray(PLACES.segment_ids[0]) == (changed + 1) % (len(LENGTHS) + 1)
-    others = np.where(here, (ROW + 1) % small.ARCH.vocab_size, ROW)
-    before, after = (np.asarray(_hidden(model, jnp.array(row)[None], PLACES)[0]) for row in (ROW, others))
-    np.testing.assert_array_equal(before[~here], after[~here])
-    assert (before[here] != after[here]).any(axis=-1).all()
+    is_changed = np.asarray(POSITIONS.segment_ids[0]) == (changed + 1) % (len(LENGTHS) + 1)
+    changed_row = np.where(is_changed, (ROW + 1) % small.ARCH.vocab_size, ROW)
+    before, after = (
+        np.asarray(_hidden_states(model, jnp.array(row)[None], POSITIONS)[0]) for row in (ROW, changed_row)
+    )
+    np.testing.assert_array_equal(before[~is_changed], after[~is_changed])
+    assert (before[is_changed] != after[is_changed]).any(axis=-1).all()
 
 
-def test_positions_count_by_their_distance() -> None:
+def test_only_distances_between_positions_matter() -> None:
     model, row = _model(), jnp.array(ROW)[None]
-    straight = _packed(len(ROW), total=len(ROW))
-    expected = _hidden(model, row, straight)
-    later = _hidden(model, row, straight._replace(positions=straight.positions + 100))
-    wider = _hidden(model, row, straight._replace(positions=straight.positions * 3))
-    np.testing.assert_allclose(later, expected, atol=1e-4)
-    assert np.abs(np.asarray(wider - expected)).max() > 0.05
+    positions = packed_positions([[len(ROW)]], len(ROW))
+    expected = _hidden_states(model, row, positions)
+    shifted = _hidden_states(model, row, positions._replace(positions=positions.positions + 100))
+    stretched = _hidden_states(model, row, positions._replace(positions=positions.positions * 3))
+    np.testing.assert_allclose(shifted, expected, atol=1e-4)
+    assert np.abs(np.asarray(stretched - expected)).max() > 0.05
 
 
 @pytest.mark.parametrize("prefill", [9, 12])
-def test_the_cache_gives_the_states_of_one_pass(prefill: int) -> None:
-    """A left-padded batch is read at once, then token by token."""
+def test_the_kv_cache_gives_the_hidden_states_of_one_forward_pass(prefill: int) -> None:
+    """The prefill is a left-padded batch of prompts. The other tokens follow one by one."""
     model, lengths, steps = _model(), np.array([3, 9]), 4
     rows = [ROW[: lengths[0] + steps], ROW[::-1][: lengths[1] + steps]]
-    tokens_BT, positions_BT = np.full((2, prefill), 5, np.int32), np.arange(prefill) - (prefill - lengths)[:, None]
-    for row, tokens in enumerate(rows):
-        tokens_BT[row, prefill - lengths[row] :] = tokens[: lengths[row]]
-    places = TokenPositions(jnp.array(positions_BT >= 0, jnp.int32), jnp.array(np.maximum(positions_BT, 0), jnp.int32))
-    hidden_BTD, cache = _cached(model, jnp.array(tokens_BT), places, model.init_cache(2, prefill + steps + 3))
-    found = [[hidden_BTD[row, prefill - length :]] for row, length in enumerate(lengths)]
+    token_ids_BT, positions_BT = np.full((2, prefill), 5, np.int32), np.arange(prefill) - (prefill - lengths)[:, None]
+    for row, token_ids in enumerate(rows):
+        token_ids_BT[row, prefill - lengths[row] :] = token_ids[: lengths[row]]
+    positions = TokenPositions(
+        jnp.array(positions_BT >= 0, jnp.int32), jnp.array(np.maximum(positions_BT, 0), jnp.int32)
+    )
+    cache = model.init_cache(2, prefill + steps + 3)
+    hidden_BTD, cache = _step_with_cache(model, jnp.array(token_ids_BT), positions, cache)
+    states_by_row = [[hidden_BTD[row, prefill - length :]] for row, length in enumerate(lengths)]
     for step in range(steps):
-        tokens_B1 = jnp.array([[tokens[length + step]] for tokens, length in zip(rows, lengths, strict=True)])
-        here = TokenPositions(jnp.ones((2, 1), jnp.int32), jnp.array(lengths[:, None] + step, jnp.int32))
-        hidden_B1D, cache = _cached(model, tokens_B1, here, cache)
+        ids_B1 = jnp.array([[token_ids[length + step]] for token_ids, length in zip(rows, lengths, strict=True)])
+        positions = TokenPositions(jnp.ones((2, 1), jnp.int32), jnp.array(lengths[:, None] + step, jnp.int32))
+        hidden_B1D, cache = _step_with_cache(model, ids_B1, positions, cache)
         for row in range(2):
-            found[row].append(hidden_B1D[row])
-    for states, tokens in zip(found, rows, strict=True):
-        expected_TD = _hidden(model, jnp.array(tokens)[None], _packed(len(tokens), total=len(tokens)))[0]
+            states_by_row[row].append(hidden_B1D[row])
+    for states, token_ids in zip(states_by_row, rows, strict=True):
+        positions = packed_positions([[len(token_ids)]], len(token_ids))
+        expected_TD = _hidden_states(model, jnp.array(token_ids)[None], positions)[0]
         np.testing.assert_allclose(np.concatenate(states), expected_TD, atol=1e-5)
 
 
 @pytest.mark.parametrize("remat", ["projections", "attention", "full", "offload"])
-def test_remat_changes_when_things_are_computed_and_nothing_else(remat: str) -> None:
+def test_remat_does_not_change_the_loss_or_the_gradients(remat: str) -> None:
     value_and_grad = jax.value_and_grad(_loss)
-    kept, again = (_model(remat=policy) for policy in ("none", remat))
-    traced = [str(jax.make_jaxpr(value_and_grad)(model)) for model in (kept, again)]
-    assert ["policy=" in text for text in traced] == [False, True], "remat is on in one of them"
-    (value, gradient), (value_again, gradient_again) = (jax.jit(value_and_grad)(model) for model in (kept, again))
-    assert float(value_again) == pytest.approx(float(value), rel=1e-6)
-    for (name, a), b in zip(flatten_by_name(gradient).items(), flatten_by_name(gradient_again).values(), strict=True):
+    models = [_model(remat=policy) for policy in ("none", remat)]
+    programs = [str(jax.make_jaxpr(value_and_grad)(model)) for model in models]
+    assert ["policy=" in program for program in programs] == [False, True], "only the second model uses remat"
+    (value, gradient), (remat_value, remat_gradient) = (jax.jit(value_and_grad)(model) for model in models)
+    assert float(remat_value) == pytest.approx(float(value), rel=1e-6)
+    for (name, a), b in zip(flatten_by_name(gradient).items(), flatten_by_name(remat_gradient).values(), strict=True):
         np.testing.assert_allclose(b, a, rtol=1e-5, atol=1e-5, err_msg=name)
 
 
-@pytest.mark.parametrize(("length", "scores"), [(64, 1), (2 * BLOCK_SIZE, 0)], ids=["whole", "blockwise"])
-def test_each_remat_policy_keeps_less_and_computes_more_again(length: int, scores: int) -> None:
-    """Memory is that of the compiled program, products those of its text (a layer stands there once).
+@pytest.mark.parametrize(("length", "scores"), [(64, 1), (2 * BLOCK_SIZE, 0)], ids=["dense", "blockwise"])
+def test_each_remat_policy_saves_less_and_recomputes_more(length: int, scores: int) -> None:
+    """Memory is that of the compiled program. Products are counted in its text, which contains each layer once.
 
-    Attention as a whole keeps its scores where nothing is computed again, and needs them computed again elsewhere.
+    Without remat, dense attention saves its scores. With remat it must recompute them.
     """
     products, memory = {}, {}
     for remat in ("none", "projections", "attention", "full", "offload"):
-        places = _packed(length - 5, total=length)
+        positions = packed_positions([[length - 5]], length)
 
-        def loss(model: Transformer, places: TokenPositions = places) -> jax.Array:
-            return model(places.positions, places)[0].astype(jnp.float32).sum()
+        def loss(model: Transformer, positions: TokenPositions = positions) -> jax.Array:
+            return model(positions.positions, positions)[0].astype(jnp.float32).sum()
 
         lowered = jax.jit(jax.grad(loss)).lower(_model(remat=remat))
         products[remat] = len(re.findall(r"stablehlo\.dot_general", lowered.as_text()))
@@ -158,42 +152,42 @@ def test_each_remat_policy_keeps_less_and_computes_more_again(length: int, score
         memory[remat] = analysis.temp_size_in_bytes
     assert products["projections"] == products["none"] + scores
     assert products["attention"] == products["none"] + scores + 6  # q, k, v, o, gate and up
-    assert products["full"] == products["none"] + 8  # and attention's two
+    assert products["full"] == products["none"] + 8  # these six and the two of attention
     assert products["offload"] == products["none"] + scores + 2  # gate and up
     assert memory["none"] > memory["projections"] > memory["attention"] > memory["full"]
 
 
 def test_bfloat16_multiplies_in_bfloat16_and_keeps_float32_parameters_and_gradients() -> None:
     model = _model("bfloat16")
-    lowered = jax.jit(functools.partial(Transformer.__call__, model)).lower(jnp.array(ROW)[None], PLACES)
+    lowered = jax.jit(functools.partial(Transformer.__call__, model)).lower(jnp.array(ROW)[None], POSITIONS)
     operands = re.findall(r"dot_general .*: \((.*)\) ->", lowered.as_text())
     assert len(operands) >= 9
     assert all(len(re.findall("xbf16>", pair)) == 2 for pair in operands), operands
-    gradient = jax.jit(jax.grad(_loss))(model)
-    exact = jax.jit(jax.grad(_loss))(_model())
-    for (name, value), found, expected in zip(
-        flatten_by_name(model).items(), flatten_by_name(gradient).values(), flatten_by_name(exact).values(), strict=True
+    gradients = flatten_by_name(jax.jit(jax.grad(_loss))(model))
+    exact_gradients = flatten_by_name(jax.jit(jax.grad(_loss))(_model()))
+    for (name, parameter), gradient, exact in zip(
+        flatten_by_name(model).items(), gradients.values(), exact_gradients.values(), strict=True
     ):
-        assert value.dtype == found.dtype == jnp.float32, name
-        error = float(jnp.linalg.norm(found - expected) / jnp.linalg.norm(expected))
+        assert parameter.dtype == gradient.dtype == jnp.float32, name
+        error = float(jnp.linalg.norm(gradient - exact) / jnp.linalg.norm(exact))
         assert 0 < error < 0.1, name
 
 
 @pytest.mark.parametrize(("inner", "outer"), [(5, 7), (7, 5)])
-def test_a_projection_has_the_gradients_of_a_product(inner: int, outer: int) -> None:
-    x_BTI, weight_IO, seen_BTO = _normal((2, 3, inner), (inner, outer), (2, 3, outer))
-    found, expected = (
-        jax.grad(lambda x, w, product=product: jnp.sum(product(x, w) * seen_BTO), (0, 1))(x_BTI, weight_IO)
+def test_linear_has_the_gradients_of_matmul(inner: int, outer: int) -> None:
+    x_BTI, weight_IO, cotangent_BTO = _normal((2, 3, inner), (inner, outer), (2, 3, outer))
+    actual, expected = (
+        jax.grad(lambda x, w, product=product: jnp.sum(product(x, w) * cotangent_BTO), (0, 1))(x_BTI, weight_IO)
         for product in (linear, jnp.matmul)
     )
-    for ours, plain in zip(found, expected, strict=True):
-        np.testing.assert_allclose(ours, plain, rtol=1e-5, atol=1e-6)
+    for a, b in zip(expected, actual, strict=True):
+        np.testing.assert_allclose(b, a, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("shape", [(2, 3, 8), (2, 3, 4, 8)], ids=["states", "heads"])
-def test_the_norm_has_the_gradients_of_its_formula(shape: tuple[int, ...]) -> None:
+def test_rms_norm_has_the_gradients_of_its_formula(shape: tuple[int, ...]) -> None:
     eps = 0.1
-    x, weight, seen = _normal(shape, shape[-1:], shape)
+    x, weight, cotangent = _normal(shape, shape[-1:], shape)
 
     def formula(x: jax.Array, weight: jax.Array) -> jax.Array:
         return x / jnp.sqrt(jnp.mean(x**2, axis=-1, keepdims=True) + eps) * weight
@@ -201,15 +195,17 @@ def test_the_norm_has_the_gradients_of_its_formula(shape: tuple[int, ...]) -> No
     def norm(x: jax.Array, weight: jax.Array) -> jax.Array:
         return rms_norm(x, nnx.Param(weight), eps)
 
-    found, expected = (
-        jax.value_and_grad(lambda x, w, f=f: jnp.sum(f(x, w) * seen), (0, 1))(x, weight) for f in (norm, formula)
+    actual, expected = (
+        jax.value_and_grad(lambda x, w, f=f: jnp.sum(f(x, w) * cotangent), (0, 1))(x, weight) for f in (norm, formula)
     )
-    for ours, plain in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
-        np.testing.assert_allclose(ours, plain, rtol=1e-5, atol=1e-6)
-    low = jax.grad(lambda x, w: jnp.sum(norm(x, w).astype(jnp.float32) * seen), (0, 1))(x.astype(jnp.bfloat16), weight)
-    assert [gradient.dtype for gradient in low] == [jnp.bfloat16, jnp.float32]
-    for ours, plain in zip(low, expected[1], strict=True):
-        np.testing.assert_allclose(ours.astype(jnp.float32), plain, atol=0.05)
+    for a, b in zip(jax.tree.leaves(expected), jax.tree.leaves(actual), strict=True):
+        np.testing.assert_allclose(b, a, rtol=1e-5, atol=1e-6)
+    bf16_gradients = jax.grad(lambda x, w: jnp.sum(norm(x, w).astype(jnp.float32) * cotangent), (0, 1))(
+        x.astype(jnp.bfloat16), weight
+    )
+    assert [gradient.dtype for gradient in bf16_gradients] == [jnp.bfloat16, jnp.float32]
+    for a, b in zip(expected[1], bf16_gradients, strict=True):
+        np.testing.assert_allclose(b.astype(jnp.float32), a, atol=0.05)
 
 
 def _normal(*shapes: tuple[int, ...]) -> list[jax.Array]:

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
-import jax
+from jax import checkpoint_policies
 from jax.sharding import Mesh
 
 from thinkpo_jax.models.architecture import Architecture
@@ -11,29 +11,29 @@ from thinkpo_jax.models.attention.dense import ATTENTION_OUTPUT
 from thinkpo_jax.models.attention.dispatch import AttentionKernel, select_kernel
 from thinkpo_jax.runtime.config import ConfigSection
 
-# By which remat policies name a layer's input, and what weights give: those of attention, gate and up.
+# Names in remat policies: the input of a layer, the outputs of q, k, v and o, and those of gate and up.
 LAYER_INPUT, PROJECTION_OUTPUT, MLP_PROJECTION_OUTPUT = "input", "projected", "gated"
-# What each policy keeps of a layer for the backward pass, beside the layer's input; the rest is computed again.
 SAVED_NAMES_BY_REMAT_POLICY: dict[str, tuple[str, ...]] = {
     "projections": (PROJECTION_OUTPUT, MLP_PROJECTION_OUTPUT, ATTENTION_OUTPUT),
     "attention": (ATTENTION_OUTPUT,),
     "full": (),
 }
-OFFLOADED_NAMES = (
-    LAYER_INPUT,
-    PROJECTION_OUTPUT,
-    ATTENTION_OUTPUT,
-)  # by the policy `offload`, to the memory of the host
+OFFLOADED_NAMES = (LAYER_INPUT, PROJECTION_OUTPUT, ATTENTION_OUTPUT)  # by the policy `offload`
 
 
 class ComputeConfig(ConfigSection):
-    """How the network is computed; none of it changes what the network is.
+    """How the network is computed. Nothing here changes what the network is.
 
-    `remat` trades memory for operations: `none` keeps every intermediate of the layers, `projections` what weights and
-    attention give (no product with a weight is computed twice), `attention` its output alone, `full` nothing.
-    `offload` keeps in the memory of the host what `projections` keeps, gate and up left out, and the layer's input.
+    `attention` selects the attention kernel (attention/dispatch.py). `auto` takes the kernel made for the devices.
+    `remat` trades FLOPs for memory. The backward pass recomputes what a layer does not save beside its input:
 
-    `attention` says which kernel attends (attention.py), by default the one that is made for the devices.
+    | `remat`       | saved per layer                                                                          |
+    |---------------|------------------------------------------------------------------------------------------|
+    | `none`        | all intermediates                                                                        |
+    | `projections` | outputs of projections and attention, so no product with a weight matrix is recomputed   |
+    | `attention`   | the output of attention                                                                  |
+    | `full`        | nothing                                                                                  |
+    | `offload`     | as `projections` without gate and up, and the input. Both are saved in memory of the host |
     """
 
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
@@ -44,23 +44,22 @@ class ComputeConfig(ConfigSection):
 def resolve_attention_kernel(
     compute: ComputeConfig, arch: Architecture, mesh: Mesh, lengths: Sequence[int]
 ) -> ComputeConfig:
-    """The same with the form of attention that the devices of the mesh take for rows of these lengths."""
+    """Returns `compute` with the attention kernel that runs on this mesh for rows of these lengths (in tokens)."""
     options = {"dtype": compute.dtype, "head_dim": arch.head_dim, "context": mesh.shape["context"], "lengths": lengths}
     return compute.model_copy(update={"attention": select_kernel(compute.attention, mesh.devices.flat[0], **options)})
 
 
 def describe_compute(compute: ComputeConfig, mesh: Mesh) -> str:
-    """Which form of attention computes on what, for the log."""
-    kind = mesh.devices.flat[0].device_kind
-    return f"attention: {compute.attention}; {mesh.size} x {kind}, mesh {dict(mesh.shape)}"
+    """Returns a line for the log with the attention kernel, the devices and the mesh."""
+    device_kind = mesh.devices.flat[0].device_kind
+    return f"attention: {compute.attention}, devices: {mesh.size} x {device_kind}, mesh: {dict(mesh.shape)}"
 
 
 def remat_policy(remat: str) -> Callable[..., Any]:
-    """What the backward pass keeps of a layer."""
-    policies = jax.checkpoint_policies
+    """Returns the policy for `jax.checkpoint` that saves what `remat` names."""
     if remat != "offload":
-        return policies.save_only_these_names(*SAVED_NAMES_BY_REMAT_POLICY[remat])
-    return policies.save_and_offload_only_these_names(
+        return checkpoint_policies.save_only_these_names(*SAVED_NAMES_BY_REMAT_POLICY[remat])
+    return checkpoint_policies.save_and_offload_only_these_names(
         names_which_can_be_saved=[],
         names_which_can_be_offloaded=list(OFFLOADED_NAMES),
         offload_src="device",

@@ -1,15 +1,18 @@
-"""What is the network? Qwen2 / Qwen2.5, Qwen3 and Llama decoders: one file, the families differ by data.
+"""The decoder of Qwen2, Qwen2.5, Qwen3 and Llama. The families differ only in their `Architecture`.
 
-Letters: B batch, T length, D embed, N query heads, K key/value heads, H head width, F mlp, V vocabulary, L layers,
-S slots of a key/value cache. Parameters are kept in float32 and cast to the compute dtype where they are used. The
-layers are stacked along a leading axis L and scanned.
+Letters: B batch, T tokens, D hidden size, N query heads, K key/value heads, H head width. F is the MLP size, V the
+vocabulary size, L the number of layers, and S the number of slots of a KV cache.
+Parameters are float32. They are cast to the compute dtype where they are used. A scan runs over the layers, which are
+stacked along a leading axis L.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
 from thinkpo_jax.models.architecture import Architecture
@@ -29,7 +32,7 @@ from thinkpo_jax.runtime.sharding import constrain_sharding
 
 
 class KVCache(NamedTuple):
-    """Keys and values of the tokens seen so far, in S slots, and where they stand. `cursor` is the next free slot."""
+    """Keys, values and positions of earlier tokens in S slots. `next_slot` is the first free slot."""
 
     k_LBSKH: jax.Array
     v_LBSKH: jax.Array
@@ -38,95 +41,82 @@ class KVCache(NamedTuple):
 
 
 class DecoderLayers(nnx.Module):
-    """All L layers, each parameter with a leading axis L. Called on the slice of one layer, inside a scan."""
+    """All L layers. Each parameter has a leading axis L. A scan calls the slice of one layer."""
 
     def __init__(self, arch: Architecture, attention: AttentionKernel, key: jax.Array) -> None:
-        L, D, N, K, H, F = (
-            arch.num_layers,
-            arch.hidden_size,
-            arch.num_heads,
-            arch.num_kv_heads,
-            arch.head_dim,
-            arch.mlp_size,
-        )
+        sizes = {"heads": arch.num_heads, "kv_heads": arch.num_kv_heads, "head_dim": arch.head_dim}
+        sizes |= {"layers": arch.num_layers, "embed": arch.hidden_size, "norm": arch.hidden_size, "mlp": arch.mlp_size}
         keys = iter(jax.random.split(key, 7))
 
-        def weight(*shape_and_axes: tuple[int, str]) -> nnx.Param:
-            shape = (L, *(size for size, _ in shape_and_axes))
-            value = jax.random.normal(next(keys), shape) * arch.init_std
-            return nnx.Param(value, axes=("layers", *(axis for _, axis in shape_and_axes)))
+        def param(init: Callable[[tuple[int, ...]], jax.Array], *axes: str) -> nnx.Param:
+            axes = ("layers", *axes)
+            return nnx.Param(init(tuple(sizes[axis] for axis in axes)), axes=axes)
 
-        def bias(heads: int, axis: str) -> nnx.Param | None:
-            return nnx.Param(jnp.zeros((L, heads, H)), axes=("layers", axis, "head_dim")) if arch.qkv_bias else None
-
-        def head_norm() -> nnx.Param | None:
-            return nnx.Param(jnp.ones((L, H)), axes=("layers", "head_dim")) if arch.qk_norm else None
+        def normal(shape: tuple[int, ...]) -> jax.Array:
+            return jax.random.normal(next(keys), shape) * arch.init_std
 
         self.arch = arch
         self.attention: AttentionKernel = attention
-        self.attention_norm = nnx.Param(jnp.ones((L, D)), axes=("layers", "norm"))
-        self.q = weight((D, "embed"), (N, "heads"), (H, "head_dim"))
-        self.k = weight((D, "embed"), (K, "kv_heads"), (H, "head_dim"))
-        self.v = weight((D, "embed"), (K, "kv_heads"), (H, "head_dim"))
-        self.q_bias = nnx.data(bias(N, "heads"))
-        self.k_bias = nnx.data(bias(K, "kv_heads"))
-        self.v_bias = nnx.data(bias(K, "kv_heads"))
-        self.q_norm = nnx.data(head_norm())
-        self.k_norm = nnx.data(head_norm())
-        self.o = weight((N, "heads"), (H, "head_dim"), (D, "embed"))
-        self.mlp_norm = nnx.Param(jnp.ones((L, D)), axes=("layers", "norm"))
-        self.gate = weight((D, "embed"), (F, "mlp"))
-        self.up = weight((D, "embed"), (F, "mlp"))
-        self.down = weight((F, "mlp"), (D, "embed"))
+        self.attention_norm = param(jnp.ones, "norm")
+        self.q = param(normal, "embed", "heads", "head_dim")
+        self.k = param(normal, "embed", "kv_heads", "head_dim")
+        self.v = param(normal, "embed", "kv_heads", "head_dim")
+        self.q_bias = nnx.data(param(jnp.zeros, "heads", "head_dim") if arch.qkv_bias else None)
+        self.k_bias = nnx.data(param(jnp.zeros, "kv_heads", "head_dim") if arch.qkv_bias else None)
+        self.v_bias = nnx.data(param(jnp.zeros, "kv_heads", "head_dim") if arch.qkv_bias else None)
+        self.q_norm = nnx.data(param(jnp.ones, "head_dim") if arch.qk_norm else None)
+        self.k_norm = nnx.data(param(jnp.ones, "head_dim") if arch.qk_norm else None)
+        self.o = param(normal, "heads", "head_dim", "embed")
+        self.mlp_norm = param(jnp.ones, "norm")
+        self.gate = param(normal, "embed", "mlp")
+        self.up = param(normal, "embed", "mlp")
+        self.down = param(normal, "mlp", "embed")
 
     def __call__(  # noqa: D102 -- the class says it
-        self, x_BTD: jax.Array, places: TokenPositions, keys: TokenPositions, cached: tuple[jax.Array, ...] | None
+        self, x_BTD: jax.Array, queries: TokenPositions, keys: TokenPositions, cache: tuple[jax.Array, ...] | None
     ) -> tuple[jax.Array, tuple[jax.Array, ...] | None]:
+        axes, dtype, eps = ("batch", _length_axis(cache), "activation_embed"), x_BTD.dtype, self.arch.norm_eps
         x_BTD = checkpoint_name(x_BTD, LAYER_INPUT)
-        h_BTD = rms_norm(x_BTD, self.attention_norm, self.arch.norm_eps)
-        attended_BTD, cached = self._attention(h_BTD, places, keys, cached)
-        axes = ("batch", _length(cached), "activation_embed")
+        h_BTD = rms_norm(x_BTD, self.attention_norm, eps)
+        attended_BTD, cache = self._attention(h_BTD, queries, keys, cache)
         x_BTD = constrain_sharding(x_BTD + attended_BTD, axes)
-        h_BTD = rms_norm(x_BTD, self.mlp_norm, self.arch.norm_eps)
-        dtype = x_BTD.dtype
-        gate_BTF, up_BTF = (
-            checkpoint_name(linear(h_BTD, weight[...].astype(dtype)), MLP_PROJECTION_OUTPUT)
-            for weight in (self.gate, self.up)
-        )
+        h_BTD = rms_norm(x_BTD, self.mlp_norm, eps)
+        projected = [linear(h_BTD, weight[...].astype(dtype)) for weight in (self.gate, self.up)]
+        gate_BTF, up_BTF = checkpoint_name(projected, MLP_PROJECTION_OUTPUT)
         x_BTD = x_BTD + linear(jax.nn.silu(gate_BTF) * up_BTF, self.down[...].astype(dtype))
-        return constrain_sharding(x_BTD, axes), cached
+        return constrain_sharding(x_BTD, axes), cache
 
     def _attention(
-        self, x_BTD: jax.Array, places: TokenPositions, keys: TokenPositions, cached: tuple[jax.Array, ...] | None
+        self, x_BTD: jax.Array, queries: TokenPositions, keys: TokenPositions, cache: tuple[jax.Array, ...] | None
     ) -> tuple[jax.Array, tuple[jax.Array, ...] | None]:
         dtype, arch = x_BTD.dtype, self.arch
 
-        def heads_of(weight: nnx.Param, bias: nnx.Param | None) -> jax.Array:
+        def project(weight: nnx.Param, bias: nnx.Param | None) -> jax.Array:
             out = checkpoint_name(jnp.einsum("BTD,DNH->BTNH", x_BTD, weight[...].astype(dtype)), PROJECTION_OUTPUT)
             out = out if bias is None else out + bias[...].astype(dtype)[None, None]
-            return constrain_sharding(out, ("batch", _length(cached), "activation_heads", "head_dim"))
+            return constrain_sharding(out, ("batch", _length_axis(cache), "activation_heads", "head_dim"))
 
-        def placed(x_BTNH: jax.Array, norm: nnx.Param | None) -> jax.Array:
+        def norm_and_rotate(x_BTNH: jax.Array, norm: nnx.Param | None) -> jax.Array:
             x_BTNH = x_BTNH if norm is None else rms_norm(x_BTNH, norm, arch.norm_eps)
-            return apply_rope(x_BTNH, places.positions, arch.rope)
+            return apply_rope(x_BTNH, queries.positions, arch.rope)
 
-        q_BTNH = placed(heads_of(self.q, self.q_bias), self.q_norm)
-        k_BTKH = placed(heads_of(self.k, self.k_bias), self.k_norm)
-        v_BTKH = heads_of(self.v, self.v_bias)
-        if cached is None:
+        q_BTNH = norm_and_rotate(project(self.q, self.q_bias), self.q_norm)
+        k_BTKH = norm_and_rotate(project(self.k, self.k_bias), self.k_norm)
+        v_BTKH = project(self.v, self.v_bias)
+        if cache is None:
             out_BTNH = packed_attention(q_BTNH, k_BTKH, v_BTKH, keys, self.attention)
         else:
-            k_BSKH, v_BSKH, cursor = cached
-            k_BSKH = jax.lax.dynamic_update_slice(k_BSKH, k_BTKH, (0, cursor, 0, 0))
-            v_BSKH = jax.lax.dynamic_update_slice(v_BSKH, v_BTKH, (0, cursor, 0, 0))
-            out_BTNH = dense_attention(q_BTNH, k_BSKH, v_BSKH, places, keys)
-            cached = k_BSKH, v_BSKH
+            k_BSKH, v_BSKH, next_slot = cache
+            k_BSKH = lax.dynamic_update_slice(k_BSKH, k_BTKH, (0, next_slot, 0, 0))
+            v_BSKH = lax.dynamic_update_slice(v_BSKH, v_BTKH, (0, next_slot, 0, 0))
+            out_BTNH = dense_attention(q_BTNH, k_BSKH, v_BSKH, queries, keys)
+            cache = k_BSKH, v_BSKH
         out_BTD = jnp.einsum("BTNH,NHD->BTD", out_BTNH, self.o[...].astype(dtype))
-        return checkpoint_name(out_BTD, PROJECTION_OUTPUT), cached
+        return checkpoint_name(out_BTD, PROJECTION_OUTPUT), cache
 
 
 class Transformer(nnx.Module):
-    """A decoder up to its last norm; `head()` gives the matrix that turns hidden states into logits."""
+    """A decoder up to its final norm. `lm_head()` returns the matrix that turns hidden states into logits."""
 
     def __init__(self, arch: Architecture, compute: ComputeConfig, key: jax.Array) -> None:
         key_embedding, key_head, key_blocks = jax.random.split(key, 3)
@@ -140,50 +130,47 @@ class Transformer(nnx.Module):
         self.untied_head = nnx.data(None if head is None else nnx.Param(head, axes=("embed", "vocab")))
 
     def __call__(
-        self, tokens_BT: jax.Array, places: TokenPositions, cache: KVCache | None = None
+        self, token_ids_BT: jax.Array, token_positions: TokenPositions, cache: KVCache | None = None
     ) -> tuple[jax.Array, KVCache | None]:
-        """Hidden states [B, T, D] in the compute dtype, and the cache with these tokens in it (if one was given).
+        """Returns hidden states [B, T, D] in the compute dtype, and the cache with the tokens appended.
 
-        Without a cache the rows are packed rows, and hidden states come in the order of `sharding.balanced`.
+        Without a cache the inputs are packed rows. Then the hidden states are in the order of `to_zigzag_order`.
         """
-        dtype, keys = jnp.dtype(self.compute.dtype), places
+        dtype, keys = jnp.dtype(self.compute.dtype), token_positions
+        queries = token_positions._replace(segment_lengths=None)
         if cache is None:
-            tokens_BT, places = (
-                to_zigzag_order(tokens_BT),
-                TokenPositions(to_zigzag_order(places.segment_ids), to_zigzag_order(places.positions)),
-            )
+            token_ids_BT, queries = jax.tree.map(to_zigzag_order, (token_ids_BT, queries))
         else:
-            keys = TokenPositions(*(jax.lax.dynamic_update_slice(old, new, (0, cache.next_slot))
-                            for old, new in zip(cache.positions[:2], places[:2], strict=True)))  # fmt: skip
-            cache = cache._replace(positions=keys)
+            start = (0, cache.next_slot)
+            keys = jax.tree.map(lambda old, new: lax.dynamic_update_slice(old, new, start), cache.positions, queries)
         # Gathered before the look-up: XLA would otherwise rematerialise the whole table for each use.
         table_VD = constrain_sharding(self.embedding[...].astype(dtype), (None, None))
-        x_BTD = constrain_sharding(table_VD[tokens_BT], ("batch", _length(cache), "activation_embed"))
+        x_BTD = constrain_sharding(table_VD[token_ids_BT], ("batch", _length_axis(cache), "activation_embed"))
 
         def layer(x_BTD: jax.Array, xs: tuple) -> tuple:
             block, cached = xs
-            return block(x_BTD, places, keys, None if cache is None else (*cached, cache.next_slot))
+            return block(x_BTD, queries, keys, None if cache is None else (*cached, cache.next_slot))
 
         if self.compute.remat != "none":
             layer = jax.checkpoint(layer, policy=remat_policy(self.compute.remat))
-        x_BTD, cached = jax.lax.scan(layer, x_BTD, (self.blocks, cache and (cache.k_LBSKH, cache.v_LBSKH)))
+        x_BTD, cached = lax.scan(layer, x_BTD, (self.blocks, cache and (cache.k_LBSKH, cache.v_LBSKH)))
         if cache is not None:
-            cache = cache._replace(k_LBSKH=cached[0], v_LBSKH=cached[1], next_slot=cache.next_slot + tokens_BT.shape[1])
+            cache = KVCache(cached[0], cached[1], keys, cache.next_slot + token_ids_BT.shape[1])
         return rms_norm(x_BTD, self.final_norm, self.arch.norm_eps), cache
 
     def lm_head(self) -> jax.Array:
-        """[D, V] in the compute dtype: logits = hidden @ head. The embedding's transpose where the head is tied."""
+        """Returns [D, V] in the compute dtype: logits = hidden @ head. A tied head is the transposed embedding."""
         head_DV = self.embedding[...].T if self.untied_head is None else self.untied_head[...]
         return head_DV.astype(self.compute.dtype)
 
     def init_cache(self, batch: int, slots: int) -> KVCache:
-        """A cache of `slots` tokens for each of `batch` rows, nothing in it."""
+        """Returns an empty cache with `slots` tokens for each of `batch` rows."""
         shape = (self.arch.num_layers, batch, slots, self.arch.num_kv_heads, self.arch.head_dim)
-        zeros = jnp.zeros(shape, self.compute.dtype)
-        nowhere = jnp.zeros((batch, slots), jnp.int32)
-        return KVCache(zeros, zeros, TokenPositions(nowhere, nowhere), jnp.zeros((), jnp.int32))
+        keys_and_values = jnp.zeros(shape, self.compute.dtype)
+        padding = jnp.zeros((batch, slots), jnp.int32)
+        return KVCache(keys_and_values, keys_and_values, TokenPositions(padding, padding), jnp.zeros((), jnp.int32))
 
 
-def _length(cache: tuple | None) -> str | None:
-    """The axis of a row's tokens: what a cache gets is a token at a time, and is not split."""
+def _length_axis(cache: tuple | None) -> str | None:
+    """Returns the logical axis of tokens. With a cache they come a few at a time and are not split over devices."""
     return "length" if cache is None else None

@@ -1,1 +1,12 @@
-"""Causal attention over packed rows, with one kernel per device type."""
+"""Causal attention over packed rows, with one kernel per device type.
+
+`dispatch.py` selects the kernel for a device (`select_kernel`) and calls it (`packed_attention`). A token attends to
+itself and to earlier tokens of its own segment.
+
+| kernel      | devices                             | memory per row | file         |
+|-------------|-------------------------------------|----------------|--------------|
+| `splash`    | TPU                                 | linear         | splash.py    |
+| `cudnn`     | NVIDIA GPU, compute capability >= 9 | linear         | cudnn.py     |
+| `blockwise` | all (plain XLA)                     | linear         | blockwise.py |
+| `reference` | all, for tests and short rows       | quadratic      | dense.py     |
+"""

@@ -1,17 +1,17 @@
-"""Attention with the full score matrix, and the token positions type."""
+"""Attention with the full score matrix, and the type `TokenPositions`."""
 
 from typing import NamedTuple
 
 import jax
 from jax.ad_checkpoint import checkpoint_name
 
-ATTENTION_OUTPUT = "attended"  # by which remat policies name what attention gives
+ATTENTION_OUTPUT = "attended"  # the name of attention outputs in remat policies
 
 
 class TokenPositions(NamedTuple):
-    """Where tokens stand: the segment (0 = padding) that each belongs to and its position within the segment.
+    """The segment of each token (0 is padding) and its position in that segment.
 
-    `lengths`: the tokens of segments 1 to M of each row, where that is known (0: there is none); the form `cudnn` asks.
+    `segment_lengths` counts the tokens of segments 1 to M (0: no such segment). Only the `cudnn` kernel needs it.
     """
 
     segment_ids: jax.Array  # [B, T] int32
@@ -22,9 +22,9 @@ class TokenPositions(NamedTuple):
 def dense_attention(
     q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, queries: TokenPositions, keys: TokenPositions
 ) -> jax.Array:
-    """The same for any places of queries and keys, a cache's too: all scores at once, memory grows with T x S.
+    """Computes causal attention within segments for queries and keys in any order. Memory grows with T x S.
 
-    Because positions are counted within the segment, one rule serves packed rows and a key/value cache.
+    Positions count from the start of a segment, so the same mask works for packed rows and for a KV cache.
     """
     same_segment = queries.segment_ids[:, :, None] == keys.segment_ids[:, None, :]
     not_later = keys.positions[:, None, :] <= queries.positions[:, :, None]

@@ -1,4 +1,4 @@
-"""Selects the attention kernel and calls it."""
+"""Selects the attention kernel for a device and calls it."""
 
 import functools
 import re
@@ -9,7 +9,6 @@ import jax
 import jax.numpy as jnp
 
 from thinkpo_jax.models.attention import blockwise
-from thinkpo_jax.models.attention.blockwise import blockwise_attention
 from thinkpo_jax.models.attention.cudnn import cudnn_attention, unsupported_jax, unsupported_reason
 from thinkpo_jax.models.attention.dense import ATTENTION_OUTPUT, TokenPositions, dense_attention
 from thinkpo_jax.runtime.config import UserError
@@ -17,13 +16,12 @@ from thinkpo_jax.runtime.console import log_info, log_warning
 from thinkpo_jax.runtime.context_parallel import all_gather_rows, local_chunk_starts, to_zigzag_order
 from thinkpo_jax.runtime.sharding import shard_map_by_axes
 
-SPLASH_MULTIPLE = 128  # of tokens: what its blocks divide
-MIN_CUDNN_COMPUTE_CAPABILITY = 9.0  # the compute capability that cuDNN's packed rows need
+SPLASH_MULTIPLE = 128  # tokens. The smallest block size of the kernel, which must divide row lengths.
+MIN_CUDNN_COMPUTE_CAPABILITY = 9.0  # for packed rows
 
 ROW_AXES = ("batch", None)
 KEY_VALUE_AXES = ("batch", None, "activation_heads", None)
 QUERY_AXES = ("batch", "length", "activation_heads", None)
-
 
 AttentionKernel = Literal["auto", "reference", "blockwise", "splash", "cudnn"]
 
@@ -31,24 +29,25 @@ AttentionKernel = Literal["auto", "reference", "blockwise", "splash", "cudnn"]
 def select_kernel(
     requested: AttentionKernel, device: Any, *, dtype: str, head_dim: int, context: int, lengths: Sequence[int]
 ) -> AttentionKernel:
-    """The form for a device, for heads of this width and rows of these lengths; `auto` takes the device's own kernel.
+    """Returns the kernel for a device, heads of this width and rows of these lengths.
 
-    Raises `UserError` where the one that is asked for cannot be had.
+    `auto` becomes the kernel made for the device, or `blockwise` if that kernel does not support the arguments. Raises
+    `UserError` if the requested kernel does not support the device or the arguments.
     """
-    kernels: dict[str, AttentionKernel] = {"tpu": "splash", "gpu": "cudnn", "cuda": "cudnn"}
-    wanted: AttentionKernel = kernels.get(device.platform, "blockwise") if requested == "auto" else requested
-    refused = None
-    if wanted == "splash":
-        refused = splash_unsupported_reason(device, context, lengths)
-    elif wanted == "cudnn":
-        refused = cudnn_unsupported_reason(device, dtype, head_dim, context)
-    if refused is None:
-        return wanted
-    if requested == "auto":
-        tell = log_warning if refused == unsupported_jax() else log_info  # the user can change jax, but not the GPU
-        tell(f"compute.attention: `auto` uses `blockwise` instead of `{wanted}`: {refused}")
-        return "blockwise"
-    raise UserError(f"compute.attention: {requested}: {refused} `auto` takes what there is.")
+    kernel_by_platform: dict[str, AttentionKernel] = {"tpu": "splash", "gpu": "cudnn", "cuda": "cudnn"}
+    kernel = kernel_by_platform.get(device.platform, "blockwise") if requested == "auto" else requested
+    reason = None
+    if kernel == "splash":
+        reason = splash_unsupported_reason(device, context, lengths)
+    elif kernel == "cudnn":
+        reason = cudnn_unsupported_reason(device, dtype, head_dim, context)
+    if reason is None:
+        return kernel
+    if requested != "auto":
+        raise UserError(f"compute.attention is `{requested}`, but {reason} `auto` selects a kernel that is supported.")
+    log = log_warning if reason == unsupported_jax() else log_info  # the user can change jax, but not the GPU
+    log(f"compute.attention: `auto` uses `blockwise` instead of `{kernel}`: {reason}")
+    return "blockwise"
 
 
 def splash_multiple(context: int) -> int:
@@ -57,69 +56,64 @@ def splash_multiple(context: int) -> int:
 
 
 def splash_unsupported_reason(device: Any, context: int, lengths: Sequence[int]) -> str | None:
+    """Returns why splash attention does not support the device or a row length, or None if it does."""
     if device.platform != "tpu":
-        return f"it runs on TPUs, and this is {device.device_kind}."
-    whole = splash_multiple(context)
-    wrong = [length for length in lengths if length % whole]
-    return f"it needs a row_length that {whole} divides, not {wrong[0]}." if wrong else None
+        return f"splash attention needs a TPU (found {device.device_kind})."
+    multiple = splash_multiple(context)
+    if length := next((length for length in lengths if length % multiple), None):
+        return (
+            f"splash attention needs row_length to be a multiple of {multiple} on this mesh (found {length}). "
+            f"Set row_length to {-(-length // multiple) * multiple}."
+        )
+    return None
 
 
 def cudnn_unsupported_reason(device: Any, dtype: str, head_dim: int, context: int) -> str | None:
-    if device.platform not in ("gpu", "cuda"):
-        return f"it runs on NVIDIA GPUs, and this is {device.device_kind}."
-    capability = str(getattr(device, "compute_capability", ""))
+    """Returns why cuDNN attention does not support the device or an argument, or None if it does."""
+    capability = str(getattr(device, "compute_capability", "")) if device.platform in ("gpu", "cuda") else ""
     if not re.fullmatch(r"\d+\.\d+", capability) or float(capability) < MIN_CUDNN_COMPUTE_CAPABILITY:
-        return f"it needs a GPU of compute capability {MIN_CUDNN_COMPUTE_CAPABILITY} (Hopper) or more, and this is {device.device_kind}."
+        return (
+            f"cuDNN attention needs an NVIDIA GPU of compute capability {MIN_CUDNN_COMPUTE_CAPABILITY} (Hopper) or "
+            f"higher (found {device.device_kind})."
+        )
     if context > 1:
-        return f"it takes whole rows, and mesh.context is {context}."
+        return f"cuDNN attention needs rows that are not split over devices (found mesh.context {context})."
     return unsupported_reason(jnp.dtype(dtype), head_dim)
 
 
 def packed_attention(
-    q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, rows: TokenPositions, form: AttentionKernel = "auto"
+    q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, rows: TokenPositions, kernel: AttentionKernel = "auto"
 ) -> jax.Array:
-    """Causal attention within the segments of packed rows, scaled by H**-0.5; [B, T, N, H] in the dtype of the queries.
+    """Computes causal attention within the segments of packed rows, scaled by H**-0.5, in the dtype of the queries.
 
-    A query sees the keys of its own segment at positions up to its own. Segments must be contiguous, padding behind
-    them; what padding attends to is not defined, but finite. `rows` are in their order, queries, keys and values in
-    that of `sharding.balanced`, which differs where a mesh splits rows. The form is one that `choose` gives; `auto` is
-    blockwise, and so is that in plain XLA for rows of up to `BLOCK` tokens at once.
+    A query sees the keys of its own segment up to its own position. Segments must be contiguous, with padding at the
+    end of the row. Outputs of padding are finite, but otherwise undefined.
+    `rows` are in their original order. Queries, keys and values are in the order of `to_zigzag_order`. The two orders
+    differ if the mesh splits rows.
+    `kernel` comes from `select_kernel`. Here `auto` means `blockwise`. This kernel leaves rows of up to `BLOCK_SIZE`
+    tokens to `dense_attention`.
     """
-    if form == "cudnn":
-        assert rows.segment_lengths is not None
-        part = shard_map_by_axes(
-            functools.partial(cudnn_attention, name=ATTENTION_OUTPUT),
-            (QUERY_AXES, QUERY_AXES, QUERY_AXES, ROW_AXES),
-            QUERY_AXES,
-        )
-        return part(q_BTNH, k_BTKH, v_BTKH, rows.segment_lengths)
-    if form == "reference" or (form != "splash" and rows.segment_ids.shape[1] <= blockwise.BLOCK_SIZE):
+    rows = rows if kernel == "cudnn" else rows._replace(segment_lengths=None)
+    if kernel == "reference" or (kernel in ("auto", "blockwise") and rows.segment_ids.shape[1] <= blockwise.BLOCK_SIZE):
         gather = shard_map_by_axes(all_gather_rows, (QUERY_AXES,), KEY_VALUE_AXES)
-        queries = TokenPositions(to_zigzag_order(rows.segment_ids), to_zigzag_order(rows.positions))
-        return dense_attention(q_BTNH, gather(k_BTKH), gather(v_BTKH), queries, rows)
-    part = shard_map_by_axes(
-        _splash_attention_shard if form == "splash" else blockwise_attention,
-        (QUERY_AXES, QUERY_AXES, QUERY_AXES, ROW_AXES, ROW_AXES),
-        QUERY_AXES,
-    )
-    return part(q_BTNH, k_BTKH, v_BTKH, rows.segment_ids, rows.positions)
+        return dense_attention(q_BTNH, gather(k_BTKH), gather(v_BTKH), jax.tree.map(to_zigzag_order, rows), rows)
+    attend = shard_map_by_axes(functools.partial(_attention_shard, kernel), (QUERY_AXES,) * 3 + (ROW_AXES,), QUERY_AXES)
+    return attend(q_BTNH, k_BTKH, v_BTKH, rows)
 
 
-def _splash_attention_shard(
-    q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, segments_BS: jax.Array, _positions_BS: jax.Array
+def _attention_shard(
+    kernel: AttentionKernel, q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, rows: TokenPositions
 ) -> jax.Array:
-    """What one TPU computes: all keys of its rows for the queries that it holds."""
+    """Computes attention of the queries on this device to all keys of their rows."""
+    if kernel == "cudnn":
+        assert rows.segment_lengths is not None
+        return cudnn_attention(q_BTNH, k_BTKH, v_BTKH, rows.segment_lengths, name=ATTENTION_OUTPUT)
+    # With few key/value heads, all keys and values of the rows are small compared to the queries.
+    keys, values = all_gather_rows(k_BTKH), all_gather_rows(v_BTKH)
+    starts = local_chunk_starts(rows.segment_ids.shape[1])
+    if kernel != "splash":
+        return blockwise.blockwise_attention(q_BTNH, keys, values, rows, starts)
     from thinkpo_jax.models.attention.splash import splash_attention
 
-    T, starts = q_BTNH.shape[1], local_chunk_starts(segments_BS.shape[1])
-    order_T = (starts[:, None] + jnp.arange(T // len(starts))).reshape(-1)
-    segments_BT = segments_BS[:, order_T]
-    return splash_attention(
-        q_BTNH,
-        all_gather_rows(k_BTKH),
-        all_gather_rows(v_BTKH),
-        segments_BT,
-        segments_BS,
-        order_T,
-        name=ATTENTION_OUTPUT,
-    )
+    order_T = (starts[:, None] + jnp.arange(q_BTNH.shape[1] // len(starts))).reshape(-1)
+    return splash_attention(q_BTNH, keys, values, rows.segment_ids, order_T, name=ATTENTION_OUTPUT)
