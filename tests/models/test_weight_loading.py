@@ -1,4 +1,4 @@
-"""Loading needs little more memory than the parameters; a malformed checkpoint is refused, or is what its files say."""
+"""Loading needs little extra memory. A damaged checkpoint is refused, or the model equals its files."""
 
 import json
 import os
@@ -16,16 +16,15 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 from support import small
+from support.model_folders import save_random_model
 from support.selection import exhaustive
-from support.weights import like, random_model
+from support.weights import random_model
 
 from thinkpo_jax.bench import load as bench
-from thinkpo_jax.models.model_folder import resolve_model_folder
 from thinkpo_jax.models.safetensors_files import WEIGHTS_INDEX_FILE
 from thinkpo_jax.models.transformer import Transformer
 from thinkpo_jax.models.weight_loading import load_model
 from thinkpo_jax.models.weight_mapping import flatten_by_name
-from thinkpo_jax.models.weight_saving import save_model
 from thinkpo_jax.runtime.config import UserError
 from thinkpo_jax.runtime.mesh import MeshConfig, make_mesh
 
@@ -35,11 +34,11 @@ from pathlib import Path
 import jax
 from thinkpo_jax.bench.load import write_checkpoint
 from thinkpo_jax.models.weight_loading import load_model
-from thinkpo_jax.models.safetensors_files import read_headers
+from thinkpo_jax.models.safetensors_files import read_tensor_index
 from thinkpo_jax.models.compute_config import ComputeConfig
 from thinkpo_jax.runtime.mesh import MeshConfig, make_mesh
 
-def private():  # bytes; pages of mapped files, which the system may drop at any time, are not counted
+def private_bytes():  # without pages of mapped files, which the system may drop at any time
     line = next(line for line in open("/proc/self/status") if line.startswith("RssAnon"))
     return int(line.split()[1]) * 1024
 
@@ -47,19 +46,19 @@ peak, loading = 0, True
 def watch():
     global peak
     while loading:
-        peak = max(peak, private())
+        peak = max(peak, private_bytes())
         time.sleep(0.002)
 
 folder = Path(sys.argv[1])
 mesh = make_mesh(MeshConfig(fsdp=int(sys.argv[2])), jax.devices()[:int(sys.argv[2])])
 jax.jit(lambda: jax.numpy.zeros(8))().block_until_ready()
-before = private()
+before = private_bytes()
 thread = threading.Thread(target=watch)
 thread.start()
 model = jax.block_until_ready(load_model(folder, ComputeConfig(), mesh))
 loading = False
 thread.join()
-sizes = [tensor.nbytes for tensor in read_headers(folder).values()]
+sizes = [tensor.nbytes for tensor in read_tensor_index(folder).values()]
 print(json.dumps({
     "file": sum(sizes), "largest": max(sizes), "over": peak - before - sum(x.nbytes for x in jax.tree.leaves(model))
 }))
@@ -69,27 +68,26 @@ print(json.dumps({
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 @pytest.mark.parametrize(("vocabulary", "gib"), [(65_536, 0.5), pytest.param(151_936, 1.05, marks=exhaustive)])
-def test_loading_needs_less_than_two_tensors_beside_the_parameters(
+def test_loading_needs_less_memory_than_two_tensors_beside_the_parameters(
     vocabulary: int, gib: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(bench.SHAPE, "vocab_size", vocabulary)
     bench.write_checkpoint(tmp_path, gib)
     for devices in ("1", "4"):
         environment = {**os.environ, "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"}
-        told = subprocess.run(
+        result = subprocess.run(
             [sys.executable, "-c", MEASURE, str(tmp_path), devices], env=environment, capture_output=True, text=True
         )
-        assert told.returncode == 0, told.stderr
-        found = json.loads(told.stdout.splitlines()[-1])
-        assert found["file"] >= max((gib - 0.05) * 2**30, 3 * found["largest"])
-        assert found["over"] < 2 * found["largest"], found
+        assert result.returncode == 0, result.stderr
+        num_bytes = json.loads(result.stdout.splitlines()[-1])
+        assert num_bytes["file"] >= max((gib - 0.05) * 2**30, 3 * num_bytes["largest"])
+        assert num_bytes["over"] < 2 * num_bytes["largest"], num_bytes
 
 
 @pytest.mark.parametrize("dtype", [np.float16, ml_dtypes.bfloat16], ids=["float16", "bfloat16"])
-def test_narrow_files_become_float32_parameters(dtype: type, tmp_path: Path) -> None:
-    file = saved(tmp_path) / "model.safetensors"
-    narrow = {name: array.astype(dtype) for name, array in load_file(file).items()}
-    save_file(narrow, file)
+def test_16_bit_weights_become_float32_parameters(dtype: type, tmp_path: Path) -> None:
+    file = save_random_model(tmp_path) / "model.safetensors"
+    save_file({name: array.astype(dtype) for name, array in load_file(file).items()}, file)
     model = load_model(file.parent, small.FLOAT32, small.mesh(fsdp=2, tensor=2))
     expected = jax.tree.map(lambda leaf: np.asarray(leaf).astype(dtype).astype(np.float32), random_model())
     for name, array in flatten_by_name(model).items():
@@ -97,20 +95,8 @@ def test_narrow_files_become_float32_parameters(dtype: type, tmp_path: Path) -> 
         np.testing.assert_array_equal(array, flatten_by_name(expected)[name])
 
 
-def saved(tmp_path: Path) -> Path:
-    save_model(
-        random_model(),
-        tmp_path / "saved",
-        template_folder=like(tmp_path),
-        dtype="float32",
-        stop_token_ids=[1, 2, 3],
-        model_card="",
-    )
-    return tmp_path / "saved"
-
-
-def test_weights_that_are_not_finite_are_a_loud_warning(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    file = saved(tmp_path) / "model.safetensors"
+def test_a_warning_names_the_tensors_that_are_not_finite(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = save_random_model(tmp_path) / "model.safetensors"
     tensors = load_file(file)
     tensors["model.norm.weight"][3] = np.nan
     tensors["model.layers.1.mlp.up_proj.weight"][2, 5] = -np.inf
@@ -120,34 +106,25 @@ def test_weights_that_are_not_finite_are_a_loud_warning(tmp_path: Path, capsys: 
     assert capsys.readouterr().err == f"warning: {file.parent}: NaN or infinite weights in 2 tensor(s): {names}.\n"
 
 
-def test_a_hub_id_is_found_in_the_cache_without_a_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    snapshot = tmp_path / "models--owner--name" / "snapshots" / "abc"
-    shutil.copytree(resolve_model_folder("builtin:miniature"), snapshot)
-    (tmp_path / "models--owner--name" / "refs").mkdir()
-    (tmp_path / "models--owner--name" / "refs" / "main").write_text("abc")
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
-    assert resolve_model_folder("owner/name") == snapshot
-
-
-# Mutations of a checkpoint: each changes the folder, from random numbers.
+# Each mutation damages a checkpoint folder at random.
 
 Mutation = Callable[[Path, np.random.Generator], None]
 
 
-def _weights(folder: Path, rng: np.random.Generator) -> Path:
+def _choose_weight_file(folder: Path, rng: np.random.Generator) -> Path:
     files = sorted(folder.glob("*.safetensors"))
     return files[rng.integers(len(files))]
 
 
-def cut(folder: Path, rng: np.random.Generator) -> None:
+def truncate_file(folder: Path, rng: np.random.Generator) -> None:
     files = [*sorted(folder.glob("*.safetensors")), folder / "config.json", folder / WEIGHTS_INDEX_FILE]
     file = files[rng.integers(len(files))]
     content = file.read_bytes()
     file.write_bytes(content[: rng.integers(len(content))])
 
 
-def flip_header(folder: Path, rng: np.random.Generator) -> None:
-    file = _weights(folder, rng)
+def flip_header_bits(folder: Path, rng: np.random.Generator) -> None:
+    file = _choose_weight_file(folder, rng)
     content = bytearray(file.read_bytes())
     end = 8 + struct.unpack("<Q", content[:8])[0]
     for _ in range(rng.integers(1, 4)):
@@ -155,43 +132,43 @@ def flip_header(folder: Path, rng: np.random.Generator) -> None:
     file.write_bytes(content)
 
 
-def swap_names(folder: Path, rng: np.random.Generator) -> None:
-    file = _weights(folder, rng)
+def swap_tensors(folder: Path, rng: np.random.Generator) -> None:
+    file = _choose_weight_file(folder, rng)
     tensors = load_file(file)
-    one, other = rng.choice(sorted(tensors), 2, replace=False)
-    tensors[one], tensors[other] = tensors[other], tensors[one]
+    first, second = rng.choice(sorted(tensors), 2, replace=False)
+    tensors[first], tensors[second] = tensors[second], tensors[first]
     save_file(tensors, file)
 
 
-def rename(folder: Path, rng: np.random.Generator) -> None:
-    file = _weights(folder, rng)
+def rename_tensor(folder: Path, rng: np.random.Generator) -> None:
+    file = _choose_weight_file(folder, rng)
     tensors = load_file(file)
     name = rng.choice(sorted(tensors))
     tensors[name.replace("model", "modle") + "x" * int(rng.integers(2))] = tensors.pop(name)
     save_file(tensors, file)
 
 
-def reshape(folder: Path, rng: np.random.Generator) -> None:
-    file = _weights(folder, rng)
+def reshape_tensor(folder: Path, rng: np.random.Generator) -> None:
+    file = _choose_weight_file(folder, rng)
     tensors = load_file(file)
     name = rng.choice(sorted(tensors))
     array = tensors[name]
-    forms = [array[None], array.reshape(-1), array[:-1], np.concatenate([array, array]), array.T, np.float32(0)]
-    tensors[name] = np.ascontiguousarray(forms[rng.integers(len(forms))])
+    reshaped = [array[None], array.reshape(-1), array[:-1], np.concatenate([array, array]), array.T, np.float32(0)]
+    tensors[name] = np.ascontiguousarray(reshaped[rng.integers(len(reshaped))])
     save_file(tensors, file)
 
 
-def retype(folder: Path, rng: np.random.Generator) -> None:
-    file = _weights(folder, rng)
+def change_dtype(folder: Path, rng: np.random.Generator) -> None:
+    file = _choose_weight_file(folder, rng)
     tensors = load_file(file)
     name = rng.choice(sorted(tensors))
-    kinds = [np.float64, np.int8, np.uint8, np.int32, bool, ml_dtypes.float8_e4m3fn]
-    tensors[name] = tensors[name].astype(kinds[rng.integers(len(kinds))])
+    dtypes = [np.float64, np.int8, np.uint8, np.int32, bool, ml_dtypes.float8_e4m3fn]
+    tensors[name] = tensors[name].astype(dtypes[rng.integers(len(dtypes))])
     save_file(tensors, file)
 
 
-def break_numbers(folder: Path, rng: np.random.Generator) -> None:
-    file = _weights(folder, rng)
+def insert_nonfinite(folder: Path, rng: np.random.Generator) -> None:
+    file = _choose_weight_file(folder, rng)
     tensors = load_file(file)
     array = tensors[rng.choice(sorted(tensors))].reshape(-1)
     array[rng.integers(array.size)] = rng.choice([np.nan, np.inf, -np.inf])
@@ -222,24 +199,25 @@ def change_config(folder: Path, rng: np.random.Generator) -> None:
     (folder / "config.json").write_text(json.dumps(raw))
 
 
-def remove(folder: Path, rng: np.random.Generator) -> None:
+def remove_file(folder: Path, rng: np.random.Generator) -> None:
     files = [*sorted(folder.glob("*.safetensors")), folder / "config.json"]
     files[rng.integers(len(files))].unlink()
 
 
 MUTATIONS: tuple[Mutation, ...] = (
-    cut, flip_header, swap_names, rename, reshape, retype, break_numbers, change_index, change_config, remove,
+    truncate_file, flip_header_bits, swap_tensors, rename_tensor, reshape_tensor, change_dtype, insert_nonfinite,
+    change_index, change_config, remove_file,
 )  # fmt: skip
-EACH = 55
+NUM_SEEDS = 55
 
 
-def _read_independently(folder: Path) -> dict[str, np.ndarray]:
+def _read_tensors(folder: Path) -> dict[str, np.ndarray]:
     return {name: array for file in sorted(folder.glob("*.safetensors")) for name, array in load_file(file).items()}
 
 
-def _holds(model: Transformer, tensors: dict[str, np.ndarray]) -> bool:
-    """Whether the parameters are the tensors of the files, compared without the code that loads them."""
-    same = {
+def _has_parameters(model: Transformer, tensors: dict[str, np.ndarray]) -> bool:
+    """Returns whether the parameters equal the tensors of the files. Does not use the code that loads them."""
+    expected = {
         "embedding": tensors["model.embed_tokens.weight"],
         "untied_head": tensors["lm_head.weight"].T,
         "final_norm": tensors["model.norm.weight"],
@@ -252,41 +230,41 @@ def _holds(model: Transformer, tensors: dict[str, np.ndarray]) -> bool:
         for ours, theirs in ((f"blocks.{path}", f"{module}.weight"), (f"blocks.{path}_bias", f"{module}.bias")):
             layers = [tensors[name] for i in range(2) if (name := f"model.layers.{i}.{theirs}") in tensors]
             if layers:
-                same[ours] = np.stack([layer.T for layer in layers])
+                expected[ours] = np.stack([layer.T for layer in layers])
     parameters = flatten_by_name(model)
-    assert parameters.keys() == same.keys()
+    assert parameters.keys() == expected.keys()
     return all(
         np.array_equal(parameters[path], array.reshape(parameters[path].shape), equal_nan=True)
-        for path, array in same.items()
+        for path, array in expected.items()
     )
 
 
 @pytest.mark.parametrize("mutate", MUTATIONS, ids=lambda mutate: mutate.__name__)
-def test_a_mutated_checkpoint_is_refused_or_is_what_its_files_say(
+def test_a_mutated_checkpoint_is_refused_or_loads_what_its_files_hold(
     mutate: Mutation, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr("thinkpo_jax.models.weight_saving.MAX_SHARD", "40KB")
-    whole, mesh = saved(tmp_path), make_mesh(MeshConfig(), jax.devices()[:1])
-    assert len(list(whole.glob("*.safetensors"))) > 1
-    refused, named_all = 0, list[bool]()
-    for seed in range(EACH):
+    intact, mesh = save_random_model(tmp_path), make_mesh(MeshConfig(), jax.devices()[:1])
+    assert len(list(intact.glob("*.safetensors"))) > 1
+    num_refused, names_folder = 0, True
+    for seed in range(NUM_SEEDS):
         rng = np.random.default_rng(seed)
         folder = tmp_path / f"{seed}"
-        shutil.copytree(whole, folder)
+        shutil.copytree(intact, folder)
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of casting NaN to integers, in a mutation
+            warnings.simplefilter("ignore")  # change_dtype may cast NaN to integers
             mutate(folder, rng)
         try:
             model = load_model(folder, small.FLOAT32, mesh)
         except UserError as error:
-            refused += 1
-            named_all.append(str(folder) in str(error))
+            num_refused += 1
+            names_folder &= str(folder) in str(error)
         else:
-            tensors = _read_independently(folder)
-            assert _holds(model, tensors), seed
-            finite = all(np.isfinite(array).all() for array in tensors.values())
-            assert ("warning" in capsys.readouterr().err) == (not finite)
+            tensors = _read_tensors(folder)
+            assert _has_parameters(model, tensors), seed
+            is_finite = all(np.isfinite(array).all() for array in tensors.values())
+            assert ("warning" in capsys.readouterr().err) == (not is_finite)
         shutil.rmtree(folder)
-    assert all(named_all)
-    # Names of one shape may be swapped: then the files say so, and the model is another one.
-    assert refused > EACH // 2 or mutate in (swap_names, break_numbers)
+    assert names_folder
+    # Two tensors of the same shape can be swapped, and weights that are not finite load with a warning.
+    assert num_refused > NUM_SEEDS // 2 or mutate in (swap_tensors, insert_nonfinite)

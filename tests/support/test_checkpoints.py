@@ -1,6 +1,6 @@
-"""The helpers of checkpoints.py hold what the parity tests rest on: a real model read rightly, tiny ones without dead
-weights."""
+"""The checkpoints of the parity tests are sound: SmolLM2 is converted correctly, and every tiny weight matters."""
 
+import itertools
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,7 +19,7 @@ from support.checkpoints import (
 )
 from support.paths import DATA
 
-# Plain English, written for this test; 105 tokens.
+# Plain English, written for this test. It has 105 tokens.
 PASSAGE = (
     "Water moves around our planet in a cycle. The heat of the sun turns water from the oceans, lakes and rivers into "
     "vapor, which rises into the air. As the vapor rises it cools and turns back into tiny drops of water, which form "
@@ -38,9 +38,9 @@ def mean_nll(logits_BTV: np.ndarray, tokens_BT: np.ndarray) -> float:
 
 def real_texts() -> Iterator[str]:
     for path in sorted(DATA.rglob("*.jsonl")):
-        with path.open(encoding="utf-8", newline="\n") as rows:
-            for _, row in zip(range(4), rows, strict=False):
-                yield from (value for value in json.loads(row).values() if isinstance(value, str) and value)
+        with path.open(encoding="utf-8", newline="\n") as lines:
+            for line in itertools.islice(lines, 4):
+                yield from (value for value in json.loads(line).values() if isinstance(value, str) and value)
 
 
 @pytest.fixture
@@ -51,13 +51,13 @@ def passage_tokens(smollm2: Path) -> np.ndarray:
 
 
 @pytest.mark.slow
-def test_smollm2_reads_english(smollm2: Path, passage_tokens: np.ndarray) -> None:
+def test_smollm2_predicts_english_well(smollm2: Path, passage_tokens: np.ndarray) -> None:
     pytest.importorskip("torch")
     assert mean_nll(torch_logits(smollm2, passage_tokens), passage_tokens) == pytest.approx(2.107, abs=0.01)
 
 
 @pytest.mark.slow
-def test_smollm2_reads_badly_with_gguf_q_and_k(smollm2: Path, passage_tokens: np.ndarray) -> None:
+def test_smollm2_predicts_badly_with_the_gguf_order_of_q_and_k(smollm2: Path, passage_tokens: np.ndarray) -> None:
     torch = pytest.importorskip("torch")
     model = torch_model(smollm2)
     with torch.no_grad():
@@ -87,7 +87,7 @@ def test_smollm2_answers_under_its_chat_template(smollm2: Path) -> None:
 
 @pytest.mark.slow
 @needs_data
-def test_smollm2_tokenizer_returns_real_texts(smollm2: Path) -> None:
+def test_smollm2_tokenizer_decodes_real_texts_unchanged(smollm2: Path) -> None:
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(smollm2)
@@ -118,7 +118,7 @@ def test_smollm2_tokenizer_splits_digits_before_spaces(smollm2: Path) -> None:
 
 
 @pytest.mark.slow
-def test_smollm2_folder_is_made_once_and_refuses_a_foreign_folder(smollm2: Path, tmp_path: Path) -> None:
+def test_smollm2_folder_is_written_once_and_only_into_an_empty_folder(smollm2: Path, tmp_path: Path) -> None:
     before = {name: (smollm2 / name).stat().st_mtime_ns for name in SMOLLM2_FILES}
     assert smollm2_folder(smollm2) == smollm2
     assert {name: (smollm2 / name).stat().st_mtime_ns for name in SMOLLM2_FILES} == before
@@ -147,22 +147,22 @@ def test_every_tensor_of_a_tiny_checkpoint_matters(family: str, tied: bool, tmp_
         for name, parameter in parameters.items():
             parameter.fill_(name.endswith("norm.weight"))  # norms start at one, biases at zero
             changed = model(input_ids=torch.from_numpy(tokens)).logits.numpy()
-            assert np.abs(changed - logits).max() > 1e-3, f"{name} has no say in the logits"
+            assert np.abs(changed - logits).max() > 1e-3, f"{name} does not change the logits"
             parameter.copy_(torch.from_numpy(tensors[name]))
 
 
 def test_tiny_checkpoints_follow_their_seed(tmp_path: Path) -> None:
     torch = pytest.importorskip("torch")
     state = torch.random.get_rng_state()
-    seeds = {"first": 0, "again": 0, "other": 1}
+    seeds = {"first": 0, "same-seed": 0, "other-seed": 1}
     folders = [tiny_checkpoint(tmp_path / name, family="qwen2", seed=seed) for name, seed in seeds.items()]
-    first, again, other = (load_file(folder / "model.safetensors") for folder in folders)
-    assert all(np.array_equal(first[name], again[name]) for name in first)
-    assert not any(np.array_equal(first[name], other[name]) for name in first)
+    first, same_seed, other_seed = (load_file(folder / "model.safetensors") for folder in folders)
+    assert all(np.array_equal(first[name], same_seed[name]) for name in first)
+    assert not any(np.array_equal(first[name], other_seed[name]) for name in first)
     assert torch.equal(torch.random.get_rng_state(), state)
 
 
-def test_tiny_checkpoint_takes_transformers_config_names(tmp_path: Path) -> None:
+def test_tiny_checkpoint_accepts_config_names_of_transformers(tmp_path: Path) -> None:
     pytest.importorskip("torch")
     rope = {"rope_type": "llama3", "rope_theta": 5e5, "factor": 8.0, "low_freq_factor": 1.0}
     rope |= {"high_freq_factor": 4.0, "original_max_position_embeddings": 64}
@@ -182,7 +182,7 @@ def test_tiny_checkpoint_takes_transformers_config_names(tmp_path: Path) -> None
         ("llama3_2", "llama", 128_256, 128_009),
     ],
 )
-def test_tiny_checkpoint_takes_a_real_tokenizer(
+def test_tiny_checkpoint_accepts_a_real_tokenizer(
     name: str, family: str, vocab_size: int, eos: int, tmp_path: Path
 ) -> None:
     pytest.importorskip("torch")

@@ -20,7 +20,7 @@ def test_the_cuda_plugin_must_have_the_version_of_jax(tmp_path: Path) -> None:
     assert cuda_mismatch(tmp_path) == f"jax {JAX} compiles with jax-cuda13-pjrt=={JAX}, but {tmp_path} has none"
     _install(tmp_path, "jax_cuda13_pjrt", JAX)
     assert cuda_mismatch(tmp_path) is None
-    _install(tmp_path, "jax_cuda13_plugin", "0.9.1")  # pip leaves the metadata of an older version there
+    _install(tmp_path, "jax_cuda13_plugin", "0.9.1")  # pip leaves the metadata of an older version
     both = ", ".join(sorted([JAX, "0.9.1"]))
     assert cuda_mismatch(tmp_path) == (
         f"jax {JAX} compiles with jax-cuda13-plugin=={JAX}, but {tmp_path} has version {both}"
@@ -28,13 +28,13 @@ def test_the_cuda_plugin_must_have_the_version_of_jax(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("version", ["0.0.50.1", "0.0.50", "0.0.52"])
-def test_libtpu_must_be_what_jax_asks_for(version: str, tmp_path: Path) -> None:
-    asked = ["numpy>=2.1", 'jaxlib<=0.12.0; extra == "tpu"', 'libtpu==0.0.50.*; extra == "tpu"']
+def test_libtpu_must_have_the_version_that_jax_requires(version: str, tmp_path: Path) -> None:
+    requirements = ["numpy>=2.1", 'jaxlib<=0.12.0; extra == "tpu"', 'libtpu==0.0.50.*; extra == "tpu"']
     _install(tmp_path, "libtpu", version)
-    reason = mismatch(tmp_path, [required_libtpu(asked)])
+    reason = mismatch(tmp_path, [required_libtpu(requirements)])
     assert (reason is None) == version.startswith("0.0.50")
     assert reason in (None, f"jax {JAX} compiles with libtpu==0.0.50.*, but {tmp_path} has version {version}")
 
 
-def test_the_installed_jax_says_which_libtpu_it_needs() -> None:
+def test_the_installed_jax_requires_a_version_of_libtpu() -> None:
     assert required_libtpu(requires("jax") or []).specifier != Requirement("libtpu").specifier

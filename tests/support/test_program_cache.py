@@ -23,7 +23,7 @@ def test_only_programs_of_one_device_are_on_disk() -> None:
     def program_of_two_devices(x: jax.Array) -> jax.Array:
         return x.sum()
 
-    for path in _on_disk("program_of_two_devices"):  # left by a broken version
+    for path in _on_disk("program_of_two_devices"):  # an older version may have left it
         path.unlink()
     x = jnp.arange(8.0)
     split = jax.device_put(x, NamedSharding(small.mesh(data=2), PartitionSpec("data")))
@@ -34,18 +34,18 @@ def test_only_programs_of_one_device_are_on_disk() -> None:
 
 
 def test_a_program_of_several_devices_is_compiled_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    compiled = []
+    compilations = []
     compile_program = compiler.backend_compile_and_load
 
-    def counted(*arguments: Any) -> Any:
-        compiled.append(arguments)
+    def compile_and_count(*arguments: Any) -> Any:
+        compilations.append(arguments)
         return compile_program(*arguments)
 
-    monkeypatch.setattr(compiler, "backend_compile_and_load", counted)
+    monkeypatch.setattr(compiler, "backend_compile_and_load", compile_and_count)
     counts = []
     for devices in (2, 2, 4):
         x = jax.device_put(jnp.arange(8.0), NamedSharding(small.mesh(data=devices), PartitionSpec("data")))
-        before = len(compiled)
+        before = len(compilations)
         assert float(jax.jit(lambda x: (x * 3).sum())(x)) == 84
-        counts.append(len(compiled) - before)
+        counts.append(len(compilations) - before)
     assert counts == [1, 0, 1]

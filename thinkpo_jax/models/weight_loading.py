@@ -1,4 +1,4 @@
-"""Which Hugging Face tensor is which parameter? One table, read both ways, strict on both sides."""
+"""Loads weights from a Hugging Face folder onto the mesh, or initializes them at random."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -14,127 +14,100 @@ from thinkpo_jax.models.architecture import Architecture, read_architecture
 from thinkpo_jax.models.compute_config import ComputeConfig
 from thinkpo_jax.models.safetensors_files import TensorLocation, join_first, read_tensor_index
 from thinkpo_jax.models.transformer import Transformer
-from thinkpo_jax.models.weight_mapping import abstract_model, expected_tensor_shapes, flatten_by_name, weight_mappings
+from thinkpo_jax.models.weight_mapping import abstract_model, flatten_by_name, mappings_by_hf_name
 from thinkpo_jax.runtime.config import UserError, collect_errors
 from thinkpo_jax.runtime.console import log_warning
-from thinkpo_jax.runtime.sharding import tree_shardings
+from thinkpo_jax.runtime.sharding import abstract_with_shardings, tree_shardings
 
-PREFETCH_TENSORS = 8  # tensors that are read before they are used
+PREFETCH_TENSORS = 8  # Tensors that are read before they are used.
 
 
 def init_random_model(folder: Path, compute: ComputeConfig, mesh: Mesh, *, seed: int) -> Transformer:
-    """Fresh float32 weights in the shape that the folder's config.json gives, on the mesh."""
+    """Initializes float32 weights on the mesh, in the shape that the folder's config.json gives."""
     arch = read_architecture(folder)
-    layout = tree_shardings(abstract_model(arch, compute), mesh)
-    return jax.jit(lambda key: Transformer(arch, compute, key), out_shardings=layout)(jax.random.key(seed))
+    shardings = tree_shardings(abstract_model(arch, compute), mesh)
+    return jax.jit(lambda key: Transformer(arch, compute, key), out_shardings=shardings)(jax.random.key(seed))
 
 
 def load_model(folder: Path, compute: ComputeConfig, mesh: Mesh) -> Transformer:
-    """The folder's weights as float32 parameters on the mesh, one Hugging Face tensor at a time, in the files' order.
+    """Loads the folder's weights as float32 parameters on the mesh.
 
-    Each process reads the slices that its devices hold; parameters are filled in place, so that beside them one tensor
-    is in memory. Raises one `UserError` with all that is wrong with the folder; warns of weights that are not finite.
+    The loader reads one Hugging Face tensor at a time, in the order of the files. Each process reads only the slices
+    that its devices hold. Parameters are filled in place, so memory holds about one tensor beside them. A warning names
+    the tensors with NaN or infinite weights. Raises one `UserError` with all problems of config.json and the weights.
     """
-    arch, tensors = check_model(folder)
+    with collect_errors() as collector:
+        arch = collector(read_architecture, folder)
+        tensors = collector(check_weights, folder, arch)
+    assert arch is not None and tensors is not None  # noqa: PT018 -- `collect_errors` raised otherwise
     abstract = abstract_model(arch, compute)
-    layout, shapes = flatten_by_name(tree_shardings(abstract, mesh)), flatten_by_name(abstract)
-    parts = {name: (entry, layer) for entry in weight_mappings(abstract) for layer, name in enumerate(entry.names)}
-    order = sorted(parts, key=lambda name: (tensors[name].file, tensors[name].begin))
-    largest = max(tensors[name].nbytes for name in order)
-    loaded: dict[str, jax.Array] = {}
-    zeros: dict[str, jax.Array] = {}  # 0 for each tensor that is finite; ready when its copy on the device is done with
-    before = None
-    for name in _read_ahead(order, tensors):
-        entry, layer = parts[name]
-        whole = layout[entry.path]
-        part = NamedSharding(mesh, PartitionSpec(*whole.spec[1:])) if entry.is_per_layer else whole
-        if entry.is_per_layer and entry.path not in loaded:
-            loaded[entry.path] = _zeros(shapes[entry.path].shape, whole)
-        if before is not None and tensors[before].nbytes + tensors[name].nbytes > largest:
-            zeros[before].block_until_ready()
-        view = entry.from_hf(tensors[name].memory_map())  # transposed on the way to the device, which is fast
-        tensor = jax.make_array_from_callback(view.shape, part, view.__getitem__)
-        if before is not None:
-            zeros[before].block_until_ready()
-        loaded[entry.path], zeros[name] = _fill(loaded.get(entry.path), tensor, np.int32(layer), layout=whole)
+    targets, mappings = flatten_by_name(abstract_with_shardings(abstract, mesh)), mappings_by_hf_name(abstract)
+    order = sorted(mappings, key=lambda name: (tensors[name].file, tensors[name].begin))
+    max_bytes = max(tensors[name].nbytes for name in order)
+    parameters: dict[str, jax.Array] = {}
+    nan_checks: dict[str, jax.Array] = {}  # 0 for a finite tensor, else NaN.
+    check, previous_bytes = None, 0  # The check is ready when the device has used its copy of the previous tensor.
+    # Several processes prefetch nothing, because each of them needs only a part of every tensor.
+    for name in order if jax.process_count() > 1 else _prefetch_tensors(order, tensors):
+        mapping, layer = mappings[name]
+        target = targets[mapping.path]
+        spec = target.sharding.spec[1:] if mapping.is_per_layer else target.sharding.spec
+        if mapping.is_per_layer and mapping.path not in parameters:
+            parameters[mapping.path] = jax.jit(jnp.zeros, static_argnums=0, out_shardings=target.sharding)(target.shape)
+        if previous_bytes + tensors[name].nbytes > max_bytes:
+            jax.block_until_ready(check)
+        view = mapping.from_hf(tensors[name].memory_map())  # Transposed on the way to the device, which is fast.
+        tensor = jax.make_array_from_callback(view.shape, NamedSharding(mesh, PartitionSpec(*spec)), view.__getitem__)
+        jax.block_until_ready(check)
+        parameters[mapping.path], check = _fill(parameters.get(mapping.path), tensor, layer, sharding=target.sharding)
+        nan_checks[name], previous_bytes = check, tensors[name].nbytes
         del tensor
-        before = name
-    if broken := [name for name, zero in zeros.items() if not np.isfinite(zero)]:
+    if broken := [name for name, check in nan_checks.items() if np.isnan(check)]:
         log_warning(f"{folder}: NaN or infinite weights in {len(broken)} tensor(s): {join_first(broken, ', ')}.")
-    return jax.tree.unflatten(jax.tree.structure(abstract), [loaded[path] for path in shapes])
+    return jax.tree.unflatten(jax.tree.structure(abstract), [parameters[path] for path in targets])
 
 
-def _read_ahead(order: Sequence[str], tensors: Mapping[str, TensorLocation]) -> Iterator[str]:
-    """The names in their order, while a thread reads a few tensors ahead; several processes read a part each."""
-    if jax.process_count() > 1:
-        yield from order
-        return
+def _prefetch_tensors(order: Sequence[str], tensors: Mapping[str, TensorLocation]) -> Iterator[str]:
+    """Yields the names in their order, while a thread reads the next tensors into the page cache."""
     pool = ThreadPoolExecutor(1)
     try:
-        ahead = [pool.submit(tensors[name].prefetch) for name in order[:PREFETCH_TENSORS]]
+        reads = [pool.submit(tensors[name].prefetch) for name in order[:PREFETCH_TENSORS]]
         for index, name in enumerate(order):
-            ahead.pop(0).result()
-            if index + PREFETCH_TENSORS < len(order):
-                ahead.append(pool.submit(tensors[order[index + PREFETCH_TENSORS]].prefetch))
+            reads[index].result()
+            reads += [pool.submit(tensors[upcoming].prefetch) for upcoming in order[len(reads) : len(reads) + 1]]
             yield name
     finally:
         pool.shutdown(wait=False, cancel_futures=True)
 
 
-@partial(jax.jit, static_argnames=("shape", "layout"))
-def _zeros(shape: tuple[int, ...], layout: NamedSharding) -> jax.Array:
-    return jax.lax.with_sharding_constraint(jnp.zeros(shape, jnp.float32), layout)
-
-
-@partial(jax.jit, donate_argnums=0, static_argnames="layout")
+@partial(jax.jit, donate_argnums=0, static_argnames="sharding")
 def _fill(
-    parameter: jax.Array | None, tensor: jax.Array, layer: jax.Array, *, layout: NamedSharding
+    parameter: jax.Array | None, tensor: jax.Array, layer: int, *, sharding: NamedSharding
 ) -> tuple[jax.Array, jax.Array]:
-    """The parameter with the tensor as its layer (without a parameter: the tensor itself), and 0 or, if broken, NaN."""
-    value = jnp.copy(tensor.astype(jnp.float32))
+    """Returns the parameter with the tensor as its layer, and 0 if all numbers of the tensor are finite, else NaN."""
+    value = jnp.copy(tensor.astype(jnp.float32))  # The tensor itself may be a view of the file.
     if parameter is not None:
         value = jax.lax.dynamic_update_index_in_dim(parameter, value, layer, 0)
-    zero = jnp.sum(tensor.astype(jnp.float32) * 0)  # NaN where one number is NaN or infinite
-    return jax.lax.with_sharding_constraint(value, layout), zero
-
-
-def check_model(folder: Path) -> tuple[Architecture, dict[str, TensorLocation]]:
-    """What config.json says, and where each tensor that it asks for lies. Raises one `UserError` with all problems."""
-    with collect_errors() as attempt:
-        arch = attempt(read_architecture, folder)
-        tensors = attempt(check_weights, folder, arch)
-    assert arch is not None and tensors is not None  # noqa: PT018 -- `together` raised otherwise
-    return arch, tensors
+    return jax.lax.with_sharding_constraint(value, sharding), jnp.sum(tensor.astype(jnp.float32) * 0)
 
 
 def check_weights(folder: Path, arch: Architecture | None) -> dict[str, TensorLocation]:
-    """Where each tensor lies. Raises one `UserError` with all problems of the files, and of the names and shapes.
-
-    Without an architecture (its config.json has problems of its own) the files alone are checked.
-    """
+    """Locates each tensor. Checks names and shapes unless `arch` is None. Raises one `UserError` with all problems."""
     tensors = read_tensor_index(folder)
-    if arch is not None:
-        _check_tensors(folder, expected_tensor_shapes(arch), tensors)
-    return tensors
-
-
-def _check_tensors(folder: Path, expected: dict[str, tuple[int, ...]], found: dict[str, TensorLocation]) -> None:
-    problems = [f"tensor {name} is missing" for name in sorted(expected.keys() - found.keys())]
-    ignored = {"lm_head.weight"} if "lm_head.weight" not in expected else set()  # a copy of the tied embedding
-    problems += [f"tensor {name} is not known here" for name in sorted(found.keys() - expected.keys() - ignored)]
-    embedding = found.get("model.embed_tokens.weight")
-    for name in ignored & found.keys():
-        if embedding is not None and not np.array_equal(
-            found[name].memory_map(), embedding.memory_map(), equal_nan=False
-        ):
-            problems.append(
-                f"tensor {name} differs from the embedding, to which config.json ties it; set tie_word_embeddings to "
-                "false there, or remove the tensor"
-            )
-    for name in sorted(expected.keys() & found.keys()):
-        if found[name].shape != expected[name]:
-            problems.append(
-                f"tensor {name} has the shape {found[name].shape}, expected {expected[name]} from config.json"
-            )
+    if arch is None:
+        return tensors
+    mappings = mappings_by_hf_name(abstract_model(arch, ComputeConfig()))
+    problems = [f"tensor {name} is missing." for name in sorted(mappings.keys() - tensors.keys())]
+    if "lm_head.weight" not in mappings:  # A tied model may hold a copy of its embedding.
+        head, embedding = tensors.pop("lm_head.weight", None), tensors.get("model.embed_tokens.weight")
+        if head and embedding and not np.array_equal(head.memory_map(), embedding.memory_map()):
+            problems.append("lm_head.weight differs from the tied embedding. Remove it, or untie them in config.json.")
+    for name in sorted(tensors):
+        if name not in mappings:
+            problems.append(f"tensor {name} is unknown for this architecture.")
+        elif tensors[name].shape != (expected := mappings[name][0].hf_shape):
+            problems.append(f"tensor {name} has shape {tensors[name].shape}, but config.json asks for {expected}.")
     if problems:
-        raise UserError(join_first([f"{folder}: {problem}." for problem in problems], "\n"))
+        summary = f"{folder}: the weights do not match config.json. Use both from the same model."
+        raise UserError(join_first([summary, *problems], "\n  "))
+    return tensors

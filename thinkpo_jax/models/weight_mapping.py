@@ -1,6 +1,7 @@
-"""The table of Hugging Face names, our parameters and their axes."""
+"""The table of Hugging Face tensor names, our parameters and their axes. Loading and saving read the same table."""
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +12,7 @@ from thinkpo_jax.models.architecture import Architecture
 from thinkpo_jax.models.compute_config import ComputeConfig
 from thinkpo_jax.models.transformer import Transformer
 
-# Hugging Face's tensor ({}: one per layer), our parameter, and Hugging Face's axes in the names of ours.
+# Hugging Face's tensor ({} is the layer), our parameter, and the axes of the tensor. `a*b` joins two of our axes.
 LAYER = "model.layers.{}."
 HF_PARAMETER_TABLE = (
     ("model.embed_tokens.weight", "embedding", "vocab embed"),
@@ -36,64 +37,60 @@ HF_PARAMETER_TABLE = (
 
 @dataclass(frozen=True)
 class WeightMapping:
-    """A line of the table for one architecture: a parameter, and the Hugging Face tensors that fill it."""
+    """A line of the table for one architecture: a parameter and the Hugging Face tensors that fill it."""
 
     path: str
-    names: tuple[str, ...]  # one per layer, in order
-    axes: tuple[str, ...]  # of the parameter, the axis of layers left out
-    sizes: dict[str, int]
-    groups: tuple[tuple[str, ...], ...]  # for each axis of the Hugging Face tensor the axes of ours that it holds
+    names: tuple[str, ...]  # One per layer, in order.
+    sizes: dict[str, int]  # Of the parameter's axes, in order, without the axis of layers.
+    hf_axes: tuple[tuple[str, ...], ...]  # For each axis of the Hugging Face tensor, the parameter axes that it joins.
     is_per_layer: bool
 
     @property
     def hf_shape(self) -> tuple[int, ...]:
         """The shape of each of the Hugging Face tensors."""
-        return tuple(math.prod(self.sizes[axis] for axis in group) for group in self.groups)
+        return tuple(math.prod(self.sizes[axis] for axis in joined) for joined in self.hf_axes)
 
     def from_hf(self, array: Any) -> Any:
-        """The parameter (of one layer) from a Hugging Face tensor, a NumPy or JAX array."""
-        split = [axis for group in self.groups for axis in group]
-        return array.reshape([self.sizes[axis] for axis in split]).transpose([split.index(axis) for axis in self.axes])
+        """Converts a Hugging Face tensor to the parameter (of one layer). Takes a NumPy or JAX array."""
+        split = sum(self.hf_axes, ())
+        return array.reshape([self.sizes[axis] for axis in split]).transpose([split.index(axis) for axis in self.sizes])
 
     def to_hf(self, array: Any) -> Any:
-        """The inverse of `to_ours`."""
-        split = [axis for group in self.groups for axis in group]
-        return array.transpose([self.axes.index(axis) for axis in split]).reshape(self.hf_shape)
+        """Converts the parameter (of one layer) to a Hugging Face tensor, the inverse of `from_hf`."""
+        return array.transpose([list(self.sizes).index(axis) for axis in sum(self.hf_axes, ())]).reshape(self.hf_shape)
 
 
-def weight_mappings(abstract: Transformer) -> list[WeightMapping]:
-    """The lines of the table that a model has, in the table's order."""
-    parameters = dict(_parameters(abstract))
-    found: list[WeightMapping] = []
-    for name, path, theirs in HF_PARAMETER_TABLE:
+def weight_mappings(model: Transformer) -> list[WeightMapping]:
+    """Returns the lines of the table that the model has, in the table's order. The model may be abstract."""
+    parameters = flatten_by_name(model, is_leaf=lambda leaf: isinstance(leaf, nnx.Variable))
+    mappings: list[WeightMapping] = []
+    for name, path, hf_axes in HF_PARAMETER_TABLE:
         if path in parameters:
-            axes, shape = parameters[path].get_metadata()["axes"], parameters[path].get_value().shape
-            layers, layered = (shape[0], True) if "{}" in name else (1, False)
-            axes, shape = (axes[1:], shape[1:]) if layered else (axes, shape)
-            names = tuple(name.format(layer) for layer in range(layers))
-            groups = tuple(tuple(group.split("*")) for group in theirs.split())
-            found.append(WeightMapping(path, names, axes, dict(zip(axes, shape, strict=True)), groups, layered))
-    return found
+            sizes = dict(zip(parameters[path].get_metadata()["axes"], parameters[path].get_value().shape, strict=True))
+            names = tuple(name.format(layer) for layer in range(sizes.pop("layers", 1)))
+            joined = tuple(tuple(axis.split("*")) for axis in hf_axes.split())
+            mappings.append(WeightMapping(path, names, sizes, joined, is_per_layer="{}" in name))
+    return mappings
+
+
+def mappings_by_hf_name(model: Transformer) -> dict[str, tuple[WeightMapping, int]]:
+    """Returns the mapping and the layer of each Hugging Face tensor of the model."""
+    return {name: (mapping, layer) for mapping in weight_mappings(model) for layer, name in enumerate(mapping.names)}
 
 
 def abstract_model(arch: Architecture, compute: ComputeConfig) -> Transformer:
-    """The model with shapes in place of weights."""
+    """Returns the model with shapes in place of weights."""
     return jax.eval_shape(lambda: Transformer(arch, compute, jax.random.key(0)))
 
 
-def flatten_by_name(tree: Any) -> dict[str, Any]:
-    """Leaves of a pytree of Params by dotted path: `blocks.q`, `embedding`."""
-    paths, _ = jax.tree_util.tree_flatten_with_path(tree)
-    return {jax.tree_util.keystr(path, simple=True, separator=".").removesuffix(".value"): leaf for path, leaf in paths}
-
-
-def _parameters(model: Transformer) -> list[tuple[str, nnx.Variable]]:
-    paths, _ = jax.tree_util.tree_flatten_with_path(model, is_leaf=lambda leaf: isinstance(leaf, nnx.Variable))
-    return [(jax.tree_util.keystr(path, simple=True, separator="."), leaf) for path, leaf in paths]
-
-
 def expected_tensor_shapes(arch: Architecture) -> dict[str, tuple[int, ...]]:
-    """Hugging Face name -> shape of every tensor of an architecture."""
-    return {
-        name: entry.hf_shape for entry in weight_mappings(abstract_model(arch, ComputeConfig())) for name in entry.names
-    }
+    """Returns the shape of every Hugging Face tensor of an architecture by name."""
+    mappings = mappings_by_hf_name(abstract_model(arch, ComputeConfig()))
+    return {name: mapping.hf_shape for name, (mapping, _) in mappings.items()}
+
+
+def flatten_by_name(tree: Any, separator: str = ".", is_leaf: Callable[[Any], bool] | None = None) -> dict[str, Any]:
+    """Returns the leaves of a pytree of Params by path, in the order of the pytree: `embedding`, `blocks.q`."""
+    leaves, _ = jax.tree_util.tree_flatten_with_path(tree, is_leaf)
+    names = [jax.tree_util.keystr(path, simple=True, separator=separator) for path, _ in leaves]
+    return {name.removesuffix(f"{separator}value"): leaf for name, (_, leaf) in zip(names, leaves, strict=True)}

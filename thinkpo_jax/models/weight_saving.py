@@ -7,24 +7,22 @@ from pathlib import Path
 from typing import Literal
 
 import huggingface_hub
-import ml_dtypes
+import jax.numpy as jnp
 import numpy as np
 from safetensors.numpy import save_file
 
 from thinkpo_jax.models.model_folder import MODEL_FILES
 from thinkpo_jax.models.safetensors_files import WEIGHTS_INDEX_FILE
 from thinkpo_jax.models.transformer import Transformer
-from thinkpo_jax.models.weight_mapping import flatten_by_name, weight_mappings
+from thinkpo_jax.models.weight_mapping import flatten_by_name, mappings_by_hf_name
 from thinkpo_jax.runtime.files import read_json_object
 from thinkpo_jax.runtime.processes import barrier, gather_to_host, is_primary_process
 
-MAX_SHARD = "5GB"  # of one safetensors file; larger models are written as several, with an index
-FILES_NOT_COPIED = ("config.json", "generation_config.json", WEIGHTS_INDEX_FILE)
-DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
+MAX_SHARD = "5GB"  # Largest safetensors file. A larger model is written as several files with an index.
 
 
 def temporary_folder(folder: Path) -> Path:
-    """Where a model is written before it is whole, beside the folder that it becomes."""
+    """Returns the folder, beside the final one, in which a model is written until it is complete."""
     return folder.with_name(f".{folder.name}.partial")
 
 
@@ -37,56 +35,58 @@ def save_model(
     stop_token_ids: Sequence[int],
     model_card: str,
 ) -> None:
-    """Writes a Hugging Face folder; config, tokenizer and template come from the folder `like`. Appears all at once.
+    """Writes the model as a Hugging Face folder, which appears when it is complete.
 
-    `stops` are the ids that end a generation (`chat.Chat.stop_ids`); others then stop where our sampler does.
+    Config, tokenizer and chat template come from `template_folder`. `stop_token_ids` (`ChatTokenizer.stop_token_ids`)
+    go into generation_config.json. Then other programs end a generation where our sampler does.
     """
     partial = temporary_folder(folder)
     if is_primary_process():
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
-    _save_weights(model, partial, DTYPES[dtype])
+    _save_weights(model, partial, jnp.dtype(dtype))
     if is_primary_process():
-        _save_text(partial, template_folder, dtype, stop_token_ids, model_card)
+        _save_text_files(partial, template_folder, dtype, stop_token_ids, model_card)
         shutil.rmtree(folder, ignore_errors=True)
         partial.rename(folder)
     barrier("the model is saved")
 
 
-def _save_text(partial: Path, like: Path, dtype: str, stops: Sequence[int], card: str) -> None:
-    raw = read_json_object(like / "config.json") | {"dtype": dtype, "torch_dtype": dtype}
-    (partial / "config.json").write_text(json.dumps(raw, indent=2) + "\n", encoding="utf-8")
+def _save_text_files(partial: Path, template: Path, dtype: str, stop_token_ids: Sequence[int], card: str) -> None:
     for pattern in MODEL_FILES:
-        for file in like.glob(pattern):
-            if file.suffix != ".safetensors" and file.name not in FILES_NOT_COPIED:
+        for file in template.glob(pattern):
+            if file.suffix != ".safetensors" and file.name != WEIGHTS_INDEX_FILE:
                 shutil.copyfile(file, partial / file.name)
-    generation = read_json_object(like / "generation_config.json") if (like / "generation_config.json").exists() else {}
-    generation |= {"eos_token_id": list(stops)} if stops else {}
-    (partial / "generation_config.json").write_text(json.dumps(generation, indent=2) + "\n", encoding="utf-8")
+    config = read_json_object(template / "config.json") | {"dtype": dtype, "torch_dtype": dtype}
+    _write_json(partial / "config.json", config)
+    generation = partial / "generation_config.json"
+    settings = read_json_object(generation) if generation.exists() else {}
+    _write_json(generation, settings | ({"eos_token_id": list(stop_token_ids)} if stop_token_ids else {}))
     (partial / "README.md").write_text(card, encoding="utf-8")
 
 
+def _write_json(file: Path, content: object) -> None:
+    file.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
 def _save_weights(model: Transformer, folder: Path, dtype: np.dtype) -> None:
-    parameters = flatten_by_name(model)
-    places = {name: (entry, layer) for entry in weight_mappings(model) for layer, name in enumerate(entry.names)}
+    parameters, mappings = flatten_by_name(model), mappings_by_hf_name(model)
     plan = huggingface_hub.split_state_dict_into_shards_factory(
-        {name: np.broadcast_to(np.zeros((), dtype), entry.hf_shape) for name, (entry, _) in places.items()},
-        get_storage_size=lambda tensor: int(tensor.size) * dtype.itemsize,
+        {name: np.broadcast_to(np.zeros((), dtype), mapping.hf_shape) for name, (mapping, _) in mappings.items()},
+        get_storage_size=lambda tensor: tensor.nbytes,
         filename_pattern="model{suffix}.safetensors",
         max_shard_size=MAX_SHARD,
     )
     for filename, names in plan.filename_to_tensors.items():
         tensors: dict[str, np.ndarray] = {}
         for name in names:
-            entry, layer = places[name]
-            array = parameters[entry.path][layer] if entry.is_per_layer else parameters[entry.path]
-            array = gather_to_host(array)  # all processes take part
+            mapping, layer = mappings[name]
+            parameter = parameters[mapping.path]
+            array = gather_to_host(parameter[layer] if mapping.is_per_layer else parameter)  # All processes take part.
             if is_primary_process():
-                tensors[name] = np.ascontiguousarray(entry.to_hf(array).astype(dtype))
-        if not is_primary_process():
-            continue
-        save_file(tensors, folder / filename, metadata={"format": "pt"})
-        (folder / filename).chmod(0o644)  # safetensors makes files that only their owner can read
+                tensors[name] = np.ascontiguousarray(mapping.to_hf(array).astype(dtype))
+        if is_primary_process():
+            save_file(tensors, folder / filename, metadata={"format": "pt"})
+            (folder / filename).chmod(0o644)  # safetensors makes files that only their owner can read.
     if plan.is_sharded and is_primary_process():
-        index = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
-        (folder / WEIGHTS_INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+        _write_json(folder / WEIGHTS_INDEX_FILE, {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename})

@@ -5,13 +5,14 @@ a parameter to its array. The step itself is the position in the data, see `Batc
 """
 
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import absl.logging
 import jax
 import orbax.checkpoint as ocp
 import pydantic
 
+from thinkpo_jax.models.weight_mapping import flatten_by_name
 from thinkpo_jax.runtime.config import ConfigSection, RunError, UserError
 from thinkpo_jax.runtime.console import log_warning
 from thinkpo_jax.runtime.processes import is_distributed
@@ -63,7 +64,7 @@ class CheckpointStore:
         step = int(state.step)
         if step not in self._manager.all_steps():
             items = {"model": state.model, "training": (state.optimizer, state.step)}
-            args = {name: ocp.args.StandardSave(_flatten(item)) for name, item in items.items()}
+            args = {name: ocp.args.StandardSave(flatten_by_name(item, "/")) for name, item in items.items()}
             try:
                 self._manager.save(step, args=ocp.args.Composite(**args))
             except (ValueError, RuntimeError) as error:  # the message of an OSError is clear already
@@ -90,7 +91,7 @@ class CheckpointStore:
                 f"{self.folder}: there is no checkpoint{f' {step}' if step is not None else ''}. There are: {steps}."
             )
         step = steps[-1] if step is None else step
-        targets = jax.tree.map(ocp.utils.to_shape_dtype_struct, _flatten(like))
+        targets = jax.tree.map(ocp.utils.to_shape_dtype_struct, flatten_by_name(like, "/"))
         try:
             args = ocp.args.Composite(**{item: ocp.args.StandardRestore(targets)})
             restored = self._manager.restore(step, args=args)
@@ -110,8 +111,3 @@ def _raise_if_process_died(error: Exception) -> None:
 
 def _first_line(error: Exception) -> str:
     return (str(error).splitlines() or [type(error).__name__])[0]
-
-
-def _flatten(tree: Any) -> dict[str, Any]:
-    paths, _ = jax.tree_util.tree_flatten_with_path(tree)
-    return {jax.tree_util.keystr(path, simple=True, separator="/").removesuffix("/value"): leaf for path, leaf in paths}
