@@ -8,40 +8,41 @@ import pytest
 from filelock import FileLock
 from support.checkpoints import smollm2_folder, smollm2_missing
 
-# All of this is set before jax is imported. Workers of pytest-xdist and the processes that tests start inherit it.
+# These variables are set before jax is imported. Workers of pytest-xdist and processes that tests start inherit them.
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + (
     " --xla_force_host_platform_device_count=8"
-    # On a busy machine the threads of the devices may meet late. The default is 40.
+    # On a busy machine, the devices' threads may reach a collective late. The default is 40.
     " --xla_cpu_collective_call_terminate_timeout_seconds=600"
 )
 os.environ["HF_HUB_OFFLINE"] = "1"
-# Processes that tests start find `support` too.
+# Processes that tests start can import `support` too.
 os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(Path(__file__).parent), os.environ.get("PYTHONPATH")]))
-# Tests compile much and compute little. Every process compiles the same way, because some tests compare bits.
+# Tests compile much and compute little. All processes compile in the same way, because some tests compare bits.
 # `make test-all` sets this to false for a part of the tests.
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "true")
-# Processes that tests start read no programs from disk: see program_cache.py.
+# Processes that tests start must not load programs from disk: see program_cache.py.
 os.environ.pop("JAX_COMPILATION_CACHE_DIR", None)
 # Threads of torch spin while they wait. With several workers more than one thread makes it slower.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
-# A shell ignores Ctrl-C for what it starts in the background, and a child process inherits that.
+# A process that a shell starts in the background ignores Ctrl-C, and its child processes inherit that.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 os.umask(0o022)  # some tests read the permissions of files
 
 from support.program_cache import share_programs  # noqa: E402 -- it imports jax
 
+pytest_plugins = ["support.server"]  # has the fixture fast_retries
 share_programs()
 
 
 @pytest.fixture(scope="session")
 def smollm2(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """SmolLM2-135M-Instruct as a Hugging Face folder in fp32, made once per run, also under pytest-xdist."""
+    """SmolLM2-135M-Instruct as a Hugging Face folder in fp32, written once per test run, also with pytest-xdist."""
     if missing := smollm2_missing():
         pytest.skip(missing)
     root = tmp_path_factory.getbasetemp()
     if "PYTEST_XDIST_WORKER" in os.environ:
-        root = root.parent  # the workers' common folder
+        root = root.parent  # the folder that all workers share
     with FileLock(root / "smollm2.lock"):
         return smollm2_folder(root / "smollm2")
 

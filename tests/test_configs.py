@@ -1,4 +1,4 @@
-"""Every configuration that ships is valid, says how it is run, and the paper's carry the paper's figures and shapes."""
+"""Every file in configs/ is valid and names its command. The paper's configurations have the paper's values."""
 
 import json
 import math
@@ -59,32 +59,32 @@ def test_config_is_valid_and_its_first_line_is_the_command_that_runs_it(path: Pa
         folder, name = parse_config(PairsConfig, read_yaml(path), source=str(path)).out, "pairs"
     else:
         folder, name = load_run_config(path).run_dir, "train"
-    assert folder == f"runs/{path.stem}"  # runs of two configurations never meet
+    assert folder == f"runs/{path.stem}"  # two configurations never share a run folder
     first, second = path.read_text(encoding="utf-8").splitlines()[:2]
     assert first.startswith("# ")
     words = shlex.split(first.removeprefix("# "))
     assert words[-4:] == ["-m", f"thinkpo_jax.{name}", "--config", f"configs/{path.name}"]
-    assert second == "#"  # then what it does
+    assert second == "#"  # a description follows
 
 
-def test_there_are_configurations():
+def test_the_named_configurations_exist():
     assert {"quickstart", "smollm2_135m", *PAPER} <= {path.stem for path in CONFIGS}
 
 
 @pytest.mark.parametrize("name", PAPER)
-def test_paper_configs_carry_the_papers_figures(name: str):
-    found = config(name)
-    (stage,) = found.stages
+def test_paper_configs_have_the_papers_settings(name: str):
+    run = config(name)
+    (stage,) = run.stages
     assert isinstance(stage, ThinkpoStage)
     optimizer = stage.optimizer
-    assert (found.model.path, optimizer.learning_rate) == PAPER[name]
+    assert (run.model.path, optimizer.learning_rate) == PAPER[name]
     assert (stage.data[0].path, stage.batch.size, stage.beta) == ("VanWang/Bespoke_dpo_filter", 48, 0.01)
     assert (stage.epochs, stage.steps, stage.init_from) == (1, None, None)
     assert (optimizer.schedule, optimizer.warmup_ratio, optimizer.max_grad_norm) == ("cosine", 0.1, 1.0)
     assert optimizer.weight_decay == 0
     assert stage.batch.row_length == 8192 + 1280
-    assert (found.compute.dtype, found.compute.remat, stage.batch.rows_per_device) == ("bfloat16", "full", 1)
-    evaluation = found.evaluation
+    assert (run.compute.dtype, run.compute.remat, stage.batch.rows_per_device) == ("bfloat16", "full", 1)
+    evaluation = run.evaluation
     assert evaluation is not None
     assert [benchmark.name for benchmark in evaluation.benchmarks] == ["math500", "gsm8k"]
     assert (evaluation.sampling.temperature, evaluation.sampling.max_new_tokens) == (0.7, 32768)
@@ -93,8 +93,8 @@ def test_paper_configs_carry_the_papers_figures(name: str):
 
 def test_the_two_paper_configs_differ_in_model_and_learning_rate_alone():
     first, second = (config(name).model_dump() for name in PAPER)
-    for found in (first, second):
-        del found["run_dir"], found["title"], found["model"], found["stages"][0]["optimizer"]["learning_rate"]
+    for values in (first, second):
+        del values["run_dir"], values["title"], values["model"], values["stages"][0]["optimizer"]["learning_rate"]
     assert first == second
 
 
@@ -109,38 +109,38 @@ def test_7b_has_its_published_parameter_count(qwen2_7b: Architecture):
 
 @pytest.mark.parametrize("name", PAPER)
 @pytest.mark.parametrize("sizes", [{"fsdp": 8}, {"fsdp": 2, "tensor": 4}, {"data": 2, "fsdp": 4}], ids=str)
-def test_7b_lies_on_eight_devices(name: str, sizes: dict[str, int], qwen2_7b: Architecture):
+def test_7b_matrices_are_split_evenly_over_eight_devices(name: str, sizes: dict[str, int], qwen2_7b: Architecture):
     model = abstract_model(qwen2_7b, config(name).compute)
     layout = flatten_by_name(tree_shardings(model, mesh(**sizes)))
     parts = sizes["fsdp"] * sizes.get("tensor", 1)
     for path, leaf in flatten_by_name(model).items():
-        if leaf.size > 10**6:  # the matrices; norms and biases are small
+        if leaf.size > 10**6:  # matrices only, because norms and biases are small
             assert leaf.size == parts * math.prod(layout[path].shard_shape(leaf.shape)), path
 
 
 def test_set_replaces_a_whole_data_section():
-    found = config(
+    run = config(
         "smollm2_135m",
         "stages.sft.data={path: pairs.jsonl, prompt: question, response: long}",
         "stages.thinkpo.data={path: pairs.jsonl, prompt: question, chosen: long, rejected: short}",
         "evaluation.benchmarks.gsm8k.path=gsm8k_test.jsonl",
     )
-    sft, thinkpo = found.stages
+    sft, thinkpo = run.stages
     assert isinstance(sft, SftStage)
     assert isinstance(thinkpo, ThinkpoStage)
     assert (sft.data[0].path, sft.data[0].prompt, sft.data[0].response) == ("pairs.jsonl", "question", "long")
     assert (sft.data[0].messages, sft.data[0].system_column, sft.data[0].limit) == (None, None, None)
     assert (thinkpo.data[0].chosen, thinkpo.data[0].rejected, thinkpo.data[0].limit) == ("long", "short", None)
-    assert found.evaluation is not None
-    assert found.evaluation.benchmarks[0].path == "gsm8k_test.jsonl"
+    assert run.evaluation is not None
+    assert run.evaluation.benchmarks[0].path == "gsm8k_test.jsonl"
 
 
-def test_the_papers_pairs_are_asked_for_as_the_paper_did():
+def test_the_papers_short_answers_are_sampled_with_the_papers_settings():
     path = ROOT / "configs" / "pairs_bespoke_stratos.yaml"
-    found = parse_config(PairsConfig, read_yaml(path), source=str(path))
-    assert isinstance(found.short, ServerAnswersConfig)
-    sampling = found.short.sampling
+    pairs = parse_config(PairsConfig, read_yaml(path), source=str(path))
+    assert isinstance(pairs.short, ServerAnswersConfig)
+    sampling = pairs.short.sampling
     assert (sampling.temperature, sampling.top_p, sampling.max_new_tokens, sampling.samples) == (0.7, 0.9, 1024, 1)
-    assert found.short.system == "You are a helpful and harmless assistant. Please reason step by step."
-    assert found.long.path == "bespokelabs/Bespoke-Stratos-17k"
-    assert found.filters.max_wrong_short_fraction == 2000 / 10080
+    assert pairs.short.system == "You are a helpful and harmless assistant. Please reason step by step."
+    assert pairs.long.path == "bespokelabs/Bespoke-Stratos-17k"
+    assert pairs.filters.max_wrong_short_fraction == 2000 / 10080

@@ -1,4 +1,4 @@
-"""The notebook runs from the first cell to the last, in a small form, and is kept without outputs."""
+"""The notebook runs from the first cell to the last with small settings, and is stored without outputs."""
 
 import os
 from pathlib import Path
@@ -25,7 +25,7 @@ def read() -> Any:
     return notebook
 
 
-def test_notebook_is_kept_without_outputs():
+def test_notebook_is_stored_without_outputs():
     notebook = read()
     code = [cell for cell in notebook.cells if cell.cell_type == "code"]
     assert code
@@ -34,7 +34,7 @@ def test_notebook_is_kept_without_outputs():
 
 
 @pytest.mark.slow
-# The kernel is another process; what its client says of its own sockets and event loop is none of ours.
+# The notebook client warns about its own sockets and event loop.
 @pytest.mark.filterwarnings("default")
 def test_notebook_runs(tmp_path: Path):
     notebook = read()
@@ -47,9 +47,9 @@ def test_notebook_runs(tmp_path: Path):
     client.execute(env=one_device)
     assert "thinkpo" in (tmp_path / "run" / "report.md").read_text(encoding="utf-8")
     outputs = {cell.id: cell.get("outputs", []) for cell in notebook.cells}
-    shown = "".join(output.get("data", {}).get("text/markdown", "") for output in outputs["report"])
-    assert "thinkpo" in shown
-    assert "](plots/" not in shown  # the plots have cells of their own
+    markdown = "".join(output.get("data", {}).get("text/markdown", "") for output in outputs["report"])
+    assert "thinkpo" in markdown
+    assert "](plots/" not in markdown  # each plot has its own cell
     for plot in PLOTS:
         assert (tmp_path / "run" / "plots" / f"{plot}.png").stat().st_size > 0
         (output,) = outputs[f"plot-{plot.replace('_', '-')}"]

@@ -1,5 +1,6 @@
-"""A configuration is read as it is written: nothing is guessed, nothing is dropped, and every error names its place."""
+"""A configuration is read exactly as written. Nothing is guessed or dropped, and every error names its key."""
 
+import re
 from pathlib import Path
 
 import pydantic
@@ -38,7 +39,7 @@ def load(tmp_path: Path, text: str = TEXT, *assignments: str) -> RunConfig:
 
 
 def problems(tmp_path: Path, text: str = TEXT, *assignments: str) -> list[str]:
-    """The lines of the error, each without the file's name, which it must begin with."""
+    """Returns the lines of the error. Each must start with the path of the file, which is removed."""
     with pytest.raises(UserError) as error:
         load(tmp_path, text, *assignments)
     lines = str(error.value).split("\n")
@@ -51,7 +52,7 @@ def edited(old: str, new: str, *, count: int = 1) -> str:
     return TEXT.replace(old, new)
 
 
-def test_whole_file_becomes_typed_sections(tmp_path: Path):
+def test_a_file_becomes_typed_sections(tmp_path: Path):
     config = load(tmp_path)
     sft, thinkpo = config.stages
     assert isinstance(sft, SftStage)
@@ -66,7 +67,7 @@ def test_whole_file_becomes_typed_sections(tmp_path: Path):
 
 
 @pytest.mark.parametrize(
-    ("old", "new", "said"),
+    ("old", "new", "message"),
     [
         ("run_dir", "rundir", "unknown key rundir (did you mean run_dir?)."),
         ("model: {path", "model: {weight: random, path", "unknown key model.weight (did you mean weights?)."),
@@ -82,31 +83,32 @@ def test_whole_file_becomes_typed_sections(tmp_path: Path):
     ],
 )
 def test_unknown_key_at_any_depth_names_its_dotted_path_and_the_nearest_key(
-    old: str, new: str, said: str, tmp_path: Path
+    old: str, new: str, message: str, tmp_path: Path
 ):
-    assert said in problems(tmp_path, edited(old, new))
+    assert message in problems(tmp_path, edited(old, new))
 
 
 @pytest.mark.parametrize(
-    ("old", "new", "path", "absent"),
+    ("old", "new", "path", "other_key"),
     [
         ("{path: a.jsonl}", "{path: a.jsonl, chosen: long}", "stages.0.data.chosen", "rejected"),
         ("    steps: 3\n", "    steps: 3\n    beta: 0.1\n", "stages.0.beta", "beta"),
     ],
 )
-def test_keys_offered_in_a_stage_are_those_of_its_objective(old: str, new: str, path: str, absent: str, tmp_path: Path):
+def test_an_unknown_key_of_a_stage_is_answered_with_the_keys_of_its_objective(
+    old: str, new: str, path: str, other_key: str, tmp_path: Path
+):
     (problem,) = problems(tmp_path, edited(old, new))
     unknown, _, keys = problem.partition(". Keys here: ")
     assert unknown == f"unknown key {path}"
     offered = keys.removesuffix(".").split(", ")
     assert {"path", "response"} <= set(offered) or {"batch", "objective"} <= set(offered)
-    assert absent not in offered
+    assert other_key not in offered
 
 
 def test_all_problems_of_a_file_are_reported_together(tmp_path: Path):
     text = edited("{size: 2", "{sise: 2").replace("run_dir", "rundir").replace("steps: 3", "steps: many") + "extra: 1\n"
-    found = problems(tmp_path, text)
-    assert sorted(found) == [
+    assert sorted(problems(tmp_path, text)) == [
         "run_dir is required and not given.",
         "stages.0.steps: Input should be a valid integer (found 'many').",
         "unknown key extra. Keys here: compute, evaluation, mesh, model, run_dir, seed, stages, title.",
@@ -115,7 +117,7 @@ def test_all_problems_of_a_file_are_reported_together(tmp_path: Path):
     ]
 
 
-def test_a_list_is_not_called_too_short_for_its_wrong_elements(tmp_path: Path):
+def test_a_list_with_invalid_elements_is_not_also_reported_as_too_short(tmp_path: Path):
     assert sorted(problems(tmp_path, edited("[{name", "[{nam"))) == [
         "evaluation.benchmarks.0.name is required and not given.",
         "unknown key evaluation.benchmarks.0.nam (did you mean name?).",
@@ -132,7 +134,7 @@ NUMBERS = {"1e-5": 1e-5, "1E-5": 1e-5, "1.5e-5": 1.5e-5, "1.e3": 1e3, ".5e3": 50
 
 
 @pytest.mark.parametrize(("written", "number"), NUMBERS.items())
-def test_a_number_is_a_number_with_or_without_a_point(written: str, number: float, tmp_path: Path):
+def test_a_number_may_be_written_without_a_decimal_point(written: str, number: float, tmp_path: Path):
     text = edited("learning_rate: 1e-5", f"learning_rate: {written}")
     assert load(tmp_path, text).stages[0].optimizer.learning_rate == number
     assigned = load(tmp_path, TEXT, f"stages.sft.optimizer.learning_rate={written}")
@@ -140,12 +142,12 @@ def test_a_number_is_a_number_with_or_without_a_point(written: str, number: floa
 
 
 @pytest.mark.parametrize("text", ["e5", "1e", "e-5", "1e-5x", "v1e-5"])
-def test_what_only_looks_like_a_number_stays_a_text(text: str, tmp_path: Path):
+def test_text_that_only_looks_like_a_number_stays_text(text: str, tmp_path: Path):
     assert load(tmp_path, edited("{path: m}", f"{{path: {text}}}")).model.path == text
 
 
 @pytest.mark.parametrize(
-    ("old", "new", "said"),
+    ("old", "new", "message"),
     [
         ("steps: 3", "steps: '3'", "stages.0.steps: Input should be a valid integer (found '3')."),
         ("steps: 3", "steps: 3.5", "stages.0.steps: Input should be a valid integer (found 3.5)."),
@@ -159,12 +161,12 @@ def test_what_only_looks_like_a_number_stays_a_text(text: str, tmp_path: Path):
         ("[[base, thinkpo]]", "[[base]]", "evaluation.compare.0.1 is required and not given."),
         ("objective: sft", "objective: dpo", "stages.0.objective: expected one of 'sft', 'thinkpo' (found 'dpo')."),
         ("    objective: sft\n", "", "stages.0.objective is required and not given."),
-        ("{path: a.jsonl}", "3", "stages.0.data: expected keys (one source), or a list of sources (found 3)."),
+        ("{path: a.jsonl}", "3", "stages.0.data: expected one source (keys) or a list of sources (found 3)."),
     ],
 )
-def test_a_value_of_another_type_is_an_error_with_path_and_value(old: str, new: str, said: str, tmp_path: Path):
+def test_a_value_of_another_type_is_an_error_with_path_and_value(old: str, new: str, message: str, tmp_path: Path):
     (problem,) = problems(tmp_path, edited(old, new))
-    assert problem.endswith(said)
+    assert problem.endswith(message)
 
 
 def test_a_configuration_is_frozen_at_every_depth(tmp_path: Path):
@@ -175,58 +177,59 @@ def test_a_configuration_is_frozen_at_every_depth(tmp_path: Path):
     assert isinstance(config.stages, tuple)
 
 
-# Rules that span keys.
+# Rules about several keys.
 
 
 @pytest.mark.parametrize(
     ("old", "new"), [("    steps: 3\n", "    steps: 3\n    epochs: 2\n"), ("    steps: 3\n", "")], ids=["both", "none"]
 )
-def test_a_stage_has_steps_or_epochs_not_both_and_not_none(old: str, new: str, tmp_path: Path):
-    assert problems(tmp_path, edited(old, new)) == ["stages.0: give either `steps` or `epochs`, one of the two."]
+def test_a_stage_needs_either_steps_or_epochs(old: str, new: str, tmp_path: Path):
+    (problem,) = problems(tmp_path, edited(old, new))
+    assert problem.startswith("stages.0: give either `steps` or `epochs`")
 
 
 @pytest.mark.parametrize(
-    ("old", "new", "said"),
+    ("old", "new", "message"),
     [
-        ("- name: thinkpo\n", "- name: thinkpo\n    start: nope\n", "'nope' is none of the models before it"),
-        ("- name: sft\n", "- name: sft\n    start: thinkpo\n", "'thinkpo' is none of the models before it"),
-        ("- name: sft\n", "- name: sft\n    start: sft\n", "'sft' is none of the models before it"),
+        ("- name: thinkpo\n", "- name: thinkpo\n    start: nope\n", "'nope' is not an earlier model"),
+        ("- name: sft\n", "- name: sft\n    start: thinkpo\n", "'thinkpo' is not an earlier model"),
+        ("- name: sft\n", "- name: sft\n    start: sft\n", "'sft' is not an earlier model"),
         ("- name: sft\n", "- name: base\n", "stage name 'base' is taken"),
         ("- name: sft\n", "- name: evaluation\n", "stage name 'evaluation' is taken"),
         ("- name: sft\n", "- name: thinkpo\n", "stage name 'thinkpo' is taken"),
         ("[[base, thinkpo]]", "[[base, thinkpoo]]", "no model 'thinkpoo' (did you mean thinkpo?)"),
     ],
 )
-def test_names_of_models_are_unique_and_known(old: str, new: str, said: str, tmp_path: Path):
+def test_names_of_models_are_unique_and_known(old: str, new: str, message: str, tmp_path: Path):
     (problem,) = problems(tmp_path, edited(old, new))
-    assert said in problem
+    assert message in problem
 
 
 @pytest.mark.parametrize("start", ["base", "sft"])
 def test_a_stage_may_start_from_any_model_before_it(start: str, tmp_path: Path):
     config = load(tmp_path, edited("- name: thinkpo\n", f"- name: thinkpo\n    start: {start}\n"))
-    assert config.stages[1].start == start
+    assert config.stages[1].init_from == start
 
 
 @pytest.mark.parametrize(
-    ("data", "said"),
+    ("data", "message"),
     [
         ("{path: a.jsonl, generate: {questions: 3}}", "give either `path` or `generate`"),
         ("{}", "give either `path` or `generate`"),
-        ("{path: a.jsonl, system: S, system_column: s}", "give either `system` (a text) or `system_column`"),
+        ("{path: a.jsonl, system: S, system_column: s}", r"give either `system`.* or `system_column`"),
         ("{path: a.jsonl, messages: m, response: r}", "give either `messages` or `response`"),
         ("{path: a.jsonl, split: test}", "a file has none"),
         ("{path: a.parquet, subset: main}", "a file has none"),
         ("{generate: {questions: 3}, split: test}", "a file has none"),
     ],
 )
-def test_a_data_key_that_would_have_no_effect_is_an_error(data: str, said: str, tmp_path: Path):
+def test_a_data_key_that_would_have_no_effect_is_an_error(data: str, message: str, tmp_path: Path):
     (problem,) = problems(tmp_path, edited("{path: a.jsonl}", data))
     assert problem.startswith("stages.0.data: ")
-    assert said in problem
+    assert re.search(message, problem)
 
 
-def test_a_data_set_of_the_hub_has_a_split_and_a_subset(tmp_path: Path):
+def test_a_hub_data_set_may_have_a_split_and_a_subset(tmp_path: Path):
     config = load(tmp_path, edited("{path: a.jsonl}", "{path: owner/name, split: test, subset: main}"))
     assert (config.stages[0].data[0].split, config.stages[0].data[0].subset) == ("test", "main")
 
@@ -235,7 +238,7 @@ def test_a_data_set_of_the_hub_has_a_split_and_a_subset(tmp_path: Path):
 
 
 @pytest.mark.parametrize(
-    ("text", "said"),
+    ("text", "message"),
     [
         ("a: [b\n", "not valid YAML: "),
         (TEXT + "run_dir: other\n", "not valid YAML: the key 'run_dir' is given twice"),
@@ -248,27 +251,27 @@ def test_a_data_set_of_the_hub_has_a_split_and_a_subset(tmp_path: Path):
     ],
     ids=["malformed", "twice", "twice below", "list as key", "empty", "comment", "list", "text"],
 )
-def test_a_file_that_is_no_mapping_is_an_error(text: str, said: str, tmp_path: Path):
+def test_a_file_that_is_not_a_mapping_is_an_error(text: str, message: str, tmp_path: Path):
     path = tmp_path / "run.yaml"
     path.write_text(text, encoding="utf-8")
     with pytest.raises(UserError) as error:
         load_run_config(path)
-    assert str(error.value).startswith(f"{path}: {said}")
+    assert str(error.value).startswith(f"{path}: {message}")
 
 
-def test_a_key_given_twice_is_shown_with_its_line(tmp_path: Path):
+def test_a_repeated_key_is_reported_with_its_line(tmp_path: Path):
     with pytest.raises(UserError, match=f"line {TEXT.count(chr(10)) + 1}, column 1"):
         load(tmp_path, TEXT + "run_dir: other\n")
 
 
-def test_a_merged_mapping_gives_keys_that_the_file_may_override(tmp_path: Path):
+def test_keys_of_a_merged_mapping_can_be_overridden(tmp_path: Path):
     text = edited("batch: {size: 2, row_length: 16}", "batch: &batch {size: 2, row_length: 16}")
     text = text.replace("batch: {size: 4, row_length: 32}", "batch: {<<: *batch, size: 4}")
     batch = load(tmp_path, text).stages[1].batch
     assert (batch.size, batch.row_length) == (4, 16)
 
 
-def test_a_file_that_cannot_be_read_is_an_error_with_its_name(tmp_path: Path):
+def test_a_file_that_cannot_be_read_is_an_error_with_its_path(tmp_path: Path):
     with pytest.raises(UserError, match=r"absent\.yaml: there is no such file\. Give an existing YAML file"):
         load_run_config(tmp_path / "absent.yaml")
     with pytest.raises(UserError, match="cannot be read as UTF-8 text"):
@@ -281,7 +284,7 @@ def test_a_file_that_cannot_be_read_is_an_error_with_its_name(tmp_path: Path):
 # --set
 
 
-def test_set_names_a_stage_by_its_name_or_its_index(tmp_path: Path):
+def test_set_selects_a_stage_by_its_name_or_its_index(tmp_path: Path):
     by_name = load(tmp_path, TEXT, "stages.thinkpo.batch.size=8", "seed=5")
     by_index = load(tmp_path, TEXT, "stages.1.batch.size=8", "seed=5")
     assert by_name == by_index
@@ -296,37 +299,37 @@ def test_set_reads_values_as_yaml_and_adds_sections_that_the_file_lacks(tmp_path
     assert config.stages[0].data[0].path == "c.jsonl"
 
 
-def test_later_assignments_win_and_the_mapping_given_is_not_changed():
+def test_later_overrides_win_and_the_input_is_not_changed():
     raw = {"a": {"b": 1}, "list": [{"name": "x", "c": 1}]}
     assert apply_overrides(raw, ["a.b=2", "a.b=3", "list.x.c=9"]) == {"a": {"b": 3}, "list": [{"name": "x", "c": 9}]}
     assert raw == {"a": {"b": 1}, "list": [{"name": "x", "c": 1}]}
 
 
 @pytest.mark.parametrize(
-    ("assignment", "said"),
+    ("assignment", "message"),
     [
         ("stages.sft.steps", "--set stages.sft.steps: expected the form dotted.key=value."),
         ("=4", "--set =4: expected the form dotted.key=value."),
         (
             "stages.thinkp.steps=4",
-            "no element 'thinkp' (did you mean thinkpo?); there are: ['sft', 'thinkpo'].",
+            "no element 'thinkp' (did you mean thinkpo?). There are: ['sft', 'thinkpo'].",
         ),
-        ("stages.2.steps=4", "no element '2'; there are: ['sft', 'thinkpo']."),
-        ("stages.-1.steps=4", "no element '-1'; there are: ['sft', 'thinkpo']."),
-        ("stages.².steps=4", "no element '²'; there are: ['sft', 'thinkpo']."),
-        ("run_dir.x=4", "--set run_dir.x=4: 'x' lies below 'runs/x', which has no keys."),
-        ("seed=[", "--set seed=[: the value is not valid YAML: "),
+        ("stages.2.steps=4", "no element '2'. There are: ['sft', 'thinkpo']."),
+        ("stages.-1.steps=4", "no element '-1'. There are: ['sft', 'thinkpo']."),
+        ("stages.².steps=4", "no element '²'. There are: ['sft', 'thinkpo']."),
+        ("run_dir.x=4", "--set run_dir.x=4: 'x' is below 'runs/x', which has no keys."),
+        ("seed=[", "--set seed=[: not valid YAML: "),
     ],
 )
-def test_an_assignment_that_cannot_be_made_is_an_error_that_repeats_it(assignment: str, said: str, tmp_path: Path):
+def test_an_impossible_override_is_an_error_that_repeats_it(assignment: str, message: str, tmp_path: Path):
     with pytest.raises(UserError) as error:
         load(tmp_path, TEXT, assignment)
     assert str(error.value).startswith(f"--set {assignment}: ")
-    assert said in str(error.value)
+    assert message in str(error.value)
 
 
 @pytest.mark.parametrize(
-    ("assignment", "said"),
+    ("assignment", "message"),
     [
         ("stages.sft.steps=abc", "stages.0.steps: Input should be a valid integer (found 'abc')."),
         ("stages.sft.steps=0", "stages.0.steps: Input should be greater than or equal to 1 (found 0)."),
@@ -335,5 +338,5 @@ def test_an_assignment_that_cannot_be_made_is_an_error_that_repeats_it(assignmen
         ("stages=", "stages: expected a list (found None)."),
     ],
 )
-def test_an_assigned_value_obeys_the_same_rules_as_one_in_the_file(assignment: str, said: str, tmp_path: Path):
-    assert problems(tmp_path, TEXT, assignment) == [said]
+def test_an_override_is_validated_like_a_value_in_the_file(assignment: str, message: str, tmp_path: Path):
+    assert problems(tmp_path, TEXT, assignment) == [message]

@@ -1,4 +1,4 @@
-"""Metrics are in their file once they are written, and a run that goes on leaves one line per update."""
+"""Metrics are on disk when `write` returns. A resumed run has one line per update. Progress is a bar or plain lines."""
 
 import json
 import sys
@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from thinkpo_jax.runtime import console as log
+from thinkpo_jax.runtime import console
 from thinkpo_jax.runtime.console import MetricsFile, ProgressReporter, log_info, read_metrics
 
 
@@ -26,7 +26,7 @@ def test_a_line_is_in_the_file_when_write_returns(tmp_path: Path):
     assert read_metrics(path) == [{"step": 1, "loss": 0.5}, {"step": 2, "loss": 0.5}]
 
 
-def test_a_resumed_run_cuts_off_what_an_earlier_try_wrote_after_that_update(tmp_path: Path):
+def test_a_resumed_run_removes_lines_of_later_updates(tmp_path: Path):
     path = tmp_path / "metrics.jsonl"
     first = MetricsFile(path, step=0)
     for step in range(1, 6):
@@ -37,10 +37,10 @@ def test_a_resumed_run_cuts_off_what_an_earlier_try_wrote_after_that_update(tmp_
     second.write({"step": 4, "loss": 2.0})
     second.close()
     assert read_metrics(path)[2:] == [{"step": 3, "loss": 1.0}, {"step": 4, "loss": 2.0}]
-    assert list(tmp_path.iterdir()) == [path]  # nothing is left beside it
+    assert list(tmp_path.iterdir()) == [path]  # no temporary file is left
 
 
-def test_a_run_that_starts_afresh_keeps_no_line(tmp_path: Path):
+def test_a_run_that_starts_at_update_0_removes_all_lines(tmp_path: Path):
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"step": 1}\n', encoding="utf-8")
     MetricsFile(path, step=0).close()
@@ -48,7 +48,7 @@ def test_a_run_that_starts_afresh_keeps_no_line(tmp_path: Path):
 
 
 @pytest.mark.parametrize("cut", ["", '{"st', '{"step": 3', '{"step": 3}'])
-def test_a_last_line_cut_short_is_left_out_and_mended(cut: str, tmp_path: Path):
+def test_a_last_line_that_was_cut_short_is_ignored_and_replaced(cut: str, tmp_path: Path):
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"step": 1}\n{"step": 2}\n' + cut, encoding="utf-8")
     assert steps(path) == [1, 2]
@@ -62,15 +62,15 @@ def test_a_last_line_cut_short_is_left_out_and_mended(cut: str, tmp_path: Path):
     ]
 
 
-def test_no_file_has_no_metrics(tmp_path: Path):
+def test_a_missing_file_has_no_metrics(tmp_path: Path):
     assert read_metrics(tmp_path / "absent.jsonl") == []
 
 
-def test_in_a_pipe_progress_is_plain_lines_and_its_last_line_is_the_end(
+def test_progress_in_a_pipe_is_plain_lines_up_to_the_end(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ):
     assert not sys.stderr.isatty()
-    monkeypatch.setattr(log, "PROGRESS_LINE_INTERVAL_SECONDS", 0.0)
+    monkeypatch.setattr(console, "PROGRESS_LINE_INTERVAL_SECONDS", 0.0)
     progress = ProgressReporter("train", 4, done=1)
     for done in (2, 3, 4):
         progress.update(done, {"loss": f"{done / 10}", "margin": "0.0"})
@@ -86,11 +86,11 @@ def test_in_a_pipe_progress_is_plain_lines_and_its_last_line_is_the_end(
     assert "\x1b" not in err
 
 
-def test_in_a_pipe_a_line_comes_every_few_seconds_and_not_at_every_update(
+def test_progress_in_a_pipe_is_a_line_every_few_seconds(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ):
     now = [100.0]
-    monkeypatch.setattr(log, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    monkeypatch.setattr(console, "time", SimpleNamespace(monotonic=lambda: now[0]))
     progress = ProgressReporter("evaluate", 100, unit="answer")
     for done in range(1, 51):
         now[0] += 1.0
@@ -99,22 +99,22 @@ def test_in_a_pipe_a_line_comes_every_few_seconds_and_not_at_every_update(
         f"evaluate: answer {done}/100, {100 - done} s left" for done in (10, 20, 30, 40, 50)
     ]
     progress.update(99)
-    progress.update(100)  # the end is said however soon it comes
+    progress.update(100)  # the last line is printed however soon it comes
     assert capsys.readouterr().err == "evaluate: answer 100/100, 0 s left\n"
 
 
-def test_a_run_that_goes_on_counts_its_time_from_where_it_went_on(
+def test_a_resumed_run_estimates_its_time_from_where_it_resumed(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ):
     now = [0.0]
-    monkeypatch.setattr(log, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    monkeypatch.setattr(console, "time", SimpleNamespace(monotonic=lambda: now[0]))
     progress = ProgressReporter("train", 100, done=90)
     now[0] = 20.0
     progress.update(92)
     assert capsys.readouterr().err == "train: step 92/100, 80 s left\n"
 
 
-def test_on_a_terminal_progress_is_a_bar(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):
+def test_progress_on_a_terminal_is_a_bar(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
     progress = ProgressReporter("train", 4, done=1)
     assert "1/4" in capsys.readouterr().err
@@ -127,6 +127,6 @@ def test_on_a_terminal_progress_is_a_bar(capsys: pytest.CaptureFixture[str], mon
     assert "loss=0.1" in err
 
 
-def test_what_is_said_goes_beside_the_results_not_among_them(capsys: pytest.CaptureFixture[str]):
+def test_messages_go_to_stderr(capsys: pytest.CaptureFixture[str]):
     log_info("stage sft is done")
     assert capsys.readouterr() == ("", "stage sft is done\n")

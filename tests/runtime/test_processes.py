@@ -1,5 +1,6 @@
-"""Two real processes of four devices make the run that one process of eight makes; one that dies ends the other."""
+"""Two real processes with four devices each make the same run as one process with eight. If one dies, both end."""
 
+import argparse
 import contextlib
 import json
 import os
@@ -23,7 +24,7 @@ from thinkpo_jax.data.batches import Batch
 from thinkpo_jax.runtime.cli import run_command
 from thinkpo_jax.runtime.config import UserError
 from thinkpo_jax.runtime.console import read_metrics
-from thinkpo_jax.runtime.processes import detect_cluster
+from thinkpo_jax.runtime.processes import add_distributed_arguments, broadcast_from_primary, detect_cluster
 
 DEVICES, STEPS = 8, 5
 STEP = {"SLURM_STEP_NODELIST": "node[1-2]", "SLURM_STEP_NUM_NODES": "2"}
@@ -32,7 +33,7 @@ SUMS = [(a, b) for a in range(10) for b in range(6)]
 
 
 def _config(folder: Path, run: str, *, evaluated: bool = True, **stage: Any) -> str:
-    """The path of a configuration: SFT with held-out examples, then ThinkPO, two micro-batches, then an evaluation."""
+    """Writes a configuration: SFT with validation, then ThinkPO with two micro-batches, then an evaluation."""
     rows = [
         {"question": f"{a}+{b}?", "long": f"{a}+{b}={a + b};#{a + b}", "short": f"#{a + b}"[: 1 + a % 2]}
         for a, b in SUMS
@@ -69,39 +70,45 @@ def _config(folder: Path, run: str, *, evaluated: bool = True, **stage: Any) -> 
 
 TRAIN = """
 import sys
-from thinkpo_jax.runtime import processes as hosts
 from thinkpo_jax import train
-from thinkpo_jax.runtime.cli import program
+from thinkpo_jax.runtime import processes
+from thinkpo_jax.runtime.cli import run_and_exit
 
-hosts.MISSED_SECONDS = int(sys.argv.pop(1))
-program(train.main)
+processes.HEARTBEAT_TIMEOUT_SECONDS = int(sys.argv.pop(1))
+run_and_exit(train.main)
 """
 
 
 @contextlib.contextmanager
-def _processes(*configs: str, missed_seconds: int | None = None) -> Iterator[list[subprocess.Popen[str]]]:
-    """A run in as many processes as there are configurations. They share the devices.
+def _processes(*configs: str, heartbeat_timeout: int | None = None) -> Iterator[list[subprocess.Popen[str]]]:
+    """Starts one process per configuration. They share the devices.
 
-    A dead process is missed after `missed_seconds`. None leaves the time that users have.
+    A dead process is noticed after `heartbeat_timeout` seconds. None leaves the timeout that users have.
     """
-    train_command = ["-m", "thinkpo_jax.train"] if missed_seconds is None else ["-c", TRAIN, str(missed_seconds)]
+    train_command = ["-m", "thinkpo_jax.train"] if heartbeat_timeout is None else ["-c", TRAIN, str(heartbeat_timeout)]
+    with _started([[*train_command, "--config", config] for config in configs]) as processes:
+        yield processes
+
+
+@contextlib.contextmanager
+def _started(commands: list[list[str]]) -> Iterator[list[subprocess.Popen[str]]]:
+    """Starts one Python process per command as a run of several processes, and kills those that are left at the end."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{free.getsockname()[1]}"
-    flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count={DEVICES // len(configs)}"
-    environment = os.environ | {"XLA_FLAGS": flags}
-    together = ["--coordinator", address, "--processes", str(len(configs)), "--process"]
-    started = [
+    xla_flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count={DEVICES // len(commands)}"
+    flags = ["--coordinator-address", address, "--num-processes", str(len(commands)), "--process-id"]
+    processes = [
         subprocess.Popen(
-            [sys.executable, *train_command, "--config", config, *together, str(index)],
-            env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+            [sys.executable, *command, *flags, str(index)],
+            env=os.environ | {"XLA_FLAGS": xla_flags}, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
         )
-        for index, config in enumerate(configs)
+        for index, command in enumerate(commands)
     ]  # fmt: skip
     try:
-        yield started
+        yield processes
     finally:
-        for process in started:
+        for process in processes:
             process.kill()
             process.communicate()
 
@@ -116,67 +123,67 @@ def _weights(run: Path, stage: str) -> dict[str, np.ndarray]:
     return safetensors.numpy.load_file(run / stage / "model" / "model.safetensors")
 
 
-def _same(one: Path, other: Path) -> None:
+def _assert_same_run(run: Path, other: Path) -> None:
     for stage in ("sft", "thinkpo"):
         for name in ("metrics.jsonl", "validation.jsonl"):
-            expected, found = (read_metrics(run / stage / name) for run in (one, other))
-            assert [line["step"] for line in found] == [line["step"] for line in expected]
-            for before, after in zip(expected, found, strict=True):
-                assert after["loss"] == pytest.approx(before["loss"], abs=1e-5)
-                assert after.keys() == before.keys()
-                assert after.get("tokens") == before.get("tokens")
-        expected, found = _weights(one, stage), _weights(other, stage)
-        assert expected.keys() == found.keys()
-        for name, value in expected.items():
-            np.testing.assert_allclose(found[name], value, atol=1e-4, rtol=0)
+            lines, other_lines = (read_metrics(folder / stage / name) for folder in (run, other))
+            assert [line["step"] for line in other_lines] == [line["step"] for line in lines]
+            for line, other_line in zip(lines, other_lines, strict=True):
+                assert other_line["loss"] == pytest.approx(line["loss"], abs=1e-5)
+                assert other_line.keys() == line.keys()
+                assert other_line.get("tokens") == line.get("tokens")
+        weights, other_weights = _weights(run, stage), _weights(other, stage)
+        assert weights.keys() == other_weights.keys()
+        for name, value in weights.items():
+            np.testing.assert_allclose(other_weights[name], value, atol=1e-4, rtol=0)
 
 
 @pytest.fixture(scope="module")
-def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("hosts")
-    assert run_command(train.main, ["--config", _config(folder, "alone")]) == 0
-    return folder / "alone"
+def single_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("processes")
+    assert run_command(train.main, ["--config", _config(folder, "single")]) == 0
+    return folder / "single"
 
 
 @pytest.mark.slow
-def test_two_processes_make_the_run_of_one(alone: Path, tmp_path: Path) -> None:
+def test_two_processes_make_the_same_run_as_one(single_run: Path, tmp_path: Path) -> None:
     with _processes(*[_config(tmp_path, "two")] * 2) as processes:
         outputs = [process.communicate(timeout=400)[0] for process in processes]
     assert [process.returncode for process in processes] == [0, 0], outputs
     run = tmp_path / "two"
-    _same(alone, run)
-    # One speaks, and one writes: a log, a checkpoint of the last update, a report.
+    _assert_same_run(single_run, run)
+    # Only process 0 prints messages and writes metrics, checkpoints and the report.
     for index, output in enumerate(outputs):
-        assert f"process {index} of 2 (counted from 0) waits for the others" in output
+        assert f"Process {index} of 2 (0-based) is waiting for the other processes" in output
     assert "the loss before the first update is 0.693" in outputs[0]
     assert not [line for line in outputs[1].splitlines() if "update" in line or "report" in line]
     assert [path.name for path in (run / "sft" / "checkpoints").iterdir()] == [str(STEPS)]
-    expected, found = (json.loads((folder / "report.json").read_text())["models"] for folder in (alone, run))
-    assert found == expected
-    answers = [folder / "evaluation" / "thinkpo" / "miniature.json" for folder in (alone, run)]
+    expected, models = (json.loads((folder / "report.json").read_text())["models"] for folder in (single_run, run))
+    assert models == expected
+    answers = [folder / "evaluation" / "thinkpo" / "miniature.json" for folder in (single_run, run)]
     assert len({json.dumps(json.loads(path.read_text())["items"]) for path in answers}) == 1
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("missed_seconds", [20, pytest.param(None, marks=exhaustive)])
+@pytest.mark.parametrize("heartbeat_timeout", [20, pytest.param(None, marks=exhaustive)])
 @pytest.mark.parametrize("victim", [0, 1])
-def test_a_process_that_dies_ends_the_other_and_one_process_goes_on(
-    alone: Path, tmp_path: Path, victim: int, missed_seconds: int | None
+def test_a_dead_process_ends_the_other_and_a_single_process_resumes(
+    single_run: Path, tmp_path: Path, victim: int, heartbeat_timeout: int | None
 ) -> None:
-    config = _config(tmp_path, "broken", evaluated=missed_seconds is None)
+    config = _config(tmp_path, "broken", evaluated=heartbeat_timeout is None)
     run = tmp_path / "broken"
-    with _processes(config, config, missed_seconds=missed_seconds) as processes:
+    with _processes(config, config, heartbeat_timeout=heartbeat_timeout) as processes:
         _wait_for(run / "sft" / "checkpoints" / "2", processes)
         processes[victim].kill()
         output = processes[1 - victim].communicate(timeout=400)[0]
     assert processes[1 - victim].returncode not in (0, None)
     assert "one of them has probably ended" in output or "another task died" in output, output
-    assert run_command(train.main, ["--config", config]) == 0  # eight devices of one process
-    _same(alone, run)
+    assert run_command(train.main, ["--config", config]) == 0  # one process with eight devices
+    _assert_same_run(single_run, run)
 
 
 @pytest.mark.slow
-def test_a_stop_of_one_process_stops_all(tmp_path: Path) -> None:
+def test_interrupting_one_process_stops_all(tmp_path: Path) -> None:
     config = _config(tmp_path, "stopped", steps=200)
     run = tmp_path / "stopped"
     with _processes(config, config) as processes:
@@ -186,61 +193,101 @@ def test_a_stop_of_one_process_stops_all(tmp_path: Path) -> None:
     assert [process.returncode for process in processes] == [130, 130], outputs
     assert not (run / "sft" / "model").exists()
     saved = [int(path.name) for path in (run / "sft" / "checkpoints").iterdir()]
-    assert saved == [len(read_metrics(run / "sft" / "metrics.jsonl"))]  # nothing that was done is lost
+    assert saved == [len(read_metrics(run / "sft" / "metrics.jsonl"))]  # no finished update is lost
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("what", ["data", "settings"])
-def test_processes_that_do_not_run_the_same_are_told_so(tmp_path: Path, what: str) -> None:
+@pytest.mark.parametrize("difference", ["data", "settings"])
+def test_processes_with_different_data_or_settings_are_an_error(tmp_path: Path, difference: str) -> None:
     configs = [_config(tmp_path, "one"), _config(tmp_path, "other")]
     text = Path(configs[0]).read_text()
-    if what == "data":
+    if difference == "data":
         rows = (tmp_path / "rows.jsonl").read_text().splitlines(keepends=True)
         (tmp_path / "fewer.jsonl").write_text("".join(rows[:-1]))
-        text, told = (
-            text.replace("rows.jsonl", "fewer.jsonl"),
-            "stage sft: this process reads other data than the first",
-        )
+        text = text.replace("rows.jsonl", "fewer.jsonl")
+        message = "stage sft: this process reads other data than the first"
     else:
-        text, told = text.replace("beta: 0.1", "beta: 0.2"), "this process has another configuration"
+        text = text.replace("beta: 0.1", "beta: 0.2")
+        message = "this process has another configuration"
     Path(configs[1]).write_text(text)
-    with _processes(*configs) as started:
-        output = started[1].communicate(timeout=400)[0]
-        assert started[1].returncode == 2
-        assert f"process 1: error: {told}" in output
-        started[0].communicate(timeout=400)  # misses the other
-        assert started[0].returncode != 0
+    with _processes(*configs) as processes:
+        output = processes[1].communicate(timeout=400)[0]
+        assert processes[1].returncode == 2
+        assert f"process 1: error: {message}" in output
+        processes[0].communicate(timeout=400)  # notices that the other process is gone
+        assert processes[0].returncode != 0
     assert not (tmp_path / "one" / "sft" / "metrics.jsonl").exists()
 
 
-def test_each_process_reads_the_rows_of_its_own_devices() -> None:
-    """What two processes fill are the two halves of every micro-batch; what they know of the whole is the same."""
+BROADCAST = """
+import argparse
+
+import jax
+import numpy as np
+
+from thinkpo_jax.runtime import processes
+
+parser = argparse.ArgumentParser()
+processes.add_distributed_arguments(parser)
+processes.initialize_distributed(parser.parse_args())
+index = jax.process_index()
+values = [index == 0, index == 1, 2**40 + index, -1 - index]
+print("scalars", [processes.broadcast_from_primary(value) for value in values])
+print("array", processes.broadcast_from_primary(np.arange(3, dtype=np.int32) + index).tolist())
+print("any", processes.any_process(index == 1), processes.any_process(False))
+processes.barrier("end")
+processes.shutdown_distributed()
+"""
+
+
+@pytest.mark.slow
+def test_all_processes_receive_the_value_of_the_primary_process() -> None:
+    with _started([["-c", BROADCAST]] * 2) as processes:
+        outputs = [process.communicate(timeout=400)[0] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], outputs
+    for output in outputs:
+        assert f"scalars [True, False, {2**40}, -1]" in output
+        assert "array [0, 1, 2]" in output
+        assert "any True False" in output
+
+
+@pytest.mark.parametrize("value", [True, False, 0, 7, -3, 2**40])
+def test_a_broadcast_bool_or_int_keeps_its_type(value: bool | int, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert broadcast_from_primary(value) is value
+    monkeypatch.setattr("thinkpo_jax.runtime.processes.is_distributed", lambda: True)  # of one process
+    received = broadcast_from_primary(value)
+    assert (received, type(received)) == (value, type(value))
+    array = np.array([value])
+    np.testing.assert_array_equal(broadcast_from_primary(array), array)
+
+
+def test_each_process_reads_only_the_rows_of_its_devices() -> None:
+    """Two processes fill the two halves of every micro-batch. What they know of the whole batch is the same."""
     options: dict[str, Any] = {"shards": 4, "steps": 2, "size": None, "rows": 16, "rows_per_device": 2}
 
-    class Watched(list):
+    class RecordingList(list):
         read: set[int]
 
         def __getitem__(self, index: Any) -> Any:
             self.read.add(index)
             return super().__getitem__(index)
 
-    def batches(own: list[int] | None) -> Any:
-        examples = Watched(small.pairs(100))
+    def batches(local_shards: list[int] | None) -> Any:
+        examples = RecordingList(small.pairs(100))
         examples.read = set()
-        found = small.batches(examples, own=own, **options)
+        plan = small.batches(examples, own=local_shards, **options)
         examples.read.clear()
-        return found
+        return plan
 
-    whole, *parts = (batches(own) for own in (None, [0, 1], [2, 3]))
+    whole, *parts = (batches(local_shards) for local_shards in (None, [0, 1], [2, 3]))
     for index in range(2):
-        (expected, *halves) = (each[index] for each in (whole, *parts))
-        assert (
-            len({each.count_work(half) for each, half in zip((whole, *parts), (expected, *halves), strict=True)}) == 1
-        )
+        expected, *halves = (plan[index] for plan in (whole, *parts))
+        work = {plan.count_work(batch) for plan, batch in zip((whole, *parts), (expected, *halves), strict=True)}
+        assert len(work) == 1
         for field in Batch._fields:
             arrays = [getattr(half, field) for half in halves]
             middle = arrays[0].shape[1] // 2
-            if field in ("examples", "reference"):
+            if field in ("example_ids", "reference_log_probs"):
                 for array in arrays:
                     np.testing.assert_array_equal(array, getattr(expected, field))
             else:
@@ -255,14 +302,14 @@ def test_each_process_reads_the_rows_of_its_own_devices() -> None:
     [
         ({"JAX_PLATFORMS": "cpu"}, None),
         ({"JAX_PLATFORMS": "cuda", "SLURM_JOB_ID": "7", "SLURM_NTASKS": "1", "SLURM_PROCID": "0"}, None),
-        # A process for each GPU: JAX gives each its own.
+        # With one process per GPU, JAX gives each process its own GPU.
         ({"SLURM_NTASKS": "16", "SLURM_PROCID": "3", **STEP, "SLURM_GPUS_ON_NODE": "8"}, {}),
-        # A process for each node has all GPUs of it.
+        # With one process per node, each process has all GPUs of its node.
         (
             {"SLURM_NTASKS": "2", "SLURM_PROCID": "1", **STEP, "SLURM_GPUS_ON_NODE": "8"},
             {"local_device_ids": [0, 1, 2, 3, 4, 5, 6, 7]},
         ),
-        ({"SLURM_NTASKS": "8", "SLURM_PROCID": "0", "JAX_PLATFORMS": "cuda"}, None),  # a script of sbatch, no srun
+        ({"SLURM_NTASKS": "8", "SLURM_PROCID": "0", "JAX_PLATFORMS": "cuda"}, None),  # an sbatch script without srun
         ({"OMPI_COMM_WORLD_SIZE": "4"}, {}),
         ({"TPU_WORKER_HOSTNAMES": "10.0.0.2,10.0.0.3"}, {}),
         ({"TPU_WORKER_HOSTNAMES": "10.0.0.2,10.0.0.3", "JAX_PLATFORMS": "cpu"}, None),
@@ -270,7 +317,7 @@ def test_each_process_reads_the_rows_of_its_own_devices() -> None:
         ({"TPU_WORKER_HOSTNAMES": "localhost"}, None),
     ],
 )
-def test_a_cluster_is_recognised(environment: dict[str, str], expected: dict[str, Any] | None) -> None:
+def test_a_cluster_is_detected(environment: dict[str, str], expected: dict[str, Any] | None) -> None:
     assert detect_cluster(environment) == expected
 
 
@@ -280,34 +327,61 @@ def test_a_bad_process_count_names_its_variable(name: str) -> None:
         detect_cluster({name: "many"})
 
 
-def test_a_port_that_is_taken_is_told_before_jax_crashes_on_it(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_port_in_use_is_an_error_before_jax_crashes_on_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with socket.socket() as taken:
         taken.bind(("", 0))
         taken.listen()
         address = f"localhost:{taken.getsockname()[1]}"
-        arguments = ["--coordinator", address, "--processes", "2", "--process", "0"]
+        arguments = ["--coordinator-address", address, "--num-processes", "2", "--process-id", "0"]
         assert run_command(train.main, ["--config", _config(tmp_path, "never"), *arguments]) == 2
-    assert f"--coordinator {address}: " in capsys.readouterr().err
+    assert f"--coordinator-address {address}: " in capsys.readouterr().err
+
+
+ADDRESS, COUNT, INDEX = "--coordinator-address", "--num-processes", "--process-id"
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--coordinator", "10.0.0.2:8476"], "go together"),
-        (["--process", "0"], "go together"),
-        (["--coordinator", "10.0.0.2:8476", "--processes", "2", "--process", "2"], "one of 0 to 1"),
-        (["--coordinator", "10.0.0.2:8476", "--processes", "0", "--process", "0"], "--processes 0: expected"),
-        (["--coordinator", "10.0.0.2", "--processes", "2", "--process", "0"], "expected HOST:PORT"),
-        (["--coordinator", "localhost:0", "--processes", "2", "--process", "0"], "expected HOST:PORT"),
-        (["--coordinator", "no such host:8476", "--processes", "2", "--process", "1"], "no such host:8476: "),
-        (["--coordinator", "10.0.0.2:84760", "--processes", "2", "--process", "0"], "expected HOST:PORT"),
+        ([ADDRESS, "10.0.0.2:8476"], "go together"),
+        ([INDEX, "0"], "go together"),
+        (
+            [ADDRESS, "10.0.0.2:8476", COUNT, "2", INDEX, "2"],
+            "--process-id 2: with --num-processes 2 it must be one of 0 to 1",
+        ),
+        ([ADDRESS, "10.0.0.2:8476", COUNT, "0", INDEX, "0"], "--num-processes 0: expected"),
+        ([ADDRESS, "10.0.0.2", COUNT, "2", INDEX, "0"], "expected HOST:PORT"),
+        ([ADDRESS, "localhost:0", COUNT, "2", INDEX, "0"], "expected HOST:PORT"),
+        ([ADDRESS, "no such host:8476", COUNT, "2", INDEX, "1"], "no such host:8476: "),
+        ([ADDRESS, "10.0.0.2:84760", COUNT, "2", INDEX, "0"], "expected HOST:PORT"),
     ],
 )
-def test_options_that_make_no_sense_are_refused(
+def test_invalid_flags_are_an_error(
     arguments: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert run_command(train.main, ["--config", _config(tmp_path, "never"), *arguments]) == 2
     assert message in capsys.readouterr().err
     assert not (tmp_path / "never").exists()
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        [ADDRESS, "h:1", COUNT, "2", INDEX, "0"],
+        ["--coordinator", "h:1", "--processes", "2", "--process", "0"],
+        ["--coordinator=h:1", "--processes=2", "--process=0"],
+        ["--process", "0", "--processes", "2", "--coordinator", "h:1"],
+    ],
+)
+def test_flags_have_new_and_old_names(arguments: list[str]) -> None:
+    parser = argparse.ArgumentParser()
+    add_distributed_arguments(parser)
+    assert vars(parser.parse_args(arguments)) == {"coordinator_address": "h:1", "num_processes": 2, "process_id": 0}
+
+
+def test_the_help_shows_the_new_names_first() -> None:
+    parser = argparse.ArgumentParser()
+    add_distributed_arguments(parser)
+    text = parser.format_help()
+    for new, old in ((ADDRESS, "--coordinator HOST"), (COUNT, "--processes N"), (INDEX, "--process I")):
+        assert text.index(new) < text.index(old)

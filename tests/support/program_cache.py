@@ -1,7 +1,7 @@
-"""Compiled programs that tests share: those for one device on disk, those for several devices in memory.
+"""Shares compiled programs among tests: programs for one device on disk, programs for several devices in memory.
 
 XLA on CPU must run the collectives of a program in the same order on every device. A program that it loads from disk
-can lose that order. Then the devices wait for each other for ever, as several hanging test runs showed.
+can lose that order. Then the devices wait for each other forever, as several hanging test runs showed.
 """
 
 import atexit
@@ -15,12 +15,12 @@ import jax
 import numpy as np
 from jax._src import compilation_cache, compiler
 
-MAX_BYTES = 2 * 2**30  # of the programs on disk
-MAX_PROGRAMS = 100  # in memory
+MAX_DISK_BYTES = 2 * 2**30
+MAX_PROGRAMS_IN_MEMORY = 100
 
 
 def share_programs() -> None:
-    """Makes JAX compile each program once for the tests of this process. Programs of one device outlive it."""
+    """Makes JAX compile each program once for the tests of this process. Programs for one device stay on disk."""
     jax.config.update("jax_compilation_cache_dir", str(_program_folder()))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
     programs: dict[Any, Any] = {}
@@ -34,7 +34,7 @@ def share_programs() -> None:
         ids = tuple(device.id for device in devices.flat)
         key = ids, compilation_cache.get_cache_key(computation, devices, options, backend)
         if key not in programs:
-            if len(programs) == MAX_PROGRAMS:
+            if len(programs) == MAX_PROGRAMS_IN_MEMORY:
                 del programs[next(iter(programs))]
             programs[key] = compiler.backend_compile_and_load(backend, computation, on, options, callbacks)
         return programs[key]
@@ -43,7 +43,7 @@ def share_programs() -> None:
 
 
 def _program_folder() -> Path:
-    """Returns the folder of compiled programs: the user's, or a temporary one if that cannot be written."""
+    """Returns the folder of compiled programs in the user's cache, or a temporary folder if that is not writable."""
     try:
         folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "thinkpo_jax" / "test-programs"
         folder.mkdir(parents=True, exist_ok=True)
@@ -58,10 +58,10 @@ def _program_folder() -> Path:
 
 
 def _remove_oldest(folder: Path) -> None:
-    """Removes the oldest programs until the folder has at most `MAX_BYTES`. Another test run may use it meanwhile."""
-    entries = sorted(((entry.stat(), Path(entry)) for entry in os.scandir(folder)), key=lambda each: -each[0].st_mtime)
+    """Removes the oldest programs beyond `MAX_DISK_BYTES`. Another test run may use the folder meanwhile."""
+    entries = sorted(((item.stat(), Path(item)) for item in os.scandir(folder)), key=lambda entry: -entry[0].st_mtime)
     total = 0
     for status, path in entries:
         total += status.st_size
-        if total > MAX_BYTES:
+        if total > MAX_DISK_BYTES:
             path.unlink(missing_ok=True)

@@ -1,4 +1,4 @@
-"""A server of the OpenAI protocol that replies as a test says."""
+"""A server with OpenAI's chat API that sends the replies of a test."""
 
 import contextlib
 import json
@@ -11,12 +11,10 @@ from typing import Any
 
 import pytest
 
-from thinkpo_jax.inference import openai_engine as server
-
 
 @dataclass
 class Reply:
-    """What the server sends; `length` is what it claims to send, `seconds` how long it thinks."""
+    """A response of the server. `length` is the Content-Length header, `seconds` the delay before the response."""
 
     body: str | bytes
     status: int = 200
@@ -26,16 +24,18 @@ class Reply:
 
 
 def said(content: Any, reason: str | None = "stop", **more: Any) -> Reply:
+    """Returns a response with one answer of the assistant."""
     message = {"role": "assistant", "content": content, **more}
     return Reply(json.dumps({"choices": [{"index": 0, "message": message, "finish_reason": reason}]}))
 
 
 def failed(status: int, message: str = "out of order", **headers: str) -> Reply:
+    """Returns an error response."""
     return Reply(json.dumps({"error": {"message": message, "type": "x", "code": status}}), status, headers)
 
 
 class Endpoint(ThreadingHTTPServer):
-    """Replies as `script` says, which is given the request's number and its body; keeps all requests."""
+    """Sends what `script` returns for the number and the body of a request. Records all requests."""
 
     daemon_threads = True
     request_queue_size = 128
@@ -53,7 +53,7 @@ class Endpoint(ThreadingHTTPServer):
         return f"http://127.0.0.1:{self.server_address[1]}/v1"
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """A client that has left is no error here."""
+        """Ignores clients that disconnect early."""
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -95,13 +95,13 @@ class Handler(BaseHTTPRequestHandler):
         self.wfile.write(body)
         self.close_connection = self.close_connection or reply.length is not None
 
-    def log_message(self, format: str, *args: Any) -> None:  # noqa: A002 (the name of the base)
-        """Nothing: the tests look at what was kept."""
+    def log_message(self, format: str, *args: Any) -> None:  # noqa: A002 -- the name in the base class
+        """Logs nothing, because the tests read the recorded requests."""
 
 
 @contextlib.contextmanager
 def serving(script: Callable[[int, dict[str, Any]], Reply] | list[Reply] | Reply) -> Iterator[Endpoint]:
-    """A server on a free port: a function, a list of replies in their order, or always the same."""
+    """Runs a server on a free port. `script` is a function, a list of replies in order, or one reply for all."""
     if isinstance(script, Reply):
         endpoint = Endpoint(lambda _, __: script)
     else:
@@ -119,9 +119,10 @@ def serving(script: Callable[[int, dict[str, Any]], Reply] | list[Reply] | Reply
 
 @pytest.fixture
 def fast_retries(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lets the client retry without waiting, and hides the user's OpenAI settings from it."""
     for name in [name for name in os.environ if name.startswith("OPENAI_")]:
         monkeypatch.delenv(name)
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     monkeypatch.setattr("openai._base_client.INITIAL_RETRY_DELAY", 0.001)
     monkeypatch.setattr("openai._base_client.MAX_RETRY_DELAY", 0.002)
-    monkeypatch.setattr(server, "PAUSE_SECONDS", 0.001)
+    monkeypatch.setattr("thinkpo_jax.inference.openai_engine.PAUSE_SECONDS", 0.001)

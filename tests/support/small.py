@@ -1,4 +1,4 @@
-"""A model, examples and meshes small enough to compare whole training trajectories."""
+"""A model, examples and meshes that are small enough to compare complete training runs."""
 
 from collections.abc import Sequence
 
@@ -40,15 +40,14 @@ FLOAT32 = ComputeConfig(dtype="float32")
 
 
 def mesh(**sizes: int) -> Mesh:
-    """A mesh of exactly the given sizes over the first devices; one device without any."""
+    """Returns a mesh of exactly these sizes over the first devices. Sizes that are not given are 1."""
     sizes = {"data": 1, "fsdp": 1, "tensor": 1, "context": 1} | sizes
     return make_mesh(MeshConfig(**sizes), jax.devices()[: int(np.prod(list(sizes.values())))])
 
 
 def model(compute: ComputeConfig = FLOAT32, seed: int = 0, arch: Architecture = ARCH) -> Transformer:
-    """Random weights, biases and norms included, so that every parameter matters."""
-    fresh = Transformer(arch, compute, jax.random.key(seed))
-    leaves, structure = jax.tree.flatten(fresh)
+    """Returns a model with random weights, biases and norms, so that every parameter matters."""
+    leaves, structure = jax.tree.flatten(Transformer(arch, compute, jax.random.key(seed)))
     keys = jax.random.split(jax.random.key(seed + 1), len(leaves))
     noisy = [leaf + 0.1 * jax.random.normal(key, leaf.shape) for leaf, key in zip(leaves, keys, strict=True)]
     return jax.tree.unflatten(structure, noisy)
@@ -57,7 +56,7 @@ def model(compute: ComputeConfig = FLOAT32, seed: int = 0, arch: Architecture = 
 def trained(
     batches: BatchPlan, model: Transformer, objective: Objective, config: OptimizerConfig, mesh: Mesh
 ) -> tuple[list[dict[str, float]], TrainState]:
-    """Metrics of each update of the batches, and the state after the last; pairs against the model that starts."""
+    """Trains on the batches and returns the metrics of each update and the last state. The model is the reference."""
     model = jax.device_put(model, tree_shardings(model, mesh))
     if batches.answers_per_example > 1:
         batches.reference_log_probs = compute_reference(model, batches, mesh)
@@ -72,24 +71,24 @@ def trained(
 
 
 def segment(rng: np.random.Generator, prompt: int, answer: int) -> Segment:
-    """Random tokens: a prompt and its answer."""
+    """Returns a prompt and an answer of random tokens."""
     return Segment(rng.integers(0, ARCH.vocab_size, prompt + answer).astype(np.int32), prompt)
 
 
 def pairs(count: int, seed: int = 0) -> list[Example]:
-    """(long, short) pairs of various lengths."""
+    """Returns (long, short) pairs of various lengths."""
     rng = np.random.default_rng(seed)
-    found: list[Example] = []
+    examples: list[Example] = []
     for _ in range(count):
         prompt = int(rng.integers(2, 6))
         long, short = segment(rng, prompt, int(rng.integers(6, 20))), segment(rng, prompt, int(rng.integers(1, 5)))
         short.token_ids[:prompt] = long.token_ids[:prompt]
-        found.append((long, short))
-    return found
+        examples.append((long, short))
+    return examples
 
 
 def singles(count: int, seed: int = 0) -> list[Example]:
-    """SFT examples of various lengths."""
+    """Returns SFT examples of various lengths."""
     return [(long,) for long, _ in pairs(count, seed)]
 
 
@@ -102,6 +101,6 @@ def batches(
     size: int | None = 6,
     **batch: object,
 ) -> BatchPlan:
-    """`steps` updates of about `size` examples, rows of 48 tokens unless said otherwise."""
+    """Returns `steps` updates of about `size` examples in rows of 48 tokens. `batch` overrides the batch section."""
     config = BatchConfig.model_validate({"size": size, "row_length": 48} | batch)
     return BatchPlan(examples, config, seed=0, num_shards=shards, local_shards=own, num_updates=steps, epochs=1.0)

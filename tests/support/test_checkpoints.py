@@ -1,6 +1,5 @@
-"""The checkpoints of the parity tests are sound: SmolLM2 is converted correctly, and every tiny weight matters."""
+"""The parity tests can rely on checkpoints.py: the real model is read correctly, and every tiny weight matters."""
 
-import itertools
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -38,9 +37,9 @@ def mean_nll(logits_BTV: np.ndarray, tokens_BT: np.ndarray) -> float:
 
 def real_texts() -> Iterator[str]:
     for path in sorted(DATA.rglob("*.jsonl")):
-        with path.open(encoding="utf-8", newline="\n") as lines:
-            for line in itertools.islice(lines, 4):
-                yield from (value for value in json.loads(line).values() if isinstance(value, str) and value)
+        with path.open(encoding="utf-8", newline="\n") as rows:
+            for _, row in zip(range(4), rows, strict=False):
+                yield from (value for value in json.loads(row).values() if isinstance(value, str) and value)
 
 
 @pytest.fixture
@@ -51,13 +50,13 @@ def passage_tokens(smollm2: Path) -> np.ndarray:
 
 
 @pytest.mark.slow
-def test_smollm2_predicts_english_well(smollm2: Path, passage_tokens: np.ndarray) -> None:
+def test_smollm2_predicts_english_text(smollm2: Path, passage_tokens: np.ndarray) -> None:
     pytest.importorskip("torch")
     assert mean_nll(torch_logits(smollm2, passage_tokens), passage_tokens) == pytest.approx(2.107, abs=0.01)
 
 
 @pytest.mark.slow
-def test_smollm2_predicts_badly_with_the_gguf_order_of_q_and_k(smollm2: Path, passage_tokens: np.ndarray) -> None:
+def test_smollm2_predicts_badly_with_q_and_k_in_gguf_order(smollm2: Path, passage_tokens: np.ndarray) -> None:
     torch = pytest.importorskip("torch")
     model = torch_model(smollm2)
     with torch.no_grad():
@@ -70,7 +69,7 @@ def test_smollm2_predicts_badly_with_the_gguf_order_of_q_and_k(smollm2: Path, pa
 
 
 @pytest.mark.slow
-def test_smollm2_answers_under_its_chat_template(smollm2: Path) -> None:
+def test_smollm2_answers_with_its_chat_template(smollm2: Path) -> None:
     torch = pytest.importorskip("torch")
     from transformers import AutoTokenizer
 
@@ -82,12 +81,12 @@ def test_smollm2_answers_under_its_chat_template(smollm2: Path) -> None:
         answer = model.generate(**prompt, do_sample=False, max_new_tokens=16)[0]
     answer = answer[prompt["input_ids"].shape[1] :].tolist()
     assert "7" in tokenizer.decode(answer)
-    assert answer[-1] == tokenizer.eos_token_id, "generation_config.json must name the end of the turn"
+    assert answer[-1] == tokenizer.eos_token_id, "generation_config.json must name the end-of-turn token"
 
 
 @pytest.mark.slow
 @needs_data
-def test_smollm2_tokenizer_decodes_real_texts_unchanged(smollm2: Path) -> None:
+def test_smollm2_tokenizer_decodes_real_texts_exactly(smollm2: Path) -> None:
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(smollm2)
@@ -118,7 +117,7 @@ def test_smollm2_tokenizer_splits_digits_before_spaces(smollm2: Path) -> None:
 
 
 @pytest.mark.slow
-def test_smollm2_folder_is_written_once_and_only_into_an_empty_folder(smollm2: Path, tmp_path: Path) -> None:
+def test_smollm2_folder_is_written_once_and_never_over_other_files(smollm2: Path, tmp_path: Path) -> None:
     before = {name: (smollm2 / name).stat().st_mtime_ns for name in SMOLLM2_FILES}
     assert smollm2_folder(smollm2) == smollm2
     assert {name: (smollm2 / name).stat().st_mtime_ns for name in SMOLLM2_FILES} == before
@@ -129,7 +128,7 @@ def test_smollm2_folder_is_written_once_and_only_into_an_empty_folder(smollm2: P
 
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
 @pytest.mark.parametrize("family", ["qwen2", "qwen3", "llama"])
-def test_every_tensor_of_a_tiny_checkpoint_matters(family: str, tied: bool, tmp_path: Path) -> None:
+def test_every_tensor_of_a_tiny_checkpoint_changes_its_logits(family: str, tied: bool, tmp_path: Path) -> None:
     torch = pytest.importorskip("torch")
     folder = tiny_checkpoint(tmp_path / "tiny", family=family, tie_word_embeddings=tied)
     tensors = load_file(folder / "model.safetensors")
@@ -145,31 +144,31 @@ def test_every_tensor_of_a_tiny_checkpoint_matters(family: str, tied: bool, tmp_
     assert parameters.keys() == tensors.keys()
     with torch.no_grad():
         for name, parameter in parameters.items():
-            parameter.fill_(name.endswith("norm.weight"))  # norms start at one, biases at zero
+            parameter.fill_(name.endswith("norm.weight"))  # the values that norms and biases have in a new model
             changed = model(input_ids=torch.from_numpy(tokens)).logits.numpy()
             assert np.abs(changed - logits).max() > 1e-3, f"{name} does not change the logits"
             parameter.copy_(torch.from_numpy(tensors[name]))
 
 
-def test_tiny_checkpoints_follow_their_seed(tmp_path: Path) -> None:
+def test_tiny_checkpoints_depend_on_their_seed_only(tmp_path: Path) -> None:
     torch = pytest.importorskip("torch")
     state = torch.random.get_rng_state()
-    seeds = {"first": 0, "same-seed": 0, "other-seed": 1}
+    seeds = {"first": 0, "again": 0, "other": 1}
     folders = [tiny_checkpoint(tmp_path / name, family="qwen2", seed=seed) for name, seed in seeds.items()]
-    first, same_seed, other_seed = (load_file(folder / "model.safetensors") for folder in folders)
-    assert all(np.array_equal(first[name], same_seed[name]) for name in first)
-    assert not any(np.array_equal(first[name], other_seed[name]) for name in first)
+    first, again, other = (load_file(folder / "model.safetensors") for folder in folders)
+    assert all(np.array_equal(first[name], again[name]) for name in first)
+    assert not any(np.array_equal(first[name], other[name]) for name in first)
     assert torch.equal(torch.random.get_rng_state(), state)
 
 
-def test_tiny_checkpoint_accepts_config_names_of_transformers(tmp_path: Path) -> None:
+def test_tiny_checkpoint_takes_transformers_config_names(tmp_path: Path) -> None:
     pytest.importorskip("torch")
     rope = {"rope_type": "llama3", "rope_theta": 5e5, "factor": 8.0, "low_freq_factor": 1.0}
     rope |= {"high_freq_factor": 4.0, "original_max_position_embeddings": 64}
     folder = tiny_checkpoint(tmp_path / "tiny", family="llama", vocab_size=64, rope_parameters=rope)
     config = torch_model(folder).config
     assert (config.vocab_size, config.rope_parameters) == (64, rope)
-    with pytest.raises(ValueError, match="family is one of qwen2, qwen3, llama, not 'gpt2'"):
+    with pytest.raises(ValueError, match="family: expected one of qwen2, qwen3, llama, found 'gpt2'"):
         tiny_checkpoint(tmp_path / "gpt2", family="gpt2")
 
 
@@ -182,7 +181,7 @@ def test_tiny_checkpoint_accepts_config_names_of_transformers(tmp_path: Path) ->
         ("llama3_2", "llama", 128_256, 128_009),
     ],
 )
-def test_tiny_checkpoint_accepts_a_real_tokenizer(
+def test_tiny_checkpoint_takes_a_real_tokenizer(
     name: str, family: str, vocab_size: int, eos: int, tmp_path: Path
 ) -> None:
     pytest.importorskip("torch")

@@ -1,4 +1,4 @@
-"""Tests that compile for absent devices are skipped, with both versions, where the compiler does not fit jax."""
+"""Tests that compile for other devices are skipped if the compiler does not fit jax. The reason names both versions."""
 
 from importlib.metadata import requires
 from pathlib import Path

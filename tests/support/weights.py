@@ -1,4 +1,4 @@
-"""Small models with random weights, and folders to save them to."""
+"""Small models with random weights, and model folders without weights."""
 
 import json
 import shutil
@@ -45,7 +45,7 @@ def random_model(arch: Architecture = small.ARCH) -> Transformer:
 
 
 def like(tmp_path: Path, arch: Architecture = small.ARCH) -> Path:
-    """A folder with everything but weights."""
+    """Writes a model folder that has everything but weights."""
     folder = tmp_path / "like"
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps(hf_config(arch)))

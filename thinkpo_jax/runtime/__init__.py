@@ -1,4 +1,4 @@
-"""Everything that knows nothing about models.
+"""Code that knows nothing about models: configuration, command line, processes, mesh, sharding, files, console.
 
-Typed configuration, command line, processes, mesh and sharding, files and console.
+Most other files use `ConfigSection` and `UserError` of config.py and `log_info` of console.py.
 """

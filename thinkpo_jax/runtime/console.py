@@ -1,6 +1,7 @@
-"""Where do metrics go? One JSON object per update into a file, and a progress bar for a person."""
+"""Prints messages and progress, and writes metrics to a file. Only the primary process does either."""
 
 import json
+import os
 import sys
 import time
 from collections.abc import Mapping
@@ -15,36 +16,29 @@ PROGRESS_LINE_INTERVAL_SECONDS = 10.0
 
 
 class MetricsFile:
-    """A JSONL file of one object per update. Opened at update `step`, later lines of an earlier try are cut off.
-
-    Of several processes the first one alone writes.
-    """
+    """A JSONL file with one object per update. Opening it removes what an earlier attempt wrote after update `step`."""
 
     def __init__(self, path: Path, *, step: int) -> None:
-        self._file = None
-        if not is_primary_process():
-            return
-        path.parent.mkdir(parents=True, exist_ok=True)
-        kept = [line for line in read_metrics(path) if line["step"] <= step]
-        partial = path.with_name(path.name + ".partial")
-        partial.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
-        partial.replace(path)  # a crash here leaves the old file or the new one, never half of it
-        self._file = path.open("a", encoding="utf-8")
+        if is_primary_process():
+            lines = [json.dumps(line) + "\n" for line in read_metrics(path) if line["step"] <= step]
+            path.parent.mkdir(parents=True, exist_ok=True)
+            partial = path.with_name(path.name + ".partial")
+            partial.write_text("".join(lines), encoding="utf-8")
+            partial.replace(path)  # a crash leaves the old file or the new one, never a part of it
+        self._file = (path if is_primary_process() else Path(os.devnull)).open("a", encoding="utf-8")
 
     def write(self, metrics: Mapping[str, float]) -> None:
-        """Appends one line; it is in the file when this returns."""
-        if self._file is not None:
-            self._file.write(json.dumps(dict(metrics)) + "\n")
-            self._file.flush()
+        """Appends one line and flushes it."""
+        self._file.write(json.dumps(dict(metrics)) + "\n")
+        self._file.flush()
 
     def close(self) -> None:
         """Closes the file."""
-        if self._file is not None:
-            self._file.close()
+        self._file.close()
 
 
 def read_metrics(path: Path) -> list[dict[str, float]]:
-    """The lines of a metrics file; none where there is no file. A last line cut short by a crash is left out."""
+    """Returns the lines of a metrics file, without a last line that a crash cut short. A missing file has no lines."""
     if not path.exists():
         return []
     lines = path.read_text(encoding="utf-8").split("\n")
@@ -55,54 +49,50 @@ def read_metrics(path: Path) -> list[dict[str, float]]:
 
 
 class ProgressReporter:
-    """A bar on a terminal; in a pipe or a file a plain line every few seconds, and at the end.
+    """Shows a progress bar on a terminal. In a pipe or a file, prints a line every few seconds and at the end.
 
-    `total` is None where it is not known, and so is the end.
+    `total` is None if it is not known. Then there is no last line.
     """
 
     def __init__(self, title: str, total: int | None, *, done: int = 0, unit: str = "step") -> None:
-        self._bar = None
         self._title, self._total, self._unit = title, total, unit
-        self._first, self._start, self._said = done, time.monotonic(), time.monotonic()
+        self._initial, self._start, self._last_line = done, time.monotonic(), time.monotonic()
+        self._bar = None
         if sys.stderr.isatty() and is_primary_process():
             self._bar = tqdm(total=total, initial=done, desc=title, unit=unit, dynamic_ncols=True, file=sys.stderr)
 
     def update(self, done: int, values: Mapping[str, str] | None = None) -> None:
-        """`done` of the total are finished; `shown` are the values beside them."""
+        """Shows that `done` of the total are finished, with values such as the loss beside it."""
         if self._bar is not None:
             self._bar.set_postfix(values or {}, refresh=False)
             self._bar.update(done - self._bar.n)
             return
         now = time.monotonic()
-        if not is_primary_process():
+        is_due = now - self._last_line >= PROGRESS_LINE_INTERVAL_SECONDS or done == self._total
+        if not is_due or not is_primary_process():
             return
-        if now - self._said >= PROGRESS_LINE_INTERVAL_SECONDS or done == self._total:
-            self._said = now
-            rate = (done - self._first) / max(now - self._start, 1e-9)
-            shown = "".join(f", {name} {value}" for name, value in (values or {}).items())
-            line = f"{self._title}: {self._unit} {done}"
-            if self._total is not None:
-                left = (self._total - done) / rate if rate > 0 else float("inf")
-                line += f"/{self._total}, {left:.0f} s left"
-            print(line + shown, file=sys.stderr, flush=True)
+        self._last_line = now
+        line = f"{self._title}: {self._unit} {done}"
+        if self._total is not None:
+            rate = (done - self._initial) / max(now - self._start, 1e-9)
+            seconds = (self._total - done) / rate if rate > 0 else float("inf")
+            line += f"/{self._total}, {seconds:.0f} s left"
+        line += "".join(f", {name} {value}" for name, value in (values or {}).items())
+        print(line, file=sys.stderr, flush=True)
 
     def close(self) -> None:
-        """Leaves the bar as it stands."""
+        """Leaves the bar on the terminal as it is."""
         if self._bar is not None:
             self._bar.close()
 
 
 def log_info(text: str) -> None:
-    """A line for the person who watches, beside a bar if there is one. Of several processes the first one speaks."""
-    if not is_primary_process():
-        return
-    with tqdm.external_write_mode(file=sys.stderr):
-        print(text, file=sys.stderr, flush=True)
+    """Prints a line to stderr, above a progress bar if there is one."""
+    if is_primary_process():
+        with tqdm.external_write_mode(file=sys.stderr):
+            print(text, file=sys.stderr, flush=True)
 
 
 def log_warning(text: str) -> None:
-    """A line that starts with `warning:`."""
+    """Prints a line that starts with `warning:` to stderr."""
     log_info(f"warning: {text}")
-
-
-METRICS, VALIDATION = "metrics.jsonl", "validation.jsonl"  # of a stage, one line for each (validated) update

@@ -1,4 +1,4 @@
-"""Peak rates, memory and compiler options by device kind."""
+"""Peak rates, memory and compiler options of each kind of device."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -11,63 +11,54 @@ GIB = 2**30
 
 @dataclass(frozen=True)
 class GpuCompileTarget:
-    """What XLA must know of a GPU that is not there, beside what every `Device` says."""
+    """What XLA needs to compile for a GPU that is not attached, besides the fields of `DeviceSpec`."""
 
     description: str
     compute_capability: tuple[int, int]
     cores: int
     fpus_per_core: int
-    shared_memory: tuple[int, int]  # bytes of a core, and most bytes of a block
+    shared_memory: tuple[int, int]  # bytes per core, and maximum bytes per block
     l2_cache: int
     clock_ghz: float
-    network: float  # bytes per second of one device's share of what leaves its host
+    network: float  # bytes per second that leave the host, per device
 
 
 @dataclass(frozen=True)
 class DeviceSpec:
-    """One kind of device. A TPU v4 chip is one device (as jax runs it), a TPU7x chip two."""
+    """One kind of device. As in JAX, a TPU v4 chip is one device and a TPU7x chip is two."""
 
-    name: str  # what users write
-    device_kind_substrings: tuple[str, ...]  # what a device of this kind has in its `device_kind`
-    peak: float  # dense bfloat16 operations per second
-    memory: int  # bytes that a program may use, as its compiler or driver says
+    name: str  # as users write it
+    device_kind_substrings: tuple[str, ...]  # what JAX's `device_kind` contains
+    peak: float  # dense bfloat16 FLOP per second
+    memory: int  # bytes available to a program, as its compiler or driver reports
     bandwidth: float  # bytes per second of that memory
-    interconnect_bandwidth: float  # bytes per second that a device receives over all its links to its neighbours
-    compiler_options: Mapping[str, Any] = field(default_factory=dict)  # given to the compiler
+    interconnect_bandwidth: float  # bytes per second that one device receives over all links to its neighbours
+    compiler_options: Mapping[str, Any] = field(default_factory=dict)
     gpu: GpuCompileTarget | None = None
 
 
-# Products are not split into a ring of exchanges (collective matmul), and the scheduler looks again at what it found to
-# overlap: from the published settings of 8B models on v6e. (Those fuse gathers with what runs beside them too, which
-# libtpu 0.0.52 refuses on all but v5e: it warns of wrong results.)
-_TPU = {
-    "xla_jf_spmd_threshold_for_windowed_einsum_mib": 1_000_000,
-    "xla_latency_hiding_scheduler_rerun": 2,
-}
-# Exchanges run beside computation, and the weights of a layer travel together.
+# No collective matmuls (matrix products as rings of transfers), and a second pass of the scheduler that overlaps
+# transfers with computation. Source: published settings of 8B models on v6e. Those settings also fuse all-gathers with
+# neighbouring computation. libtpu 0.0.52 refuses that on all devices but v5e, and warns of wrong results.
+_TPU = {"xla_jf_spmd_threshold_for_windowed_einsum_mib": 1_000_000, "xla_latency_hiding_scheduler_rerun": 2}
+# Overlap collectives with computation, and send the weights of one layer together.
 _GPU = {
     "xla_gpu_enable_latency_hiding_scheduler": True,
     "xla_gpu_all_gather_combine_threshold_bytes": 2**30,
     "xla_gpu_reduce_scatter_combine_threshold_bytes": 2**30,
     "xla_gpu_all_reduce_combine_threshold_bytes": 2**30,
 }
-
-
-def _vmem(kib: int) -> dict[str, Any]:
-    """More of the on-chip memory for one fusion than by default."""
-    return {**_TPU, "xla_tpu_scoped_vmem_limit_kib": kib}
-
-
+_VMEM_KIB = "xla_tpu_scoped_vmem_limit_kib"  # on-chip memory of one fusion, where it needs more than the default
 _HOPPER = {"compute_capability": (9, 0), "cores": 132, "fpus_per_core": 128, "shared_memory": (233_472, 232_448)}
 _HOPPER |= {"l2_cache": 50 * 2**20, "clock_ghz": 1.98, "network": 50e9}
 
-# Peaks, bandwidths and links as the vendors publish them; the memory of TPUs is what libtpu 0.0.52 lets a program use,
-# that of GPUs what the driver reports.
+# Peaks, bandwidths and links are the vendors' published figures. The memory of a TPU is what libtpu 0.0.52 makes
+# available to a program. The memory of a GPU is what the driver reports.
 DEVICE_SPECS = (
     DeviceSpec("v4", ("TPU v4",), 275e12, int(30.75 * GIB), 1228e9, 150e9, _TPU),
     DeviceSpec("v5e", ("TPU v5 lite", "TPU v5e"), 197e12, int(15.75 * GIB), 819e9, 200e9, _TPU),
-    DeviceSpec("v5p", ("TPU v5",), 459e12, int(95.73 * GIB), 2765e9, 600e9, _vmem(65_472)),
-    DeviceSpec("v6e", ("TPU v6",), 918e12, int(31.24 * GIB), 1640e9, 400e9, _vmem(98_304)),
+    DeviceSpec("v5p", ("TPU v5",), 459e12, int(95.73 * GIB), 2765e9, 600e9, _TPU | {_VMEM_KIB: 65_472}),
+    DeviceSpec("v6e", ("TPU v6",), 918e12, int(31.24 * GIB), 1640e9, 400e9, _TPU | {_VMEM_KIB: 98_304}),
     DeviceSpec("tpu7x", ("TPU7x",), 2307e12 / 2, int(94.74 * GIB), 7380e9 / 2, 300e9, _TPU),
     DeviceSpec("a100", ("A100",), 312e12, 84_974_239_744, 2039e9, 300e9, _GPU,
            GpuCompileTarget("NVIDIA A100-SXM4-80GB", (8, 0), 108, 64, (167_936, 166_912), 40 * 2**20, 1.41, 25e9)),
@@ -81,18 +72,18 @@ DEVICE_SPECS = (
 
 
 def find_device_spec(device_kind: str) -> DeviceSpec | None:
-    """The row of a device by what it calls itself; None where there is none (a CPU). The first that fits counts."""
+    """Returns the first row whose substrings occur in JAX's `device_kind`, or None (for example for a CPU)."""
     kind = device_kind.lower()
     return next((row for row in DEVICE_SPECS if any(name.lower() in kind for name in row.device_kind_substrings)), None)
 
 
 def peak_flops(device_kind: str) -> float | None:
-    """Peak bfloat16 operations per second of a device; None where it is not known."""
-    found = find_device_spec(device_kind)
-    return None if found is None else found.peak
+    """Returns the peak bfloat16 FLOP per second of a device, or None if it is not known."""
+    device = find_device_spec(device_kind)
+    return None if device is None else device.peak
 
 
 def compiler_options(mesh: Mesh) -> dict[str, Any] | None:
-    """What `jax.jit` gives the compiler for the devices of a mesh; None (its defaults) where they have no row."""
-    found = find_device_spec(mesh.devices.flat[0].device_kind)
-    return None if found is None else dict(found.compiler_options)
+    """Returns the compiler options of `jax.jit` for the devices of a mesh, or None for JAX's defaults."""
+    device = find_device_spec(mesh.devices.flat[0].device_kind)
+    return None if device is None else dict(device.compiler_options)

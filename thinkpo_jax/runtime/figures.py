@@ -5,19 +5,22 @@ from io import BytesIO
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-CHOSEN_COLOUR, REJECTED_COLOUR, MARGIN_COLOUR = "#5B3FD6", "#882255", "#333333"  # never the colour of a model
+from thinkpo_jax.runtime.integers import ceil_div
+
+CHOSEN_COLOUR, REJECTED_COLOUR, MARGIN_COLOUR = "#5B3FD6", "#882255", "#333333"  # models have other colours
 _PANELS_PER_ROW = 3
 
 
 def figure_to_png(figure: Figure) -> bytes:
-    """A figure as a picture file."""
+    """Returns the content of a PNG file."""
     figure.savefig(buffer := BytesIO(), format="png", dpi=130)
     return buffer.getvalue()
 
 
 def panel_grid(count: int, title: str) -> tuple[Figure, list[Axes]]:
+    """Creates a figure with `count` panels, three per row."""
     columns = min(count, _PANELS_PER_ROW)
-    rows = -(-count // columns)
+    rows = ceil_div(count, columns)
     figure = Figure(figsize=(max(5.6, 4.6 * columns), 3.9 * rows), layout="constrained")
     figure.suptitle(title)
     panels = list(figure.subplots(rows, columns, squeeze=False).flat)
@@ -27,13 +30,13 @@ def panel_grid(count: int, title: str) -> tuple[Figure, list[Axes]]:
 
 
 def label_axes(ax: Axes, title: str, x: str, y: str) -> None:
+    """Sets the title and the axis labels of a panel, and draws a light grid behind the data."""
     ax.set_title(title, fontsize=10)
-    ax.set_xlabel(x)
-    ax.set_ylabel(y)
+    ax.set(xlabel=x, ylabel=y, axisbelow=True)
     ax.grid(color="#E4E4E4", linewidth=0.7)
-    ax.set_axisbelow(True)
     ax.spines[["top", "right"]].set_visible(False)
 
 
 def draw_legend(ax: Axes) -> None:
+    """Draws the legend below a panel."""
     ax.legend(loc="upper center", bbox_to_anchor=(0.5, -0.17), ncols=3, frameon=False, fontsize=8.5)

@@ -1,4 +1,4 @@
-"""Writes files atomically, reads JSON records, locks folders, digests content."""
+"""Names the files of a stage, writes files atomically, reads JSON, locks folders and reports software versions."""
 
 import contextlib
 import importlib.metadata
@@ -21,10 +21,10 @@ from thinkpo_jax.runtime.processes import is_primary_process
 
 @contextlib.contextmanager
 def lock_folder(folder: Path, key: str, *, wait_message: str = "") -> Iterator[None]:
-    """Makes a folder, which the configuration names under `key`; within it no other process does the same.
+    """Makes a folder, which the configuration names under `key`, and locks it inside the `with` block.
 
-    Raises `UserError` where it cannot be made, or another process holds it; with `waiting`, which is then said, that
-    process is waited for. Of the processes of one run the first one does so for all of them.
+    With a `wait_message`, logs it and waits until the folder is free. The primary process locks for all processes.
+    Raises `UserError` if the folder cannot be made, or if another process holds the lock and there is no message.
     """
     if not is_primary_process():
         yield
@@ -32,33 +32,29 @@ def lock_folder(folder: Path, key: str, *, wait_message: str = "") -> Iterator[N
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(f"{key}: {folder} cannot be made: {error}. Set {key} to a folder.") from None
+        raise UserError(f"{key}: {folder} cannot be made: {error}. Set {key} to a folder that can be made.") from None
+    lock = filelock.FileLock(folder / ".lock")
     with contextlib.ExitStack() as stack:
         try:
-            lock = filelock.FileLock(folder / ".lock")
-            try:
-                stack.enter_context(lock.acquire(blocking=False))
-            except filelock.Timeout:
-                if not wait_message:
-                    raise
-                log_info(wait_message)
-                stack.enter_context(lock.acquire())
+            stack.enter_context(lock.acquire(blocking=False))
         except filelock.Timeout:
-            raise UserError(
-                f"{key}: another process writes to {folder}. Wait for it, or choose another {key}."
-            ) from None
+            if not wait_message:
+                message = f"{key}: another process writes to {folder}. Wait until it ends, or choose another {key}."
+                raise UserError(message) from None
+            log_info(wait_message)
+            stack.enter_context(lock.acquire())
         except (OSError, NotImplementedError) as error:
-            log_warning(f"{folder} cannot be locked ({error}): see to it that no other process writes there.")
+            log_warning(f"{folder} cannot be locked ({error}). Make sure that no other process writes there.")
         yield
 
 
 def read_json_object(path: Path, *, missing_hint: str = "") -> dict[str, Any]:
-    """The object that a JSON file holds. Raises `UserError` for anything else; `absent`: advice where there is none."""
+    """Returns the object in a JSON file. Raises `UserError` for anything else, with advice if there is no file."""
     try:
         loaded = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(f"{path}: there is no such file. {missing_hint}".rstrip()) from None
-    except (OSError, ValueError, RecursionError) as error:  # ValueError: no UTF-8, no JSON, a number of many digits
+    except (OSError, ValueError, RecursionError) as error:  # ValueError: not UTF-8, not JSON, a number of many digits
         raise UserError(f"{path}: cannot be read as JSON: {error}") from None
     if not isinstance(loaded, dict):
         raise UserError(f"{path}: expected a JSON object, found {type(loaded).__name__}.")
@@ -66,15 +62,15 @@ def read_json_object(path: Path, *, missing_hint: str = "") -> dict[str, Any]:
 
 
 def token_cache_folder() -> Path:
-    """Where prepared tokens are kept: below XDG_CACHE_HOME, which is ~/.cache where it is not set."""
+    """Returns the folder of cached tokens, below XDG_CACHE_HOME (default: ~/.cache)."""
     home = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
     return Path(home).expanduser() / "thinkpo_jax" / "tokens"
 
 
 def write_atomically(path: Path, content: bytes) -> None:
-    """Writes a file so that it is whole or not there at all; an older one stays until then. Makes its folder.
+    """Writes a file and makes its folder. A crash leaves the old file or the new one, never a part of it.
 
-    Of several processes the first one alone writes.
+    Only the primary process writes.
     """
     if not is_primary_process():
         return
@@ -88,32 +84,22 @@ def write_atomically(path: Path, content: bytes) -> None:
 
 
 def software_versions() -> dict[str, str]:
-    """The versions of what computed a run: this package and its commit, Python, jax and its companions, the devices."""
+    """Returns the versions of this package and its commit, of Python and of the libraries, and the devices."""
     names = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "transformers", "numpy")
-    found = {name: importlib.metadata.version(name) for name in names}
     kinds = sorted({device.device_kind for device in jax.devices()})
-    devices = f"{len(jax.devices())} x {', '.join(kinds)}"
     return {
         "thinkpo_jax": f"{__version__}, commit {_commit()}",
         "python": sys.version.split()[0],
-        **found,
-        "devices": devices,
+        **{name: importlib.metadata.version(name) for name in names},
+        "devices": f"{len(jax.devices())} x {', '.join(kinds)}",
     }
 
 
 def _commit() -> str:
-    here = Path(__file__).parent
-    try:
-        told = subprocess.run(
-            ["git", "describe", "--always", "--dirty", "--abbrev=12"],
-            cwd=here,
-            capture_output=True,
-            text=True,
-            timeout=10,
-        )
-    except (OSError, subprocess.TimeoutExpired):
-        return "unknown"
-    return told.stdout.strip() if told.returncode == 0 else "unknown"
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=12"]
+    with contextlib.suppress(OSError, subprocess.SubprocessError):
+        return subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
+    return "unknown"
 
 
 class StageFolder:
