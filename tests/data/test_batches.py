@@ -8,9 +8,8 @@ import numpy as np
 import pytest
 from support import small
 
-from thinkpo_jax.data.batches import BatchConfig, BatchPlan, HostBatch
-from thinkpo_jax.data.examples import Segment
-from thinkpo_jax.data.packing import pack_best_fit, split_held_out
+from thinkpo_jax.data.batches import BatchConfig, BatchPlan, HostBatch, pack_best_fit
+from thinkpo_jax.data.examples import Segment, split_held_out
 from thinkpo_jax.runtime.config import UserError
 
 

@@ -23,8 +23,7 @@ from support.data_files import (
     write_saved_splits,
 )
 
-from thinkpo_jax.data.readers import source_fingerprint
-from thinkpo_jax.data.sources import DataSourceConfig
+from thinkpo_jax.data.readers import DataSourceConfig, source_fingerprint
 from thinkpo_jax.runtime.config import UserError
 
 # Subsets and splits.

@@ -19,9 +19,8 @@ import pytest
 
 from thinkpo_jax.data.chat_tokenizer import ChatTokenizer
 from thinkpo_jax.data.examples import TokenizedDataset
-from thinkpo_jax.data.readers import iterate_records
+from thinkpo_jax.data.readers import DataSourceConfig, iterate_records
 from thinkpo_jax.data.record_formats import PreferenceDataConfig, SftDataConfig
-from thinkpo_jax.data.sources import DataSourceConfig
 from thinkpo_jax.data.tokenization import tokenize_sources
 from thinkpo_jax.runtime.config import UserError
 

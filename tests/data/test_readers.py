@@ -27,9 +27,14 @@ from support.data_files import (
 
 from thinkpo_jax.data import readers
 from thinkpo_jax.data.chat_tokenizer import ChatTokenizer
-from thinkpo_jax.data.readers import iterate_records, iterate_valid_records, source_fingerprint
+from thinkpo_jax.data.readers import (
+    DataSourceConfig,
+    RecordError,
+    iterate_records,
+    iterate_valid_records,
+    source_fingerprint,
+)
 from thinkpo_jax.data.record_formats import SftDataConfig
-from thinkpo_jax.data.sources import DataSourceConfig, RecordError
 from thinkpo_jax.data.tokenization import tokenize_sources
 from thinkpo_jax.runtime.config import UserError, parse_config
 

@@ -6,9 +6,8 @@ import pytest
 from support.tokenized import ROW, decode_first_segments, error_message, json_line, tokenize, turns, write_rows
 
 from thinkpo_jax.data.chat_tokenizer import ChatTokenizer
-from thinkpo_jax.data.readers import iterate_records
+from thinkpo_jax.data.readers import DataSourceConfig, iterate_records
 from thinkpo_jax.data.record_formats import SftDataConfig
-from thinkpo_jax.data.sources import DataSourceConfig
 from thinkpo_jax.runtime.config import UserError
 
 LINE_SEPARATOR = "\u2028"

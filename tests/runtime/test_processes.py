@@ -205,7 +205,7 @@ def test_processes_with_different_data_or_settings_are_an_error(tmp_path: Path, 
         rows = (tmp_path / "rows.jsonl").read_text().splitlines(keepends=True)
         (tmp_path / "fewer.jsonl").write_text("".join(rows[:-1]))
         text = text.replace("rows.jsonl", "fewer.jsonl")
-        message = "stage sft: this process reads other data than the first"
+        message = "stage sft: this process reads other data than process 0"
     else:
         text = text.replace("beta: 0.1", "beta: 0.2")
         message = "this process has another configuration"

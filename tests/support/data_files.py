@@ -8,8 +8,7 @@ from typing import Any
 
 import pytest
 
-from thinkpo_jax.data.readers import iterate_records
-from thinkpo_jax.data.sources import DataSourceConfig
+from thinkpo_jax.data.readers import DataSourceConfig, iterate_records
 from thinkpo_jax.runtime.config import UserError
 
 RECORDS: list[dict[str, Any]] = [

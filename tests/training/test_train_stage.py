@@ -10,7 +10,7 @@ import pytest
 import safetensors.numpy
 import yaml
 
-from thinkpo_jax.data.packing import split_held_out
+from thinkpo_jax.data.examples import split_held_out
 from thinkpo_jax.data.record_formats import PreferenceDataConfig
 from thinkpo_jax.data.tokenization import tokenize_sources
 from thinkpo_jax.models.compute_config import ComputeConfig

@@ -1,9 +1,10 @@
-"""Builds the batches of a stage from rows of packed examples.
+"""Packs examples into rows and builds the batches of a stage from them.
 
 The order of the examples depends only on the seed and the epoch. So a resumed run can start at any update without
 replaying earlier ones. The number of devices or micro-batches does not change which examples an update reads.
 """
 
+import bisect
 import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -16,7 +17,6 @@ import numpy as np
 import pydantic
 
 from thinkpo_jax.data.examples import Example
-from thinkpo_jax.data.packing import pack_best_fit
 from thinkpo_jax.runtime.config import ConfigSection, UserError
 from thinkpo_jax.runtime.context_parallel import MAX_CONTEXT_PARALLELISM
 
@@ -91,10 +91,7 @@ def micro_batch_shape(rows: int, config: BatchConfig, num_shards: int) -> tuple[
 
 
 class BatchPlan:
-    """Plans the updates of a stage and builds the batch of any of them.
-
-    Batches contain `reference_log_probs` [examples, S, NUM_REGIONS], which are zero until the caller assigns them.
-    """
+    """Plans the updates of a stage and builds the batch of any of them."""
 
     def __init__(
         self,
@@ -112,12 +109,14 @@ class BatchPlan:
 
         No update reads the examples with indices `held_out`. The rows of a micro-batch are padded to a multiple of
         `num_shards`. A process reads only the examples of its `local_shards` (None: all). The tokens of other rows are
-        missing in its batches. Raises `UserError` if an example is longer than a row.
+        missing in its batches. Batches contain `reference_log_probs` [examples, S, NUM_REGIONS], which are zero until
+        the caller assigns them. Raises `UserError` if an example is longer than a row.
         """
         self.examples, self.config = examples, config
         self.answers_per_example = len(examples[0])
-        measured = np.array([_measure(example) for example in examples])  # this reads each example only once
-        self.sizes, self.attention_pairs = measured[:, :3], measured[:, 3]
+        lengths = np.array([[(len(s.token_ids), len(s.answer_ids)) for s in example] for example in examples])
+        self.sizes = np.insert(lengths.sum(axis=1), 1, 1, axis=1)  # taken of a row: tokens, examples, answer tokens
+        self.attention_pairs = (lengths[..., 0] * (lengths[..., 0] + 1) // 2).sum(axis=1)
         if (longest := self.sizes[:, 0].max()) > config.row_length:
             raise UserError(
                 f"batch.row_length is {config.row_length}, but the longest example has {longest} tokens. "
@@ -248,8 +247,27 @@ class LazyBatches:
         return map(self.build_batch, self.rows_by_batch)
 
 
-def _measure(example: Example) -> tuple[int, int, int, int]:
-    """Returns what an example takes of a row (tokens, examples, answer tokens), and its attention pairs."""
-    lengths = [len(segment.token_ids) for segment in example]
-    attention_pairs = sum(length * (length + 1) // 2 for length in lengths)
-    return sum(lengths), 1, sum(len(segment.answer_ids) for segment in example), attention_pairs
+def pack_best_fit(sizes: np.ndarray, limits: Sequence[int], order: np.ndarray) -> list[list[int]]:
+    """Packs the examples of `order` into rows by best fit, longest first. Returns the example indices of each row.
+
+    `sizes` [n, k] says how much of k resources each example needs. The first one is its length, which decides the fit.
+    `limits` [k] says how much of each resource a row has. Only a row with a single example may exceed them.
+    Examples of equal length are packed in the order of `order`.
+    """
+    rows: list[list[int]] = []
+    remaining: list[np.ndarray] = []  # by row: what is left of `limits`
+    free_tokens: list[tuple[int, int]] = []  # (free tokens, row), ascending
+    for index in sorted(order.tolist(), key=lambda i: -sizes[i, 0]):
+        for position in range(bisect.bisect_left(free_tokens, (int(sizes[index, 0]), -1)), len(free_tokens)):
+            row = free_tokens[position][1]
+            if (remaining[row] >= sizes[index]).all():
+                del free_tokens[position]
+                break
+        else:
+            row = len(rows)
+            rows.append([])
+            remaining.append(np.array(limits, np.int64))
+        rows[row].append(index)
+        remaining[row] = remaining[row] - sizes[index]
+        bisect.insort(free_tokens, (int(remaining[row][0]), row))
+    return rows

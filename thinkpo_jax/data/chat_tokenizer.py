@@ -56,11 +56,6 @@ def has_unclosed_tag(answer: str, tags: Sequence[tuple[str, str]] = THOUGHT_TAGS
     return any(answer.rfind(opening) > answer.rfind(closing) for opening, closing in tags)
 
 
-def contains_thought(answer: str) -> bool:
-    """Tells whether an answer contains a thought, or the end of one."""
-    return any(tag in answer for tags in THOUGHT_TAGS for tag in tags)
-
-
 @dataclass(frozen=True)
 class ChatTokenizer:
     """A tokenizer with its chat template. `end_of_turn_id` ends an answer, and `stop_token_ids` end a generation.
@@ -79,9 +74,8 @@ class ChatTokenizer:
         if not any((folder / name).is_file() for name in TOKENIZER_FILES):
             raise UserError(f"{folder}: no tokenizer: expected {' or '.join(TOKENIZER_FILES)}.")
         try:
-            tokenizer = AutoTokenizer.from_pretrained(
-                folder, trust_remote_code=False, clean_up_tokenization_spaces=False
-            )
+            options = {"trust_remote_code": False, "clean_up_tokenization_spaces": False}
+            tokenizer = AutoTokenizer.from_pretrained(folder, **options)
         except Exception as error:  # a malformed file can raise anything
             raise UserError(f"{folder}: no usable tokenizer: {error}") from None
         if tokenizer.chat_template is None:
@@ -104,10 +98,7 @@ class ChatTokenizer:
         return RenderedPrompt(text, _encode(self.tokenizer, text, "prompt"))
 
     def encode_answer(self, prompt: RenderedPrompt, answer: str) -> list[int]:
-        """Encodes an answer to a prompt with its end token. These ids are trained.
-
-        Raises `UserError` as `encode_prompt` does, and for an empty answer.
-        """
+        """Encodes an answer and its end token. Raises `UserError` as `encode_prompt` does, or if there is no token."""
         ids = _encode(self.tokenizer, prompt.without_open_tag(answer), "answer")
         if not ids:
             raise UserError(f"the answer {answer!r:.60} gives no token to train. Remove the row from the data.")
@@ -120,12 +111,9 @@ class ChatTokenizer:
         return _encode(self.tokenizer, prompt.without_open_tag(EMPTY_THOUGHT), "empty thought")
 
     def thought_end_token_ids(self) -> list[list[int]]:
-        """Returns for each tag that ends a thought its ids at the start of a line.
-
-        If a tag has several ids, the last one is left out. It may merge with the text after the tag.
-        """
+        """Returns for each tag that ends a thought its ids at the start of a line."""
         tags = (self.tokenizer.encode(closing, add_special_tokens=False) for _, closing in THOUGHT_TAGS)
-        return [ids[:-1] if len(ids) > 1 else ids for ids in tags]
+        return [ids[:-1] or ids for ids in tags]  # the last of several ids may merge with the text after the tag
 
     def template_keeps_thoughts(self) -> bool:
         """Tells whether the template keeps the thought of an answer that is passed to it as a message."""
@@ -148,9 +136,8 @@ class ChatTokenizer:
 
 
 def _special_token_error(owner: str, tokens: Sequence[str]) -> UserError:
-    tokens_text = ", ".join(map(repr, tokens))
     advice = "Remove it from the data. Only the chat template may begin and end turns"
-    return UserError(f"{owner} holds {tokens_text}, special to this tokenizer. {advice}.")
+    return UserError(f"{owner} holds {', '.join(map(repr, tokens))}, special to this tokenizer. {advice}.")
 
 
 def _encode(tokenizer: Any, text: str, description: str) -> list[int]:
@@ -168,11 +155,9 @@ def _encode(tokenizer: Any, text: str, description: str) -> list[int]:
     return ids
 
 
-def _render(tokenizer: Any, messages: Sequence[Message], *, add_generation_prompt: bool = False) -> str:
+def _render(tokenizer: Any, messages: Sequence[Message], **options: bool) -> str:
     try:
-        return tokenizer.apply_chat_template(
-            messages, tokenize=False, add_generation_prompt=add_generation_prompt, date_string=TEMPLATE_DATE
-        )
+        return tokenizer.apply_chat_template(messages, tokenize=False, date_string=TEMPLATE_DATE, **options)
     except Exception as error:  # a template is a program and can raise anything
         roles = [message["role"] for message in messages]
         raise UserError(f"the chat template refuses a conversation with the roles {roles}: {error}") from None

@@ -1,14 +1,14 @@
-"""Holds tokenized examples and reports what happened to the records of their sources."""
+"""Holds tokenized examples, reports what happened to the records of their sources, and splits off validation data."""
 
 import functools
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import overload
 
 import numpy as np
+import pydantic
 
-from thinkpo_jax.runtime.config import UserError
+from thinkpo_jax.runtime.config import ConfigSection, UserError
 
 
 @dataclass(frozen=True)
@@ -70,8 +70,7 @@ class TokenizedDataset(Sequence[Example]):
     """The examples that a stage reads in one epoch, source by source and in the order of their records.
 
     The weight of a source says how often an epoch reads each of its examples. Its fractional part selects a random
-    subset, which depends on `seed` and on the examples of the source. Raises `UserError` if a weight selects none of
-    the examples of its source.
+    subset, which depends on `seed` and on the examples of the source. Raises `UserError` if a weight selects none.
     """
 
     def __init__(self, sources: Sequence[TokenizedSource], weights: Sequence[float], *, seed: int) -> None:
@@ -92,13 +91,7 @@ class TokenizedDataset(Sequence[Example]):
     def __len__(self) -> int:
         return len(self.source_and_index)
 
-    @overload
-    def __getitem__(self, index: int) -> Example: ...
-    @overload
-    def __getitem__(self, index: slice) -> list[Example]: ...
-    def __getitem__(self, index: int | slice) -> Example | list[Example]:
-        if isinstance(index, slice):
-            return [self[i] for i in range(*index.indices(len(self)))]
+    def __getitem__(self, index: int) -> Example:  # pyright: ignore[reportIncompatibleMethodOverride] -- no slices
         source, example = self.source_and_index[index].tolist()
         return self.sources[source][example]
 
@@ -126,3 +119,34 @@ class TokenizedDataset(Sequence[Example]):
         lengths = [np.diff(source.segments, axis=-1) for source in self.sources]
         offsets = np.cumsum([0, *map(len, lengths)])[:-1]
         return np.concatenate(lengths)[offsets[self.source_and_index[:, 0]] + self.source_and_index[:, 1]]
+
+
+class ValidationConfig(ConfigSection):
+    """Examples that are held out to compute loss and metrics on unseen data.
+
+    `share` is the fraction of examples that is held out. Examples with the same prompt are held out together.
+    They are evaluated before the first update, after every `every` updates, and after the last update.
+    """
+
+    share: float = pydantic.Field(gt=0, le=0.5)
+    every: int = pydantic.Field(default=50, ge=1)
+
+
+def split_held_out(examples: Sequence[Example], fraction: float, *, seed: int) -> np.ndarray:
+    """Returns sorted indices of the validation examples, about `fraction` of all.
+
+    Examples with the same prompt are held out together, so no prompt is in both training and validation. Prompts are
+    drawn at random. A prompt that would overshoot the target by more than half its examples is skipped. If every prompt
+    is skipped, the prompt with the fewest examples is held out. Raises `UserError` if there is only one prompt.
+    """
+    indices_by_prompt: dict[bytes, list[int]] = {}
+    for index, (segment, *_) in enumerate(examples):
+        indices_by_prompt.setdefault(segment.token_ids[: segment.answer_start].tobytes(), []).append(index)
+    groups = list(indices_by_prompt.values())
+    if len(groups) < 2:
+        raise UserError("validation: all examples have the same prompt. Remove `validation`, or add other prompts.")
+    held_out: list[int] = []
+    for number in np.random.default_rng((seed, len(examples))).permutation(len(groups)).tolist():
+        if len(held_out) + len(groups[number]) / 2 <= fraction * len(examples):
+            held_out += groups[number]
+    return np.sort(np.array(held_out or min(groups, key=len)))

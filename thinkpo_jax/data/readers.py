@@ -1,22 +1,26 @@
-"""Reads the records of a data source one at a time. A source is a file, a folder, a Hub id or a generator."""
+"""Configures a data source (a file, a folder, a Hub id or a generator) and reads its records one at a time."""
 
 import gzip
 import hashlib
+import importlib.resources
 import itertools
 import json
 import os
-import pkgutil
 import re
 import statistics
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from thinkpo_jax.data.sources import DATA_FILE_SUFFIXES, DataSourceConfig, Record, RecordError, has_data_file_suffix
-from thinkpo_jax.runtime.config import UserError, did_you_mean
+import pydantic
+
+from thinkpo_jax.data.miniature import MiniatureData
+from thinkpo_jax.runtime.config import ConfigPath, ConfigSection, UserError, did_you_mean
 from thinkpo_jax.runtime.console import log_warning
 
+DATA_FILE_SUFFIXES = (".jsonl", ".jsonl.gz", ".parquet")
+MAX_MESSAGE_CHARACTERS = 2000  # a message may quote keys of a record, and some keys have millions of characters
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 # Any other ending may belong to a Hub id such as owner/v1.5.
 UNSUPPORTED_FILE_SUFFIXES = (".json", ".csv", ".tsv", ".txt", ".gz", ".zst", ".arrow")
@@ -26,25 +30,75 @@ PARQUET_BATCH_ROWS = 64
 # How an Arrow stream and an Arrow file end. A file with another end was cut short, which a reader may not notice.
 ARROW_END_MARKERS = (b"\xff\xff\xff\xff\0\0\0\0", b"ARROW1")
 
-Records = Iterator[tuple[str, Record | RecordError]]
+Record = Mapping[str, Any]
+LocatedRecord = tuple[str, "Record | RecordError"]  # the location is for messages: "rows.jsonl, line 7"
 
 
-def iterate_records(source: DataSourceConfig, *, seed: int) -> Records:
-    """Yields `(location, record)` for each record, at most `limit` of them.
+class RecordError(UserError):
+    """One record cannot be used. `reason` is the kind of problem, and the message says where and what it is."""
 
-    The location names the record in messages, such as "rows.jsonl, line 7". A record that cannot be read is yielded as
-    a `RecordError`. Raises `UserError` if the source itself cannot be read or has no records.
+    def __init__(self, reason: str, message: str) -> None:
+        message = message.encode(errors="backslashreplace").decode()  # a quoted key may hold a lone surrogate
+        shortened = f"{message[:MAX_MESSAGE_CHARACTERS]} ..."
+        super().__init__(shortened if len(message) > MAX_MESSAGE_CHARACTERS else message)
+        self.reason = reason
+
+
+def has_data_file_suffix(path: str) -> bool:
+    """Tells whether `path` has the ending of a data file. Other paths are folders or data sets of the Hub."""
+    return path.endswith(DATA_FILE_SUFFIXES)
+
+
+class DataSourceConfig(ConfigSection):
+    """Where records come from: either `path` or `generate`. At most `limit` records are read.
+
+    `path` is a file (.jsonl, .jsonl.gz, .parquet), a folder or a Hub id. A folder holds the output of
+    `Dataset.save_to_disk`, or has the layout of a Hub data set. `split`, `subset` and `revision` select within a data
+    set. `streaming` reads records during the download. Without it, the whole data set is first stored on disk.
     """
-    is_empty = True
-    for location_and_record in itertools.islice(_all_records(source, seed), source.limit):
-        is_empty = False
-        yield location_and_record
-    if is_empty:
+
+    path: ConfigPath | None = None
+    split: str = "train"
+    subset: str | None = None
+    revision: str | None = None
+    streaming: bool = False
+    generate: MiniatureData | None = None
+    limit: int | None = pydantic.Field(default=None, ge=1)
+
+    @pydantic.model_validator(mode="after")
+    def _check_source(self) -> "DataSourceConfig":
+        if (self.path is None) == (self.generate is None):
+            raise ValueError("give either `path` or `generate`, one of the two")
+        has_selection = self.split != "train" or self.subset is not None or self.revision is not None or self.streaming
+        if has_selection and (self.path is None or has_data_file_suffix(self.path)):
+            keys = "`split`, `subset`, `revision` and `streaming`"
+            raise ValueError(f"{keys} select within a data set, but a file has none of them. Leave them out")
+        return self
+
+    @property
+    def name(self) -> str:
+        """The name of the source in messages."""
+        return self.path or "generate"
+
+    @property
+    def local_path(self) -> Path:
+        """`path` in the file system, whether or not it exists."""
+        return Path(str(self.path)).expanduser()
+
+
+def iterate_records(source: DataSourceConfig, *, seed: int) -> Iterator[LocatedRecord]:
+    """Yields at most `limit` records. A record that cannot be read is yielded as a `RecordError`.
+
+    Raises `UserError` if the source itself cannot be read or has no records.
+    """
+    records = itertools.islice(_all_records(source, seed), source.limit)
+    if (first := next(records, None)) is None:
         raise UserError(f"{source.name}: there are no rows, expected at least one.")
+    yield from itertools.chain([first], records)
 
 
 def iterate_valid_records(source: DataSourceConfig, *, seed: int) -> Iterator[tuple[str, Record]]:
-    """Yields `(location, record)` for each record, as `iterate_records` does. Raises the first `RecordError`."""
+    """Yields records as `iterate_records` does, but raises the first `RecordError`."""
     for location, record in iterate_records(source, seed=seed):
         if isinstance(record, RecordError):
             raise record
@@ -77,7 +131,7 @@ def _file_digest(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _all_records(source: DataSourceConfig, seed: int) -> Records:
+def _all_records(source: DataSourceConfig, seed: int) -> Iterator[LocatedRecord]:
     if source.generate is not None:
         return ((f"generated question {i}", record) for i, record in enumerate(source.generate.rows(seed)))
     path = _checked_path(source)
@@ -107,21 +161,15 @@ def _checked_path(source: DataSourceConfig) -> Path:
             raise UserError(f"{source.name}: `revision` only applies to a data set of the Hub. Leave it out.")
     elif exists or path.name.endswith(UNSUPPORTED_FILE_SUFFIXES) or not HUB_ID.fullmatch(str(source.path)):
         problem = f"found {'another kind of' if exists else 'no such'} file"
-    elif str(source.path) in _builtin_builder_names():
+    elif (importlib.resources.files("datasets.packaged_modules") / str(source.path)).is_dir():
+        # Given a name such as `json`, `datasets` would read the files of the working directory in that format.
         problem = "found the name of a format. Name the file or its folder"
     if problem is not None:
         raise UserError(f"{source.name}: {expected}, {problem}.")
     return path
 
 
-def _builtin_builder_names() -> set[str]:
-    """Names such as `json`. Given one, `datasets` reads the files of the working directory in that format."""
-    import datasets.packaged_modules
-
-    return {module.name for module in pkgutil.iter_modules(datasets.packaged_modules.__path__)}
-
-
-def _read_jsonl(path: Path) -> Records:
+def _read_jsonl(path: Path) -> Iterator[LocatedRecord]:
     line_number = 0
     try:
         with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
@@ -159,7 +207,7 @@ def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return fields
 
 
-def _read_parquet(path: Path) -> Records:
+def _read_parquet(path: Path) -> Iterator[LocatedRecord]:
     import pyarrow
     from pyarrow import parquet
 
@@ -193,10 +241,15 @@ def _read_record(read: Callable[[], Record], location: str) -> Record | RecordEr
         return RecordError("unreadable value", f"{location}: {problem}")
 
 
-def _read_dataset(source: DataSourceConfig) -> Records:
+def _read_dataset(source: DataSourceConfig) -> Iterator[LocatedRecord]:
     num_read = 0
     try:
-        for read in _record_readers(_open_dataset(source)):
+        dataset = _open_dataset(source)
+        if source.streaming:
+            reads = (lambda record=record: record for record in dataset)
+        else:  # by index, so reading can go on after an error
+            reads = (lambda i=i: dataset[i] for i in range(len(dataset)))
+        for read in reads:
             location = f"{source.name}, row {num_read}"
             yield location, _read_record(read, location)
             num_read += 1
@@ -204,25 +257,16 @@ def _read_dataset(source: DataSourceConfig) -> Records:
         raise _as_user_error(error, source, num_read) from None
 
 
-def _record_readers(dataset: Any) -> Iterator[Callable[[], Record]]:
-    """Yields a function per record that reads it. A `Dataset` is read by index, so reading can go on after an error."""
-    import datasets  # slow to import, and only this kind of source needs it
-
-    if isinstance(dataset, datasets.Dataset):
-        return (lambda i=i: dataset[i] for i in range(len(dataset)))
-    return (lambda record=record: record for record in dataset)
-
-
 def _open_dataset(source: DataSourceConfig) -> Any:
-    """Opens a folder or a data set of the Hub as a `Dataset` or an `IterableDataset`."""
-    import datasets
+    """Opens a folder or a data set of the Hub as a `Dataset`, or as an `IterableDataset` with `streaming`."""
+    import datasets  # slow to import, and only this kind of source needs it
 
     folder, is_local = source.local_path, source.local_path.is_dir()
     path = str(folder if is_local else source.path)
     if is_local:
         _check_arrow_files(folder)
         if any((folder / name).is_file() for name in SAVE_TO_DISK_MARKERS):
-            return _open_saved_dataset(source, folder)
+            return _open_saved_dataset(source)
         _check_data_files(source, datasets.load_dataset_builder(path, source.subset))
     # `datasets` recognizes a cached file by its time alone, so it could return the old content of a folder.
     mode = "force_redownload" if is_local and not source.streaming else None
@@ -230,9 +274,10 @@ def _open_dataset(source: DataSourceConfig) -> Any:
     return datasets.load_dataset(path, source.subset, download_mode=mode, **options)
 
 
-def _open_saved_dataset(source: DataSourceConfig, folder: Path) -> Any:
+def _open_saved_dataset(source: DataSourceConfig) -> Any:
     import datasets
 
+    folder = source.local_path
     if source.subset is not None:
         raise UserError(f"{folder}: `save_to_disk` wrote no subset {source.subset!r} there. Leave `subset` out.")
     if source.streaming:
@@ -241,8 +286,7 @@ def _open_saved_dataset(source: DataSourceConfig, folder: Path) -> Any:
     if isinstance(saved, datasets.Dataset):
         saved = {str(saved.split or "train"): saved, "train": saved}  # "train" is the default of `split`
     if source.split not in saved:
-        splits = [str(name) for name in saved]
-        hint = did_you_mean(source.split, splits)
+        hint = did_you_mean(source.split, splits := list(map(str, saved)))
         raise UserError(f"{folder}: no split {source.split!r}{hint}. The splits are: {splits}.")
     return saved[source.split]
 
@@ -257,10 +301,7 @@ def _check_arrow_files(folder: Path) -> None:
 
 
 def _check_data_files(source: DataSourceConfig, builder: Any) -> None:
-    """Warns of data files that belong to no split.
-
-    Raises `UserError` for a file outside the folder. `source_fingerprint` does not cover such a file.
-    """
+    """Warns of files in no split. Raises `UserError` for one outside, which `source_fingerprint` would not cover."""
     root = source.local_path.resolve()
     used = {Path(os.path.normpath(file)) for files in (builder.config.data_files or {}).values() for file in files}
     if outside := sorted(str(file) for file in used if not file.is_relative_to(root)):

@@ -6,8 +6,7 @@ from typing import Any, Literal, NamedTuple, TypeVar
 import pydantic
 
 from thinkpo_jax.data.chat_tokenizer import Message
-from thinkpo_jax.data.readers import iterate_records
-from thinkpo_jax.data.sources import DataSourceConfig, Record, RecordError
+from thinkpo_jax.data.readers import DataSourceConfig, Record, RecordError, iterate_records
 from thinkpo_jax.runtime.config import ConfigSection, did_you_mean
 
 ROLE_ALIASES = {"human": "user", "gpt": "assistant", "user": "user", "assistant": "assistant", "system": "system"}
@@ -95,6 +94,7 @@ class PreferenceDataConfig(PromptSourceConfig, _TrainingDataConfig):
 StageDataConfig = SftDataConfig | PreferenceDataConfig
 ColumnConfig = ResponseSourceConfig | PreferenceDataConfig
 ColumnConfigT = TypeVar("ColumnConfigT", bound=ColumnConfig)
+LocatedResponse = tuple[str, PromptAnswers, Record]  # the location names the record in messages
 
 
 def infer_columns(config: ColumnConfigT, record: Record, location: str) -> ColumnConfigT:
@@ -116,27 +116,19 @@ def infer_columns(config: ColumnConfigT, record: Record, location: str) -> Colum
 
 def parse_record(config: ColumnConfig, record: Record, location: str) -> PromptAnswers:
     """Returns the prompt and the answers. Raises `RecordError` for a missing column, a wrong type or an empty text."""
-    if isinstance(config, ResponseSourceConfig):
-        column = config.messages or config.response or "response"
-        messages, answer = _prompt_and_answer(config, record, column, location)
-        return PromptAnswers(messages, (answer,))
-    messages, chosen = _prompt_and_answer(config, record, config.chosen, location)
-    rejected_messages, rejected = _prompt_and_answer(config, record, config.rejected, location)
-    columns = f"{location}: {config.chosen} and {config.rejected}"
-    if messages != rejected_messages:
-        raise RecordError("two prompts", f"{columns} do not answer the same prompt.")
-    if chosen == rejected:
-        raise RecordError("identical answers", f"{columns} are the same text; a pair needs two answers.")
-    return PromptAnswers(messages, (chosen, rejected))
+    is_pair = isinstance(config, PreferenceDataConfig)
+    columns = (config.chosen, config.rejected) if is_pair else (config.messages or config.response or "response",)
+    prompts, answers = zip(*(_prompt_and_answer(config, record, column, location) for column in columns), strict=True)
+    if prompts[0] != prompts[-1]:
+        raise RecordError("two prompts", f"{location}: {' and '.join(columns)} do not answer the same prompt.")
+    if len(set(answers)) < len(answers):
+        problem = "are the same text; a pair needs two answers"
+        raise RecordError("identical answers", f"{location}: {' and '.join(columns)} {problem}.")
+    return PromptAnswers(prompts[0], answers)
 
 
-def iterate_responses(
-    config: ResponseSourceConfig, *, seed: int
-) -> Iterator[tuple[str, PromptAnswers, Record] | RecordError]:
-    """Yields `(location, prompt and answer, record)` for each record.
-
-    A record that cannot be used raises its `RecordError`. With `on_bad_row: skip`, the error is yielded instead.
-    """
+def iterate_responses(config: ResponseSourceConfig, *, seed: int) -> Iterator[LocatedResponse | RecordError]:
+    """Yields the response of each record, or raises its `RecordError`. `on_bad_row: skip` yields the error instead."""
     for location, record in iterate_records(config, seed=seed):
         try:
             if isinstance(record, RecordError):

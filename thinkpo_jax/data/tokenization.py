@@ -1,7 +1,4 @@
-"""Tokenizes the records of data sources into examples.
-
-An example is a tuple of segments that stay in one row: one for SFT, two (chosen, rejected) for a preference pair.
-"""
+"""Tokenizes the records of data sources into examples, which are cached on disk."""
 
 import contextlib
 import functools
@@ -11,31 +8,30 @@ import io
 import itertools
 import json
 import os
+import shutil
+import tempfile
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
 
-from thinkpo_jax.data.chat_tokenizer import ChatTokenizer, contains_thought, has_unclosed_tag
+from thinkpo_jax.data.chat_tokenizer import THOUGHT_TAGS, ChatTokenizer, has_unclosed_tag
 from thinkpo_jax.data.examples import Example, Segment, SourceReport, TokenizedDataset, TokenizedSource
-from thinkpo_jax.data.readers import iterate_records, source_fingerprint
-from thinkpo_jax.data.record_formats import (
-    ColumnConfig,
-    PreferenceDataConfig,
-    StageDataConfig,
-    infer_columns,
-    parse_record,
-)
-from thinkpo_jax.data.sources import Record, RecordError
-from thinkpo_jax.data.token_cache import load_or_build
+from thinkpo_jax.data.readers import LocatedRecord, RecordError, iterate_records, source_fingerprint
+from thinkpo_jax.data.record_formats import PreferenceDataConfig, StageDataConfig, infer_columns, parse_record
 from thinkpo_jax.runtime.config import UserError
-from thinkpo_jax.runtime.console import ProgressReporter
+from thinkpo_jax.runtime.console import ProgressReporter, log_warning
+from thinkpo_jax.runtime.files import token_cache_folder
 
+TOKENS_FILE, SEGMENTS_FILE, REPORT_FILE = "tokens.int32", "segments.npy", "report.json"  # of a cache entry
 CACHE_FORMAT_VERSION = 2  # Increase it when the same records give other token ids, or when the cached files change.
 RECORDS_PER_CHUNK = 256  # Records that are tokenized in parallel.
 MAX_NORMALIZATION_SHRINK = 4  # A tokenizer's normalization may merge up to this many characters into one.
+# (example, number of cut answers, whether the first answer has an unclosed thought)
+TokenizedRecord = tuple[Example, int, bool]
 
 
 def tokenize_sources(
@@ -57,7 +53,7 @@ def tokenize_sources(
     for config in configs:
         tokenizer = _SourceTokenizer(config, chat, row_length, seed, title, keep_going)
         if config.generate is None:
-            source = load_or_build(tokenizer.cache_key(), tokenizer.tokenize)
+            source = _load_or_tokenize(tokenizer)
         else:
             buffer = io.BytesIO()
             segments, report = tokenizer.tokenize(buffer)
@@ -101,16 +97,14 @@ class _SourceTokenizer:
         return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:32]
 
     def tokenize(self, file: BinaryIO) -> tuple[np.ndarray, SourceReport]:
-        """Writes the token ids of all records to `file`, in order. Returns `segments` and `report` of the source."""
+        """Writes the token ids of all records as int32, in order. Returns `segments` and `report` of the source."""
         config, report = self.config, SourceReport(self.config.name)
         records = iterate_records(config, seed=self.seed)
-        columns: ColumnConfig | None = None
+        columns: StageDataConfig | None = None
         bounds: list[tuple[int, int, int]] = []
         end = 0
-        with (
-            ThreadPoolExecutor(os.cpu_count()) as pool,
-            contextlib.closing(ProgressReporter(self.title, None, unit="row")) as progress,
-        ):
+        progress = ProgressReporter(self.title, None, unit="row")
+        with ThreadPoolExecutor(os.cpu_count()) as pool, contextlib.closing(progress):
             while chunk := list(itertools.islice(records, RECORDS_PER_CHUNK)):
                 columns = columns or self._infer_columns(chunk)
                 for result in pool.map(functools.partial(self._tokenize_record, columns or config), chunk):
@@ -143,7 +137,7 @@ class _SourceTokenizer:
             report.first_error_by_reason.setdefault(error.reason, str(error))
         report.dropped[error.reason] = report.dropped.get(error.reason, 0) + 1
 
-    def _infer_columns(self, records: Iterable[tuple[str, Record | RecordError]]) -> ColumnConfig | None:
+    def _infer_columns(self, records: Iterable[LocatedRecord]) -> StageDataConfig | None:
         """Returns the config with the columns of the first record that has known ones."""
         for location, record in records:
             if not isinstance(record, RecordError):
@@ -151,11 +145,8 @@ class _SourceTokenizer:
                     return infer_columns(self.config, record, location)
         return None
 
-    def _tokenize_record(
-        self, columns: ColumnConfig, located_record: tuple[str, Record | RecordError]
-    ) -> tuple[Example, int, bool] | RecordError:
-        """Returns (example, number of cut answers, whether the first answer has an unclosed thought), or the error."""
-        location, record = located_record
+    def _tokenize_record(self, columns: StageDataConfig, located: LocatedRecord) -> TokenizedRecord | RecordError:
+        location, record = located
         if isinstance(record, RecordError):
             return record
         is_cut = self.config.over_length == "cut"
@@ -172,7 +163,7 @@ class _SourceTokenizer:
             prompts = [prompt.ids] * len(texts)
             answers = [self.chat.encode_answer(prompt, text) for text in texts]
             has_empty_thought = isinstance(columns, PreferenceDataConfig) and columns.rejected_thinking == "empty_block"
-            if has_empty_thought and not contains_thought(texts[1]):
+            if has_empty_thought and not any(tag in texts[1] for tags in THOUGHT_TAGS for tag in tags):
                 prompts[1] = prompt.ids + self.chat.encode_empty_thought(prompt)
         except RecordError as error:
             return error
@@ -192,10 +183,8 @@ class _SourceTokenizer:
                 return _TooLongError("identical after the cut", f"{location}: the cut answers have the same tokens.")
             problem = "the two answers have the same tokens, but a pair needs different answers"
             return RecordError("identical answers", f"{location}: {problem}. Change one of them or remove the row.")
-        example = tuple(
-            Segment(np.array(prompt_ids + answer, np.int32), len(prompt_ids))
-            for prompt_ids, answer in zip(prompts, answers, strict=True)
-        )
+        pairs = zip(prompts, answers, strict=True)
+        example = tuple(Segment(np.array(ids + answer, np.int32), len(ids)) for ids, answer in pairs)
         first_text = texts[0] if lengths[0] <= max_length else self.chat.decode(answers[0])
         return example, num_truncated, has_unclosed_tag(prompt.open_thought_tag + first_text)
 
@@ -203,3 +192,47 @@ class _SourceTokenizer:
         limit = f"row_length {self.row_length}"
         remedy = "Increase batch.row_length, or set `over_length` to `drop` or `cut`."
         return _TooLongError(f"longer than {limit}", f"{location}: {size} do not fit {limit}. {remedy}")
+
+
+def _load_or_tokenize(tokenizer: _SourceTokenizer) -> TokenizedSource:
+    """Loads or creates the cache entry of a source. Raises `UserError` if the cache cannot be read or written."""
+    entry = token_cache_folder() / tokenizer.cache_key()
+    try:
+        if (cached := _load(entry)) is not None:
+            return cached
+        entry.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=entry.parent, prefix=f".{entry.name}.") as folder:
+            new_entry = Path(folder) / "entry"
+            new_entry.mkdir()
+            with (new_entry / TOKENS_FILE).open("wb") as file:
+                segments, report = tokenizer.tokenize(file)
+            np.save(new_entry / SEGMENTS_FILE, segments)
+            source = TokenizedSource(_map_tokens(new_entry), segments, report)
+            record = {"digest": source.digest, "report": asdict(report)}
+            (new_entry / REPORT_FILE).write_text(json.dumps(record), encoding="utf-8")
+            with contextlib.suppress(OSError):  # another process has saved an equal entry in the meantime
+                new_entry.rename(entry)
+            return source
+    except OSError as error:
+        problem = f"{entry.parent}: cannot save tokenized data there: {error}"
+        raise UserError(f"{problem}. Set XDG_CACHE_HOME to a writable folder with free space.") from None
+
+
+def _load(entry: Path) -> TokenizedSource | None:
+    """Returns the source of a cache entry. Returns None if there is no entry, or after removing a damaged one."""
+    if not entry.exists():
+        return None
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError, EOFError):
+        record = json.loads((entry / REPORT_FILE).read_text(encoding="utf-8"))
+        segments = np.load(entry / SEGMENTS_FILE, allow_pickle=False)
+        source = TokenizedSource(_map_tokens(entry), segments, SourceReport(**record["report"]))
+        if source.digest == record["digest"]:
+            return source
+    log_warning(f"{entry}: the cached tokens are damaged. They are built again.")
+    shutil.rmtree(entry)
+    return None
+
+
+def _map_tokens(entry: Path) -> np.ndarray:
+    path = entry / TOKENS_FILE
+    return np.memmap(path, np.int32, mode="r") if path.stat().st_size else np.zeros(0, np.int32)

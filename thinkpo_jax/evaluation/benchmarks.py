@@ -7,9 +7,8 @@ from dataclasses import dataclass
 
 from thinkpo_jax.data.chat_tokenizer import Message
 from thinkpo_jax.data.miniature import MiniatureData
-from thinkpo_jax.data.readers import iterate_valid_records
+from thinkpo_jax.data.readers import DataSourceConfig, Record, has_data_file_suffix, iterate_valid_records
 from thinkpo_jax.data.record_formats import require_column, require_text
-from thinkpo_jax.data.sources import DataSourceConfig, Record, has_data_file_suffix
 from thinkpo_jax.evaluation.evaluation_config import BenchmarkConfig
 from thinkpo_jax.evaluation.grading import grade_boxed, grade_marked
 from thinkpo_jax.runtime.config import UserError

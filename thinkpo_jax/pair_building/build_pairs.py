@@ -11,8 +11,8 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 from thinkpo_jax.data.chat_tokenizer import ChatTokenizer
+from thinkpo_jax.data.readers import Record, RecordError
 from thinkpo_jax.data.record_formats import iterate_responses, require_column, require_text
-from thinkpo_jax.data.sources import Record, RecordError
 from thinkpo_jax.evaluation.benchmarks import BENCHMARKS, load_questions
 from thinkpo_jax.evaluation.decontamination import ContaminationMatch, find_contamination
 from thinkpo_jax.evaluation.evaluation_config import BenchmarkConfig

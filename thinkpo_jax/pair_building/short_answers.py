@@ -15,8 +15,8 @@ import numpy as np
 import pydantic
 
 from thinkpo_jax.data.chat_tokenizer import Message
+from thinkpo_jax.data.readers import RecordError
 from thinkpo_jax.data.record_formats import ResponseSourceConfig, iterate_responses
-from thinkpo_jax.data.sources import RecordError
 from thinkpo_jax.inference.engine import Completion, generate
 from thinkpo_jax.inference.openai_engine import ServerConfig, request_completions
 from thinkpo_jax.inference.sampling import SamplingConfig

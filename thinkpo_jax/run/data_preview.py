@@ -7,10 +7,9 @@ from collections.abc import Iterator
 import numpy as np
 import yaml
 
-from thinkpo_jax.data.batches import BatchPlan
+from thinkpo_jax.data.batches import BatchPlan, pack_best_fit
 from thinkpo_jax.data.chat_tokenizer import ChatTokenizer
 from thinkpo_jax.data.examples import Example, TokenizedDataset
-from thinkpo_jax.data.packing import pack_best_fit
 from thinkpo_jax.models.model_folder import resolve_model_source
 from thinkpo_jax.run.evaluate_run import load_all_questions
 from thinkpo_jax.run.resolve import warn_if_rows_exceed_model

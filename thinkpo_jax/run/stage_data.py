@@ -7,8 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from thinkpo_jax.data.chat_tokenizer import ChatTokenizer
-from thinkpo_jax.data.examples import TokenizedDataset
-from thinkpo_jax.data.packing import split_held_out
+from thinkpo_jax.data.examples import TokenizedDataset, split_held_out
 from thinkpo_jax.data.tokenization import tokenize_sources
 from thinkpo_jax.run.run_folder import RunFolder
 from thinkpo_jax.runtime.config import UserError

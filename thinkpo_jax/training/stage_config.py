@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal, TypeVar
 import pydantic
 
 from thinkpo_jax.data.batches import BatchConfig
-from thinkpo_jax.data.packing import ValidationConfig
+from thinkpo_jax.data.examples import ValidationConfig
 from thinkpo_jax.data.record_formats import PreferenceDataConfig, SftDataConfig
 from thinkpo_jax.runtime.config import ConfigSection
 from thinkpo_jax.training.checkpoints import CheckpointConfig
