@@ -1,4 +1,7 @@
-"""The real thing in few steps: SmolLM2's weights, real questions, long and short answers, GSM8K, a real server."""
+"""Trains and evaluates SmolLM2 with real weights and real data in a few updates.
+
+Logits, greedy answers and the exported model are compared with transformers and with its server.
+"""
 
 import contextlib
 import json
@@ -33,42 +36,45 @@ from thinkpo_jax.runtime.console import read_metrics
 from thinkpo_jax.training.checkpoints import CheckpointStore
 
 pytestmark = [pytest.mark.slow, needs_data]
-# Pairs, row length, what happens to answers that do not fit, and new tokens for each question.
+# (number of pairs, row_length, over_length, max_new_tokens)
 SIZES = [(1, 256, "cut", 8), pytest.param((2, 1024, "drop", 32), marks=exhaustive)]
 
 
 def _logits(model: Transformer, tokens: np.ndarray) -> np.ndarray:
-    places = TokenPositions(
+    positions = TokenPositions(
         jnp.ones(tokens.shape, jnp.int32), jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
     )
-    return np.asarray(jax.jit(lambda model: model(jnp.array(tokens), places)[0] @ model.head())(model))
+    return np.asarray(jax.jit(lambda model: model(jnp.array(tokens), positions)[0] @ model.lm_head())(model))
 
 
 def _real_pairs(count: int) -> list[dict[str, str]]:
     lines = (DATA / "pairs" / "math500_pairs.jsonl").read_text(encoding="utf-8").split("\n")
-    rows = sorted((json.loads(line) for line in lines if line), key=lambda row: len(row["long"] + row["short"]))
-    first = {row["question"]: row for row in reversed(rows)}  # the shortest pair of each question
-    return list(first.values())[-count:]
+    records = sorted(
+        (json.loads(line) for line in lines if line), key=lambda record: len(record["long"] + record["short"])
+    )
+    # Sorted from long to short, so the shortest pair of each question overwrites the others.
+    shortest_by_question = {record["question"]: record for record in reversed(records)}
+    return list(shortest_by_question.values())[-count:]
 
 
 def _text_tokens(folder: Path) -> np.ndarray:
-    """The first 256 tokens of a real long answer, [1, 256]."""
+    """Returns the first 256 tokens of a real long answer, [1, 256]."""
     from transformers import AutoTokenizer
 
     return np.array([AutoTokenizer.from_pretrained(folder)(_real_pairs(1)[0]["long"])["input_ids"][:256]])
 
 
-@pytest.fixture(scope="module", params=SIZES, ids=["short", "whole"])
+@pytest.fixture(scope="module", params=SIZES, ids=["short", "exhaustive"])
 def run(request: pytest.FixtureRequest, smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """configs/smollm2_135m.yaml on local files, as a user runs it."""
+    """The folder of a run of configs/smollm2_135m.yaml on local files, trained with the command."""
     pytest.importorskip("torch")
-    pairs, row_length, over_length, new_tokens = request.param
+    num_pairs, row_length, over_length, max_new_tokens = request.param
     folder = tmp_path_factory.mktemp("smollm2_run")
     data = folder / "pairs.jsonl"
-    data.write_text("".join(json.dumps(row) + "\n" for row in _real_pairs(pairs)), encoding="utf-8")
+    data.write_text("".join(json.dumps(record) + "\n" for record in _real_pairs(num_pairs)), encoding="utf-8")
     source = f"path: '{data}', prompt: question, over_length: {over_length}"
-    batch, adam = (
-        f"{{size: {pairs}, row_length: {row_length}, rows_per_device: 1}}",
+    batch, optimizer = (
+        f"{{size: {num_pairs}, row_length: {row_length}, rows_per_device: 1}}",
         "{learning_rate: 2.0e-5, schedule: constant, warmup_ratio: 0.0}",
     )
     assignments = [
@@ -78,9 +84,9 @@ def run(request: pytest.FixtureRequest, smollm2: Path, tmp_path_factory: pytest.
         f"stages.sft.data={{{source}, response: long}}",
         f"stages.thinkpo.data={{{source}, chosen: long, rejected: short}}",
         *(f"stages.{stage}.{key}={value}" for stage in ("sft", "thinkpo") for key, value in (
-            ("batch", batch), ("optimizer", adam), ("steps", "2"), ("epochs", "null"))),
+            ("batch", batch), ("optimizer", optimizer), ("steps", "2"), ("epochs", "null"))),
         f"evaluation.benchmarks=[{{name: gsm8k, path: '{DATA / 'gsm8k' / 'test.jsonl'}', questions: 2}}]",
-        f"evaluation.sampling={{temperature: 0.7, max_new_tokens: {new_tokens}, batch_size: 2}}",
+        f"evaluation.sampling={{temperature: 0.7, max_new_tokens: {max_new_tokens}, batch_size: 2}}",
     ]  # fmt: skip
     environment = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}
     command = [
@@ -92,16 +98,16 @@ def run(request: pytest.FixtureRequest, smollm2: Path, tmp_path_factory: pytest.
         "--set",
         *assignments,
     ]
-    told = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
-    assert told.returncode == 0, told.stderr
+    result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
     return folder / "run"
 
 
-def test_logits_equal_those_of_transformers(smollm2: Path) -> None:
+def test_logits_equal_transformers(smollm2: Path) -> None:
     pytest.importorskip("torch")
     tokens = _text_tokens(smollm2)
-    found = _logits(load_model(smollm2, small.FLOAT32, small.mesh()), tokens)
-    np.testing.assert_allclose(found, torch_logits(smollm2, tokens), atol=1e-3)
+    logits = _logits(load_model(smollm2, small.FLOAT32, small.mesh()), tokens)
+    np.testing.assert_allclose(logits, torch_logits(smollm2, tokens), atol=1e-3)
 
 
 def _questions(count: int) -> list[str]:
@@ -109,40 +115,42 @@ def _questions(count: int) -> list[str]:
     return [json.loads(line)["question"] for line in lines[:count]]
 
 
-def _greedy(folder: Path, prompts: list[list[int]], tokens: int) -> list[Completion]:
+def _generate_greedy(folder: Path, prompts: list[list[int]], max_new_tokens: int) -> list[Completion]:
     chat, mesh = ChatTokenizer.from_folder(folder), small.mesh()
-    config = SamplingConfig(temperature=0, max_new_tokens=tokens, batch_size=len(prompts))
+    config = SamplingConfig(temperature=0, max_new_tokens=max_new_tokens, batch_size=len(prompts))
     with jax.set_mesh(mesh):
-        model, vocabulary = load_model(folder, small.FLOAT32, mesh), len(chat.tokenizer)
+        model, vocab_size = load_model(folder, small.FLOAT32, mesh), len(chat.tokenizer)
         return generate(
-            model, prompts, config, stop_token_ids=chat.stop_token_ids, vocab_size=vocabulary, seed=0, mesh=mesh
+            model, prompts, config, stop_token_ids=chat.stop_token_ids, vocab_size=vocab_size, seed=0, mesh=mesh
         )
 
 
-@pytest.mark.parametrize(("questions", "tokens"), [(3, 16), pytest.param(10, 64, marks=exhaustive)])
-def test_greedy_answers_to_real_questions_are_those_of_transformers(smollm2: Path, questions: int, tokens: int) -> None:
+@pytest.mark.parametrize(("num_questions", "max_new_tokens"), [(3, 16), pytest.param(10, 64, marks=exhaustive)])
+def test_greedy_answers_equal_transformers(smollm2: Path, num_questions: int, max_new_tokens: int) -> None:
     torch = pytest.importorskip("torch")
     from transformers import GenerationConfig
 
     chat = ChatTokenizer.from_folder(smollm2)
-    prompts = [chat.encode_prompt([{"role": "user", "content": question}]).ids for question in _questions(questions)]
-    found = _greedy(smollm2, prompts, tokens)
+    prompts = [
+        chat.encode_prompt([{"role": "user", "content": question}]).ids for question in _questions(num_questions)
+    ]
+    completions = _generate_greedy(smollm2, prompts, max_new_tokens)
     reference: Any = torch_model(smollm2)
     reference.generation_config = GenerationConfig(
-        max_new_tokens=tokens, do_sample=False, eos_token_id=list(chat.stop_token_ids), pad_token_id=0
+        max_new_tokens=max_new_tokens, do_sample=False, eos_token_id=list(chat.stop_token_ids), pad_token_id=0
     )
-    for prompt, generation in zip(prompts, found, strict=True):
-        rows = torch.tensor([prompt])
-        answer = reference.generate(rows, attention_mask=torch.ones_like(rows))[0, len(prompt) :].tolist()
-        assert generation.token_ids == [token for token in answer if token not in chat.stop_token_ids]
+    for prompt, completion in zip(prompts, completions, strict=True):
+        prompt_ids = torch.tensor([prompt])
+        answer = reference.generate(prompt_ids, attention_mask=torch.ones_like(prompt_ids))[0, len(prompt) :].tolist()
+        assert completion.token_ids == [token for token in answer if token not in chat.stop_token_ids]
 
 
 @contextlib.contextmanager
 def _server(folder: Path) -> Iterator[str]:
-    """`transformers serve` for a folder; gives its address."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
+    """Runs `transformers serve` for a model folder and yields its address."""
+    with socket.socket() as free_socket:
+        free_socket.bind(("127.0.0.1", 0))
+        port = str(free_socket.getsockname()[1])
     program = str(Path(sys.executable).with_name("transformers"))
     arguments = [program, "serve", str(folder), "--host", "127.0.0.1", "--port", port, "--device", "cpu"]
     server = subprocess.Popen(arguments, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
@@ -161,7 +169,7 @@ def _server(folder: Path) -> Iterator[str]:
         server.wait(timeout=600)
 
 
-def test_a_server_answers_with_what_we_export_as_our_own_sampler_does(smollm2: Path, tmp_path: Path) -> None:
+def test_a_server_with_the_exported_model_gives_the_answer_of_our_engine(smollm2: Path, tmp_path: Path) -> None:
     openai = pytest.importorskip("openai")
     pytest.importorskip("torch")
     out = tmp_path / "exported"
@@ -173,12 +181,15 @@ def test_a_server_answers_with_what_we_export_as_our_own_sampler_does(smollm2: P
         stop_token_ids=[2],
         model_card="",
     )
-    chat, messages = ChatTokenizer.from_folder(smollm2), [{"role": "user", "content": _questions(1)[0]}]
-    expected = _greedy(smollm2, [chat.encode_prompt([{"role": "user", "content": _questions(1)[0]}]).ids], 16)[0]
+    chat, (question,) = ChatTokenizer.from_folder(smollm2), _questions(1)
+    prompt_ids = chat.encode_prompt([{"role": "user", "content": question}]).ids
+    (expected,) = _generate_greedy(smollm2, [prompt_ids], 16)
     with _server(out) as address:
         client = openai.OpenAI(base_url=f"{address}/v1", api_key="none", timeout=600)
-        told = client.chat.completions.create(model=str(out), messages=messages, temperature=0, max_tokens=16)
-    assert told.choices[0].message.content.strip() == chat.decode(expected.token_ids).strip()
+        response = client.chat.completions.create(
+            model=str(out), messages=[{"role": "user", "content": question}], temperature=0, max_tokens=16
+        )
+    assert response.choices[0].message.content.strip() == chat.decode(expected.token_ids).strip()
 
 
 def test_the_first_thinkpo_loss_is_ln_2_and_losses_fall(run: Path) -> None:
@@ -189,17 +200,17 @@ def test_the_first_thinkpo_loss_is_ln_2_and_losses_fall(run: Path) -> None:
     assert thinkpo[-1]["rewards/accuracies"] == 1.0
 
 
-def test_the_exported_model_has_the_trained_models_logits_in_transformers(run: Path) -> None:
+def test_the_exported_model_in_transformers_has_the_logits_of_the_trained_model(run: Path) -> None:
     exported = run / "thinkpo" / "model"
     model = load_model(exported, small.FLOAT32, small.mesh())
     with CheckpointStore(run / "thinkpo" / "checkpoints") as checkpoints:
         trained = checkpoints.restore_model(model)
-    # Real text: some random ids amplify the rounding of float32 forty times.
+    # Some random token ids amplify float32 rounding forty times, so this uses real text.
     tokens = _text_tokens(exported)[:, :128]
     np.testing.assert_allclose(torch_logits(exported, tokens), _logits(trained, tokens), atol=1e-3)
 
 
-def test_real_questions_were_answered(run: Path) -> None:
+def test_the_report_holds_answers_to_real_questions(run: Path) -> None:
     report = json.loads((run / "report.json").read_text())
     assert all(scores["gsm8k"]["num_questions"] == 2 for scores in report["models"].values())
     answers = json.loads((run / "evaluation" / "base" / "gsm8k.json").read_text())["items"]

@@ -1,4 +1,7 @@
-"""An update is the same over every mesh of eight devices, and each device holds its share of everything and no more."""
+"""Compares training on every mesh of eight devices with training on one device.
+
+The updates are the same, and each device holds only its shard of the parameters and of Adam's moments.
+"""
 
 import dataclasses
 import itertools
@@ -32,19 +35,19 @@ OBJECTIVES: dict[str, Objective] = {
     "sft": sft_objective,
     "thinkpo": make_thinkpo_objective(PreferenceConfig(beta=0.5), end_of_turn_id=1),
 }
-# Every way to write 8 as a product of four sizes, in order.
+# All ordered factorizations of 8 into four axis sizes.
 MESHES = [sizes for sizes in itertools.product((1, 2, 4, 8), repeat=len(MESH_AXES)) if math.prod(sizes) == DEVICES]
-SHORT = {(2, 2, 1, 2), (1, 2, 2, 2), (2, 1, 4, 1), (1, 1, 1, 8)}  # every pair of axes occurs
+SHORT = {(2, 2, 1, 2), (1, 2, 2, 2), (2, 1, 4, 1), (1, 1, 1, 8)}  # every pair of axes is split together at least once
 
-Trained = tuple[list[dict[str, float]], TrainState]
+TrainedRun = tuple[list[dict[str, float]], TrainState]
 
 
-def _train(kind: str, mesh: Mesh, compute: ComputeConfig = small.FLOAT32) -> Trained:
-    """Metrics of each update on packed rows in two micro-batches, and the state after the last."""
+def _train(kind: str, mesh: Mesh, compute: ComputeConfig = small.FLOAT32) -> TrainedRun:
+    """Trains on packed rows in two micro-batches. Returns the metrics of each update and the final state."""
     shards = num_data_shards(mesh)
     with pytest.MonkeyPatch.context() as patch, jax.set_mesh(mesh):
         if mesh.shape["context"] > 1:
-            patch.setattr(attention, "BLOCK_SIZE", 16)  # rows that are split are attended to by blocks
+            patch.setattr(attention, "BLOCK_SIZE", 16)  # blockwise attention handles rows that are split over devices
         batches = small.batches(
             EXAMPLES[kind], shards=shards, steps=STEPS, size=None, rows=16, rows_per_device=DEVICES // shards
         )
@@ -54,37 +57,41 @@ def _train(kind: str, mesh: Mesh, compute: ComputeConfig = small.FLOAT32) -> Tra
 
 
 @pytest.fixture(scope="module", params=["sft", "thinkpo"])
-def alone(request: pytest.FixtureRequest) -> tuple[str, Trained]:
+def one_device_run(request: pytest.FixtureRequest) -> tuple[str, TrainedRun]:
     return request.param, _train(request.param, small.mesh())
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("sizes", cases(MESHES, short=SHORT.__contains__), ids=lambda sizes: "x".join(map(str, sizes)))
-def test_every_mesh_gives_the_trajectory_of_one_device(alone: tuple[str, Trained], sizes: tuple[int, ...]) -> None:
-    kind, expected = alone
+def test_every_mesh_gives_the_trajectory_of_one_device(
+    one_device_run: tuple[str, TrainedRun], sizes: tuple[int, ...]
+) -> None:
+    kind, expected = one_device_run
     mesh = small.mesh(**dict(zip(MESH_AXES, sizes, strict=True)))
-    found = _train(kind, mesh)
-    _same(found, expected)
-    _every_device_holds_its_share(found[1], mesh)
+    mesh_run = _train(kind, mesh)
+    _assert_same_run(mesh_run, expected)
+    _assert_each_device_holds_its_shard(mesh_run[1], mesh)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("remat", cases(["attention", "offload"], short="offload".__eq__))
-def test_remat_of_rows_that_are_split_gives_it_too(alone: tuple[str, Trained], remat: str) -> None:
-    kind, expected = alone
+def test_remat_on_a_context_mesh_gives_the_trajectory_of_one_device(
+    one_device_run: tuple[str, TrainedRun], remat: str
+) -> None:
+    kind, expected = one_device_run
     compute = ComputeConfig.model_validate({"dtype": "float32", "remat": remat})
-    _same(_train(kind, small.mesh(fsdp=2, context=2, tensor=2), compute), expected)
+    _assert_same_run(_train(kind, small.mesh(fsdp=2, context=2, tensor=2), compute), expected)
 
 
-def _same(run: Trained, like: Trained) -> None:
-    (found, state), (expected, expected_state) = run, like
-    for before, after in zip(expected, found, strict=True):
-        assert after["loss"] == pytest.approx(before["loss"], abs=1e-5)
-        assert before.keys() == after.keys()
-        for name, value in before.items():
-            if before is expected[0] and ("right" in name or "accuracies" in name):
-                continue  # before the first update margins are 0 but for rounding, and their sign says nothing
-            assert after[name] == pytest.approx(value, rel=2e-5, abs=2e-5), name
+def _assert_same_run(run: TrainedRun, expected_run: TrainedRun) -> None:
+    (history, state), (expected_history, expected_state) = run, expected_run
+    for expected, metrics in zip(expected_history, history, strict=True):
+        assert metrics["loss"] == pytest.approx(expected["loss"], abs=1e-5)
+        assert expected.keys() == metrics.keys()
+        for name, value in expected.items():
+            if expected is expected_history[0] and ("right" in name or "accuracies" in name):
+                continue  # margins are 0 before the first update, so their sign is only rounding noise
+            assert metrics[name] == pytest.approx(value, rel=2e-5, abs=2e-5), name
     differences = [
         np.abs(np.asarray(a) - np.asarray(b)).ravel()
         for a, b in zip(jax.tree.leaves(expected_state.model), jax.tree.leaves(state.model), strict=True)
@@ -92,20 +99,20 @@ def _same(run: Trained, like: Trained) -> None:
     assert np.concatenate(differences).max() < 1e-4
 
 
-def _every_device_holds_its_share(state: TrainState, mesh: Mesh) -> None:
-    """Parameters and both of Adam's moments; norms alone are whole everywhere."""
+def _assert_each_device_holds_its_shard(state: TrainState, mesh: Mesh) -> None:
+    """Checks the parameters and both of Adam's moments. Only norms are replicated on all devices."""
     adam = jax.tree.leaves(state.optimizer, is_leaf=lambda x: isinstance(x, Transformer))
-    moments = [part for part in adam if isinstance(part, Transformer)]
+    moments = [node for node in adam if isinstance(node, Transformer)]
     assert len(moments) == 2
     for tree in (state.model, *moments):
         variables = jax.tree.leaves(tree, is_leaf=lambda x: isinstance(x, nnx.Variable))
         for (name, array), variable in zip(flatten_by_name(tree).items(), variables, strict=True):
             axes = set(variable.get_metadata()["axes"])
-            parts = mesh.shape["fsdp"] * mesh.shape["context"] if "embed" in axes else 1
-            parts *= mesh.shape["tensor"] if {"vocab", "heads", "kv_heads", "mlp"} & axes else 1
-            assert array.size // array.addressable_shards[0].data.size == parts, (name, array.sharding)
-            assert len({str(shard.index) for shard in array.addressable_shards}) == parts, name
-            assert "norm" in axes or "bias" in name or parts == DEVICES // mesh.shape["data"], name
+            num_shards = mesh.shape["fsdp"] * mesh.shape["context"] if "embed" in axes else 1
+            num_shards *= mesh.shape["tensor"] if {"vocab", "heads", "kv_heads", "mlp"} & axes else 1
+            assert array.size // array.addressable_shards[0].data.size == num_shards, (name, array.sharding)
+            assert len({str(shard.index) for shard in array.addressable_shards}) == num_shards, name
+            assert "norm" in axes or "bias" in name or num_shards == DEVICES // mesh.shape["data"], name
 
 
 @pytest.mark.parametrize(
@@ -115,7 +122,7 @@ def _every_device_holds_its_share(state: TrainState, mesh: Mesh) -> None:
         ({"context": 3}, 48, r"context is 3; it must be a power of two"),
     ],
 )
-def test_a_row_that_the_context_axis_does_not_divide_is_refused(
+def test_a_row_length_that_the_context_axis_does_not_divide_is_an_error(
     sizes: dict[str, int], length: int, message: str
 ) -> None:
     with pytest.raises(UserError, match=message):
@@ -124,9 +131,9 @@ def test_a_row_that_the_context_axis_does_not_divide_is_refused(
     check_row_divides_context(small.mesh(fsdp=4), 51, "row_length")
 
 
-def test_a_size_that_the_mesh_does_not_divide_names_the_parameter() -> None:
+def test_a_parameter_that_the_mesh_does_not_divide_is_named_in_the_error() -> None:
     with pytest.raises(UserError, match=r"parameter blocks\.k.* has 2 along its axis 'kv_heads'.*\(tensor 8\)"):
         tree_shardings(small.model(), small.mesh(tensor=8))
-    odd = small.model(arch=dataclasses.replace(ARCH, hidden_size=36))
+    model_with_odd_width = small.model(arch=dataclasses.replace(ARCH, hidden_size=36))
     with pytest.raises(UserError, match=r"parameter .* has 36 along its axis 'embed'.*\(fsdp 4 x context 2\)"):
-        tree_shardings(odd, small.mesh(fsdp=4, context=2))
+        tree_shardings(model_with_odd_width, small.mesh(fsdp=4, context=2))

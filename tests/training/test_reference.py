@@ -1,4 +1,8 @@
-"""The reference is computed once: kept by content, added to, resumed, and a damaged or foreign one is noticed."""
+"""Tests the cache of reference log-probs.
+
+The log-probs are computed once and looked up by content. New examples are added to the cache, and a killed pass
+resumes. Damaged records and records of another model are not used.
+"""
 
 import subprocess
 import sys
@@ -25,59 +29,61 @@ def _batches(examples: Sequence[Example] = PAIRS, *, row_length: int = 48) -> Ba
     return small.batches(examples, steps=2, size=6, row_length=row_length)
 
 
-def _stored(
+def _load_or_compute(
     batches: BatchPlan, capsys: pytest.CaptureFixture[str], **identity: str
 ) -> tuple[np.ndarray, str, list[int]]:
-    """The log-probs, what was said, and after how many batches something was told."""
+    """Returns the log-probs, the printed messages, and the counts of done batches that were reported."""
     capsys.readouterr()
-    seen: list[int] = []
-    found = load_or_compute_reference(
+    progress: list[int] = []
+    log_probs = load_or_compute_reference(
         small.model(),
         batches,
         small.mesh(),
         identity=IDENTITY | identity,
-        on_progress=lambda done, _: seen.append(done),
+        on_progress=lambda done, _: progress.append(done),
     )
-    return found, capsys.readouterr().err, seen
+    return log_probs, capsys.readouterr().err, progress
 
 
-def test_it_is_computed_once_and_comes_back_bit_by_bit(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_reference_is_computed_once_and_read_back_bit_for_bit(capsys: pytest.CaptureFixture[str]) -> None:
     expected = compute_reference(small.model(), _batches(), small.mesh())
-    first, said, seen = _stored(_batches(), capsys)
+    first, messages, progress = _load_or_compute(_batches(), capsys)
     np.testing.assert_array_equal(first, expected)
-    assert "computing the log-probs of 24 examples (nothing is cached yet)" in said
-    assert seen
-    again, said, seen = _stored(_batches(), capsys)
-    assert again.tobytes() == first.tobytes()
-    assert f"the log-probs of all 24 examples are cached in {reference_cache_folder()}" in said
-    assert not seen
+    assert "computing the log-probs of 24 examples (nothing is cached yet)" in messages
+    assert progress
+    cached, messages, progress = _load_or_compute(_batches(), capsys)
+    assert cached.tobytes() == first.tobytes()
+    assert f"the log-probs of all 24 examples are cached in {reference_cache_folder()}" in messages
+    assert not progress
 
 
-def test_other_rows_of_the_same_data_find_it_and_only_new_examples_are_computed(
+def test_cached_examples_are_reused_in_other_batches_and_only_new_ones_are_computed(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    first, _, _ = _stored(_batches(PAIRS[:16]), capsys)
-    # Another order, row length and batch, and eight examples more, one of which stands twice.
+    first, _, _ = _load_or_compute(_batches(PAIRS[:16]), capsys)
+    # Another order, row length and batch, and eight new examples. One of them occurs twice.
     examples = [*PAIRS[::-1], PAIRS[20]]
-    found, said, seen = _stored(_batches(examples, row_length=80), capsys)
-    assert "computing the log-probs of 8 examples (16 others are cached)" in said
-    assert 0 < len(seen) < len(_batches(examples, row_length=80).batches_of(range(25)))
-    np.testing.assert_array_equal(found[:-1][::-1][:16], first)
-    np.testing.assert_allclose(found[:-1][::-1], compute_reference(small.model(), _batches(), small.mesh()), rtol=1e-5)
-    np.testing.assert_array_equal(found[-1], found[3])
+    log_probs, messages, progress = _load_or_compute(_batches(examples, row_length=80), capsys)
+    assert "computing the log-probs of 8 examples (16 others are cached)" in messages
+    assert 0 < len(progress) < len(_batches(examples, row_length=80).batches_of(range(25)))
+    np.testing.assert_array_equal(log_probs[:-1][::-1][:16], first)
+    np.testing.assert_allclose(
+        log_probs[:-1][::-1], compute_reference(small.model(), _batches(), small.mesh()), rtol=1e-5
+    )
+    np.testing.assert_array_equal(log_probs[-1], log_probs[3])
 
 
 @pytest.mark.parametrize("name", IDENTITY)
-def test_another_identity_computes_again_and_says_why(name: str, capsys: pytest.CaptureFixture[str]) -> None:
-    _stored(_batches(), capsys)
-    _, said, seen = _stored(_batches(), capsys, **{name: "another"})
-    assert f"computing the log-probs of 24 examples (the cached ones differ in: {name})" in said
-    assert seen
-    _, said, seen = _stored(_batches(), capsys)  # the first one is still there
-    assert not seen
+def test_another_identity_recomputes_and_logs_the_difference(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    _load_or_compute(_batches(), capsys)
+    _, messages, progress = _load_or_compute(_batches(), capsys, **{name: "another"})
+    assert f"computing the log-probs of 24 examples (the cached ones differ in: {name})" in messages
+    assert progress
+    _, messages, progress = _load_or_compute(_batches(), capsys)  # the first cache still exists
+    assert not progress
 
 
-def test_ids_and_where_the_answer_begins_make_an_example() -> None:
+def test_the_digest_depends_on_token_ids_answer_starts_and_order() -> None:
     (long, short), other = PAIRS[0], PAIRS[1]
     moved = long.__class__(long.token_ids, long.answer_start + 1)
     changed = long.__class__(
@@ -89,36 +95,36 @@ def test_ids_and_where_the_answer_begins_make_an_example() -> None:
 
 
 @pytest.mark.parametrize("damage", ["flip", "cut", "append", "empty"])
-def test_damage_is_noticed_and_computed_again(damage: str, capsys: pytest.CaptureFixture[str]) -> None:
-    expected, _, _ = _stored(_batches(), capsys)
+def test_damaged_records_are_detected_and_recomputed(damage: str, capsys: pytest.CaptureFixture[str]) -> None:
+    expected, _, _ = _load_or_compute(_batches(), capsys)
     path = next(reference_cache_folder().glob(f"*/{RECORDS_FILE}"))
     content = bytearray(path.read_bytes())
     if damage == "flip":
         content[100] ^= 4
     path.write_bytes({"cut": content[:-7], "append": content + b"half a rec", "empty": b""}.get(damage, content))
-    found, said, seen = _stored(_batches(), capsys)
-    np.testing.assert_allclose(found, expected, rtol=1e-5)
-    assert ("1 of 24 records are damaged" in said) == (damage == "flip")
+    log_probs, messages, progress = _load_or_compute(_batches(), capsys)
+    np.testing.assert_allclose(log_probs, expected, rtol=1e-5)
+    assert ("1 of 24 records are damaged" in messages) == (damage == "flip")
     missing = {"flip": 1, "cut": 1, "append": 0, "empty": 24}[damage]
-    assert (f"log-probs of {missing} examples" in said) == (missing > 0) == bool(seen)
-    _, said, seen = _stored(_batches(), capsys)
-    assert not seen
-    assert "damaged" not in said
+    assert (f"log-probs of {missing} examples" in messages) == (missing > 0) == bool(progress)
+    _, messages, progress = _load_or_compute(_batches(), capsys)
+    assert not progress
+    assert "damaged" not in messages
 
 
-def test_every_flipped_byte_of_a_record_is_noticed() -> None:
+def test_a_flip_of_any_byte_of_a_record_is_detected() -> None:
     store = ReferenceCache(IDENTITY, answers=2)
     with store.writing():
         store.add([b"0123456789abcdef"], np.arange(6, dtype=np.float32).reshape(1, 2, 3))
         path = store.folder / RECORDS_FILE
-        whole = path.read_bytes()
+        content = path.read_bytes()
         assert len(store.read()) == 1
-        for place in range(len(whole)):
-            path.write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
-            assert not store.read(), place
+        for index in range(len(content)):
+            path.write_bytes(content[:index] + bytes([content[index] ^ 1]) + content[index + 1 :])
+            assert not store.read(), index
 
 
-def test_a_pass_that_is_killed_goes_on_where_it_was(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_killed_pass_resumes_where_it_stopped(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     program = tmp_path / "killed.py"
     program.write_text(
         textwrap.dedent("""
@@ -140,13 +146,13 @@ def test_a_pass_that_is_killed_goes_on_where_it_was(tmp_path: Path, capsys: pyte
     assert killed.returncode == -9, killed.stderr
     total = int(killed.stdout.split()[1])
     assert total > 2
-    found, said, seen = _stored(_batches(), capsys)
-    assert "others are cached" in said
-    assert len(seen) <= total - 2 + 1
-    np.testing.assert_allclose(found, compute_reference(small.model(), _batches(), small.mesh()), rtol=1e-5)
+    log_probs, messages, progress = _load_or_compute(_batches(), capsys)
+    assert "others are cached" in messages
+    assert len(progress) <= total - 2 + 1
+    np.testing.assert_allclose(log_probs, compute_reference(small.model(), _batches(), small.mesh()), rtol=1e-5)
 
 
-def test_a_second_process_waits_and_finds_it(tmp_path: Path) -> None:
+def test_a_second_process_waits_and_reads_the_cache(tmp_path: Path) -> None:
     program = tmp_path / "computes.py"
     program.write_text(
         textwrap.dedent("""
@@ -162,16 +168,16 @@ def test_a_second_process_waits_and_finds_it(tmp_path: Path) -> None:
         load_or_compute_reference(small.model(), batches, small.mesh(), identity=identity, on_progress=on_progress)
         """)
     )
-    both = [
+    processes = [
         subprocess.Popen([sys.executable, str(program)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
         for _ in range(2)
     ]
-    outputs = [process.communicate(timeout=600) for process in both]
-    assert [process.returncode for process in both] == [0, 0], outputs
+    outputs = [process.communicate(timeout=600) for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], outputs
     computed = [out.count("computed") for out, _ in outputs]
     assert min(computed) == 0 < max(computed)
-    (waited,) = (err for (out, err) in outputs if "computed" not in out)
-    assert "are cached in" in waited
+    (waiting_messages,) = (err for (out, err) in outputs if "computed" not in out)
+    assert "are cached in" in waiting_messages
 
 
 def test_log_probs_that_are_not_finite_name_the_example(monkeypatch: pytest.MonkeyPatch) -> None:

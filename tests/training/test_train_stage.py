@@ -1,4 +1,4 @@
-"""What a stage does beside its updates: held-out examples, updates that are not finite, a reference that is shared."""
+"""Tests the loop of one stage: validation, updates that are not finite, the reference log-probs, and library calls."""
 
 import json
 import shutil
@@ -44,7 +44,7 @@ ROWS = [
 
 
 def _config(folder: Path, *, run: str = "run", compute: dict[str, Any] | None = None, **stage: Any) -> str:
-    """The path of a configuration of one ThinkPO stage on the built-in model."""
+    """Writes the configuration of one ThinkPO stage on the built-in model, and returns its path."""
     folder.mkdir(exist_ok=True)
     (folder / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
     data = {"path": str(folder / "pairs.jsonl")}
@@ -77,11 +77,11 @@ def test_held_out_pairs_are_evaluated_before_during_and_after(tmp_path: Path) ->
     assert {"rewards/accuracies", "rewards/chosen", "logps/chosen", "margins/tail", "logps/end"} <= lines[0].keys()
     assert lines[-1]["rewards/margins"] > lines[1]["rewards/margins"] > 0
     assert lines[-1]["loss"] < lines[1]["loss"] < np.log(2)
-    # Of 24 pairs 6 are held out: an epoch has 18 / 6 updates.
+    # 6 of 24 pairs are held out, so an epoch has 18 / 6 updates.
     assert read_metrics(tmp_path / "run" / "thinkpo" / "metrics.jsonl")[2]["epoch"] == 1.0
 
 
-def test_held_out_pairs_that_cannot_be_are_an_error_before_any_stage(
+def test_data_that_cannot_be_split_is_an_error_before_any_stage(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setitem(globals(), "ROWS", [row | {"prompt": "1?"} for row in ROWS])
@@ -92,31 +92,34 @@ def test_held_out_pairs_that_cannot_be_are_an_error_before_any_stage(
     assert not (tmp_path / "run").exists()
 
 
-def test_looking_at_held_out_pairs_changes_nothing(tmp_path: Path) -> None:
+def test_validation_does_not_change_the_weights(tmp_path: Path) -> None:
     for name, every in (("a", 1), ("b", 100)):
         assert _run(_config(tmp_path / name, validation={"share": 0.25, "every": every})) == 0
-    often, seldom = _weights(tmp_path / "a"), _weights(tmp_path / "b")
-    for name, array in often.items():
-        np.testing.assert_array_equal(array, seldom[name], err_msg=name)
+    frequent, rare = _weights(tmp_path / "a"), _weights(tmp_path / "b")
+    for name, array in frequent.items():
+        np.testing.assert_array_equal(array, rare[name], err_msg=name)
 
 
-def _poisoned(monkeypatch: pytest.MonkeyPatch, *, update: int) -> None:
-    """Makes the loss of one update NaN: the reference of an example that it reads and the first update does not."""
-    genuine = train.load_or_compute_reference
+def _make_update_nonfinite(monkeypatch: pytest.MonkeyPatch, *, update: int) -> None:
+    """Makes the loss of one update NaN.
 
-    def poisoned(model: Any, batches: Any, *args: Any, **kwargs: Any) -> np.ndarray:
-        found = genuine(model, batches, *args, **kwargs)
+    The reference of one of its examples becomes NaN. The first update does not read that example.
+    """
+    load_or_compute = train.load_or_compute_reference
+
+    def load_with_nan(model: Any, batches: Any, *args: Any, **kwargs: Any) -> np.ndarray:
+        log_probs = load_or_compute(model, batches, *args, **kwargs)
         examples = batches[update - 1].example_ids
-        found[examples[examples >= 0][0]] = np.nan
-        return found
+        log_probs[examples[examples >= 0][0]] = np.nan
+        return log_probs
 
-    monkeypatch.setattr(train, "load_or_compute_reference", poisoned)
+    monkeypatch.setattr(train, "load_or_compute_reference", load_with_nan)
 
 
-def test_an_update_that_is_not_finite_stops_the_run_and_the_last_good_checkpoint_stays(
+def test_a_nonfinite_update_stops_the_run_and_the_last_good_checkpoint_remains(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    _poisoned(monkeypatch, update=3)
+    _make_update_nonfinite(monkeypatch, update=3)
     assert _run(_config(tmp_path)) == 1
     error = capsys.readouterr().err
     assert (
@@ -124,27 +127,27 @@ def test_an_update_that_is_not_finite_stops_the_run_and_the_last_good_checkpoint
         in error
     )
     assert f"Its examples, counted among the rows used of {tmp_path / 'pairs.jsonl'}: " in error
-    named = error.split("pairs.jsonl: ")[1].split(".")[0].split(", ")
-    assert 4 <= len(named) <= 8
-    assert {int(name) for name in named} <= set(range(1, 25))
+    example_numbers = error.split("pairs.jsonl: ")[1].split(".")[0].split(", ")
+    assert 4 <= len(example_numbers) <= 8
+    assert {int(number) for number in example_numbers} <= set(range(1, 25))
     folder = tmp_path / "run" / "thinkpo"
     assert [path.name for path in (folder / "checkpoints").iterdir() if path.name.isdigit()] == ["2"]
     assert [line["step"] for line in read_metrics(folder / "metrics.jsonl")] == [1, 2]
-    # What the message advises is possible: the stage goes on from that checkpoint.
+    # The advice of the message works: the stage resumes from that checkpoint.
     assert _run(_config(tmp_path, on_nonfinite="skip")) == 0
-    said = capsys.readouterr().err
-    assert "resuming from update 2" in said
-    assert "1 of at most 10 updates are skipped" in said
+    messages = capsys.readouterr().err
+    assert "resuming from update 2" in messages
+    assert "1 of at most 10 updates are skipped" in messages
 
 
-def test_updates_that_are_not_finite_are_skipped_and_counted(
+def test_nonfinite_updates_are_skipped_and_counted(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    _poisoned(monkeypatch, update=3)
+    _make_update_nonfinite(monkeypatch, update=3)
     assert _run(_config(tmp_path, on_nonfinite="skip")) == 0
-    said = capsys.readouterr().err
-    assert "warning: stage thinkpo, update 3: the loss is nan" in said
-    assert "1 of at most 10 updates are skipped" in said
+    messages = capsys.readouterr().err
+    assert "warning: stage thinkpo, update 3: the loss is nan" in messages
+    assert "1 of at most 10 updates are skipped" in messages
     lines = read_metrics(tmp_path / "run" / "thinkpo" / "metrics.jsonl")
     assert [line["step"] for line in lines] == [1, 2, 3, 4, 5, 6]
     assert [line.get("skipped") for line in lines] == [None, None, 1, None, None, None]
@@ -163,12 +166,12 @@ def test_too_many_skips_stop_the_run(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert "update 4" in error
 
 
-def test_the_schedule_stays_behind_by_what_is_skipped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    _poisoned(monkeypatch, update=3)
+def test_skipped_updates_do_not_advance_the_schedule(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    _make_update_nonfinite(monkeypatch, update=3)
     linear = {"learning_rate": 1e-3, "schedule": "linear", "warmup_ratio": 0.0}
     assert _run(_config(tmp_path, optimizer=linear, on_nonfinite="skip")) == 0
     rates = [line["learning_rate"] for line in read_metrics(tmp_path / "run" / "thinkpo" / "metrics.jsonl")]
-    np.testing.assert_allclose(rates, [1e-3 * share / 6 for share in (6, 5, 4, 4, 3, 2)], rtol=1e-6)
+    np.testing.assert_allclose(rates, [1e-3 * remaining / 6 for remaining in (6, 5, 4, 4, 3, 2)], rtol=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -182,7 +185,7 @@ def test_the_schedule_stays_behind_by_what_is_skipped(tmp_path: Path, monkeypatc
     ],
     ids=str,
 )
-def test_keys_without_sense_are_errors(
+def test_invalid_stage_keys_are_errors(
     keys: dict[str, Any], problem: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert _run(_config(tmp_path, **keys)) == 2
@@ -195,23 +198,23 @@ def test_a_sweep_computes_the_reference_once(tmp_path: Path, capsys: pytest.Capt
     sweep: tuple[dict[str, Any], ...] = ({"beta": 0.5}, {"optimizer": {"learning_rate": 1e-4}}, {"loss": "ipo"})
     for number, keys in enumerate(sweep):
         assert _run(_config(tmp_path, run=f"sweep{number}", steps=1, **keys)) == 0
-        said = capsys.readouterr().err
-        assert "the log-probs of all 24 examples are cached" in said
-        assert "the loss before the first update is" in said
+        messages = capsys.readouterr().err
+        assert "the log-probs of all 24 examples are cached" in messages
+        assert "the loss before the first update is" in messages
 
 
-def test_a_stage_goes_on_with_the_reference_that_it_was_begun_with(
+def test_a_resumed_stage_reuses_its_original_reference(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    genuine = train.load_or_compute_reference
-    # As if they came from other rows: another last bit.
-    other = lambda *args, **kwargs: np.nextafter(genuine(*args, **kwargs), np.float32(0))  # noqa: E731
-    monkeypatch.setattr(train, "load_or_compute_reference", other)
+    load_or_compute = train.load_or_compute_reference
+    # Other packed rows would give values with another last bit.
+    perturbed = lambda *args, **kwargs: np.nextafter(load_or_compute(*args, **kwargs), np.float32(0))  # noqa: E731
+    monkeypatch.setattr(train, "load_or_compute_reference", perturbed)
     assert _run(_config(tmp_path)) == 0
-    straight = _weights(tmp_path)
+    expected = _weights(tmp_path)
     folder = tmp_path / "run" / "thinkpo"
     record = json.loads((folder / "stage.json").read_text())
-    monkeypatch.setattr(train, "load_or_compute_reference", genuine)
+    monkeypatch.setattr(train, "load_or_compute_reference", load_or_compute)
     for damage in (False, True):
         shutil.rmtree(folder / "checkpoints")
         (folder / "stage.json").write_text(json.dumps(record | {"summary": None}))
@@ -222,16 +225,16 @@ def test_a_stage_goes_on_with_the_reference_that_it_was_begun_with(
         capsys.readouterr()
         assert _run(_config(tmp_path)) == 0
         assert ("reference.npz: damaged" in capsys.readouterr().err) == damage
-        same = all((array == straight[name]).all() for name, array in _weights(tmp_path).items())
-        assert same != damage
+        is_same = all((array == expected[name]).all() for name, array in _weights(tmp_path).items())
+        assert is_same != damage
 
 
-def test_a_reference_of_other_weights_is_refused_before_the_first_update(
+def test_a_reference_of_other_weights_is_an_error_before_the_first_update(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    genuine = train.load_or_compute_reference
+    load_or_compute = train.load_or_compute_reference
     monkeypatch.setattr(
-        train, "load_or_compute_reference", lambda *args, **kwargs: genuine(*args, **kwargs) + np.float32(0.3)
+        train, "load_or_compute_reference", lambda *args, **kwargs: load_or_compute(*args, **kwargs) + np.float32(0.3)
     )
     assert _run(_config(tmp_path)) == 1
     error = capsys.readouterr().err
@@ -239,19 +242,19 @@ def test_a_reference_of_other_weights_is_refused_before_the_first_update(
     assert not (tmp_path / "run" / "thinkpo" / "metrics.jsonl").exists()
 
 
-def test_a_learning_rate_of_1e_7_moves_bfloat16_computed_weights(tmp_path: Path) -> None:
+def test_a_learning_rate_of_1e_7_moves_the_weights_in_bfloat16_compute(tmp_path: Path) -> None:
     slow = {"learning_rate": 1e-7, "schedule": "constant", "warmup_ratio": 0.0, "moment_dtype": "bfloat16"}
     assert _run(_config(tmp_path, compute={"dtype": "bfloat16"}, optimizer=slow, steps=2)) == 0
     builtin = resolve_model_folder("builtin:miniature") / "model.safetensors"
     before, after = safetensors.numpy.load_file(builtin), _weights(tmp_path)
-    moved = {name: np.abs(after[name].astype(np.float32) - before[name].astype(np.float32)) for name in before}
-    share = np.mean(np.concatenate([(change > 0).ravel() for change in moved.values()]))
-    assert share > 0.5
-    assert max(change.max() for change in moved.values()) < 3e-7  # two updates of 1e-7 each
+    change_by_name = {name: np.abs(after[name].astype(np.float32) - before[name].astype(np.float32)) for name in before}
+    moved_fraction = np.mean(np.concatenate([(change > 0).ravel() for change in change_by_name.values()]))
+    assert moved_fraction > 0.5
+    assert max(change.max() for change in change_by_name.values()) < 3e-7  # two updates of 1e-7 each
 
 
 def test_a_stage_can_be_trained_as_a_library_call(tmp_path: Path) -> None:
-    """Without a YAML file and in any folder it gives the weights that the command gives, and it resumes there."""
+    """The call needs no YAML file and accepts any folder. It gives the same weights as the command, and resumes."""
     assert _run(_config(tmp_path, steps=3, validation={"share": 0.25, "every": 2})) == 0
     data = PreferenceDataConfig(path=str(tmp_path / "pairs.jsonl"))
     stage = parse_config(

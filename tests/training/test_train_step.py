@@ -1,4 +1,7 @@
-"""One update is the same update on one device, on a mesh, in micro-batches, with remat, packed or not."""
+"""Tests one optimizer update.
+
+It must not depend on the mesh, micro-batches, the remat policy or packing.
+"""
 
 import functools
 import math
@@ -46,18 +49,18 @@ OBJECTIVES: dict[str, Objective] = {
 def _train(
     kind: str, mesh: Mesh, *, compute: ComputeConfig = small.FLOAT32, **batch: Any
 ) -> tuple[list[dict[str, float]], TrainState]:
-    """Metrics of each update, and the state after the last."""
+    """Returns the metrics of each update and the final state."""
     with jax.set_mesh(mesh):
         batches = small.batches(EXAMPLES[kind], shards=num_data_shards(mesh), steps=STEPS, size=12, **batch)
         return small.trained(batches, small.model(compute), OBJECTIVES[kind], ADAM, mesh)
 
 
 @pytest.fixture(scope="module", params=["sft", "thinkpo"])
-def straight(request: pytest.FixtureRequest) -> tuple[str, list[dict[str, float]], TrainState]:
+def one_device_run(request: pytest.FixtureRequest) -> tuple[str, list[dict[str, float]], TrainState]:
     return request.param, *_train(request.param, small.mesh())
 
 
-MESH_8 = {"data": 2, "fsdp": 2, "tensor": 2}  # test_mesh.py has the others
+MESH_8 = {"data": 2, "fsdp": 2, "tensor": 2}  # test_mesh.py tests the others
 VARIANTS = {
     "micro-batches": ({}, "none", {"rows_per_device": 1}),
     "remat projections": ({}, "projections", {}),
@@ -67,30 +70,31 @@ VARIANTS = {
     "mesh, remat attention": (MESH_8, "attention", {}),
     "all": (MESH_8, "full", {"rows_per_device": 1}),
 }
-SHORT = {"micro-batches", "remat offload", "mesh, remat attention", "all"}  # test_model.py has all remat policies
+# tests/models/test_transformer.py tests all remat policies.
+SHORT = {"micro-batches", "remat offload", "mesh, remat attention", "all"}
 
 
 @pytest.mark.parametrize("variant", cases(VARIANTS, short=SHORT.__contains__))
-def test_the_trajectory_does_not_depend_on_layout(straight: tuple, variant: str) -> None:
-    kind, expected, expected_state = straight
+def test_the_trajectory_does_not_depend_on_mesh_micro_batches_or_remat(one_device_run: tuple, variant: str) -> None:
+    kind, expected_history, expected_state = one_device_run
     sizes, remat, batch = VARIANTS[variant]
     compute = ComputeConfig.model_validate({"dtype": "float32", "remat": remat})
-    found, state = _train(kind, small.mesh(**sizes), compute=compute, **batch)
-    for before, after in zip(expected, found, strict=True):
-        assert before.keys() == after.keys()
-        for name, value in before.items():
-            assert after[name] == pytest.approx(value, rel=2e-5, abs=2e-5), name
-    differences = [
+    history, state = _train(kind, small.mesh(**sizes), compute=compute, **batch)
+    for expected, metrics in zip(expected_history, history, strict=True):
+        assert expected.keys() == metrics.keys()
+        for name, value in expected.items():
+            assert metrics[name] == pytest.approx(value, rel=2e-5, abs=2e-5), name
+    difference_by_parameter = [
         np.abs(np.asarray(a) - np.asarray(b)).ravel()
         for a, b in zip(jax.tree.leaves(expected_state.model), jax.tree.leaves(state.model), strict=True)
     ]
-    every = np.concatenate(differences)
-    assert every.max() < 1e-4
-    assert every.mean() < 1e-6
+    differences = np.concatenate(difference_by_parameter)
+    assert differences.max() < 1e-4
+    assert differences.mean() < 1e-6
 
 
-def test_training_learns(straight: tuple) -> None:
-    kind, _, state = straight
+def test_training_lowers_the_loss(one_device_run: tuple) -> None:
+    kind, _, state = one_device_run
     batches = small.batches(EXAMPLES[kind], steps=1, size=24)
     batches.reference_log_probs = compute_reference(small.model(), batches, small.mesh())
     rows = jax.tree.map(lambda array: jnp.array(array[0]), batches[0])
@@ -105,7 +109,7 @@ def test_the_first_thinkpo_loss_is_ln_2() -> None:
     assert history[0]["rewards/margins"] == pytest.approx(0, abs=1e-6)
 
 
-def test_a_start_that_is_not_the_reference_is_refused() -> None:
+def test_a_start_model_that_is_not_the_reference_is_an_error() -> None:
     mesh = small.mesh()
     with jax.set_mesh(mesh):
         batches = small.batches(EXAMPLES["thinkpo"])
@@ -113,11 +117,11 @@ def test_a_start_that_is_not_the_reference_is_refused() -> None:
         with pytest.raises(RunError, match=r"instead of 0\.693147"):
             check_initial_loss(PREFERENCE, COMPARE, small.model(), batches[0], mesh)
         batches.reference_log_probs = compute_reference(small.model(), batches, mesh)
-        found = check_initial_loss(PREFERENCE, COMPARE, small.model(), batches[0], mesh)
-        assert found == pytest.approx(math.log(2), abs=1e-6)
+        loss = check_initial_loss(PREFERENCE, COMPARE, small.model(), batches[0], mesh)
+        assert loss == pytest.approx(math.log(2), abs=1e-6)
 
 
-def test_errors_of_both_signs_do_not_hide_from_the_start_check() -> None:
+def test_the_initial_loss_check_finds_errors_that_cancel_out() -> None:
     mesh = small.mesh()
     with jax.set_mesh(mesh):
         batches = small.batches(EXAMPLES["thinkpo"])
@@ -128,14 +132,14 @@ def test_errors_of_both_signs_do_not_hide_from_the_start_check() -> None:
             check_initial_loss(PREFERENCE, COMPARE, small.model(), batches[0], mesh)
 
 
-def test_a_stage_of_one_update_has_a_learning_rate() -> None:
+def test_short_stages_reach_the_full_learning_rate() -> None:
     for steps in (1, 2, 20):
         rate = learning_rate_schedule(OptimizerConfig(learning_rate=1.0), steps)
         assert max(float(np.asarray(rate(index))) for index in range(steps)) == 1.0
 
 
 def _loss_and_gradient(kind: str, batches: BatchPlan) -> tuple[float, dict[str, float], list[np.ndarray]]:
-    """Loss, metrics and gradient of one update over all examples."""
+    """Returns loss, metrics and gradient of one update over all examples."""
     model, objective = small.model(), OBJECTIVES[kind]
 
     @jax.jit
@@ -153,20 +157,20 @@ def _loss_and_gradient(kind: str, batches: BatchPlan) -> tuple[float, dict[str, 
 @pytest.mark.parametrize("kind", ["sft", "thinkpo"])
 @pytest.mark.parametrize("row_length", cases([48, 80], short=(48).__eq__))
 def test_packed_rows_equal_one_example_per_row(kind: str, row_length: int) -> None:
-    def whole(examples: Sequence[Example], **batch: Any) -> BatchPlan:
-        found = small.batches(examples, steps=1, size=len(examples), row_length=row_length, **batch)
-        # A reference of its own for each example, so that a mix-up of pairs shows.
-        found.reference_log_probs = (
-            np.random.default_rng(1).normal(-30, 5, found.reference_log_probs.shape).astype(np.float32)
+    def one_update(examples: Sequence[Example], **batch: Any) -> BatchPlan:
+        batches = small.batches(examples, steps=1, size=len(examples), row_length=row_length, **batch)
+        # Each example has a different reference, so that mixed-up pairs change the loss.
+        batches.reference_log_probs = (
+            np.random.default_rng(1).normal(-30, 5, batches.reference_log_probs.shape).astype(np.float32)
         )
-        return found
+        return batches
 
-    packed, unpacked = whole(EXAMPLES[kind]), whole(EXAMPLES[kind], pack=False)
+    packed, unpacked = one_update(EXAMPLES[kind]), one_update(EXAMPLES[kind], pack=False)
     assert packed.rows < unpacked.rows
-    expected, found = _loss_and_gradient(kind, unpacked), _loss_and_gradient(kind, packed)
-    assert found[0] == pytest.approx(expected[0], rel=1e-5)
-    assert found[1] == pytest.approx(expected[1], rel=1e-5)
-    for a, b in zip(expected[2], found[2], strict=True):
+    expected, actual = _loss_and_gradient(kind, unpacked), _loss_and_gradient(kind, packed)
+    assert actual[0] == pytest.approx(expected[0], rel=1e-5)
+    assert actual[1] == pytest.approx(expected[1], rel=1e-5)
+    for a, b in zip(expected[2], actual[2], strict=True):
         np.testing.assert_allclose(b, a, atol=1e-5 * max(1.0, float(np.abs(a).max())))
 
 
@@ -177,7 +181,7 @@ def test_batches_are_split_over_the_data_axes() -> None:
         assert array.addressable_shards[0].data.shape[1] == array.shape[1] // 4
 
 
-def test_an_update_that_is_not_finite_is_not_applied() -> None:
+def test_a_nonfinite_update_is_not_applied() -> None:
     mesh = small.mesh()
     batches = small.batches(EXAMPLES["thinkpo"], steps=1)
     batches.reference_log_probs = np.full_like(batches.reference_log_probs, np.nan)
@@ -194,13 +198,13 @@ def test_an_update_that_is_not_finite_is_not_applied() -> None:
         np.testing.assert_array_equal(before, after)
 
 
-def test_weight_decay_spares_norms_and_biases() -> None:
+def test_weight_decay_excludes_norms_and_biases() -> None:
     config = OptimizerConfig(learning_rate=1.0, schedule="constant", warmup_ratio=0.0, weight_decay=0.5)
     model = small.model()
     optimizer = make_optimizer(config, 1)
     zeros = jax.tree.map(jnp.zeros_like, model)
     updates, _ = jax.jit(optimizer.update)(zeros, jax.jit(optimizer.init)(model), model)
-    moved = {name: bool(jnp.any(value != 0)) for name, value in flatten_by_name(updates).items()}
-    spared = {name for name, value in moved.items() if not value}
-    assert spared == {name for name in moved if "norm" in name or "bias" in name}
-    assert len(spared) == 6
+    is_decayed = {name: bool(jnp.any(value != 0)) for name, value in flatten_by_name(updates).items()}
+    excluded = {name for name, value in is_decayed.items() if not value}
+    assert excluded == {name for name in is_decayed if "norm" in name or "bias" in name}
+    assert len(excluded) == 6
