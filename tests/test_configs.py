@@ -13,7 +13,7 @@ from support.small import mesh
 
 from thinkpo_jax.models.architecture import Architecture, read_architecture
 from thinkpo_jax.models.weight_mapping import abstract_model, expected_tensor_shapes, flatten_by_name
-from thinkpo_jax.pair_building.pairs_config import PairsConfig
+from thinkpo_jax.pair_building.build_pairs import PairsConfig
 from thinkpo_jax.pair_building.short_answers import ServerAnswersConfig
 from thinkpo_jax.run.run_config import RunConfig, load_run_config
 from thinkpo_jax.runtime.config import parse_config, read_yaml

@@ -3,8 +3,7 @@
 import argparse
 from collections.abc import Sequence
 
-from thinkpo_jax.pair_building.build_pairs import build_pairs
-from thinkpo_jax.pair_building.pairs_config import PairsConfig
+from thinkpo_jax.pair_building.build_pairs import PairsConfig, build_pairs
 from thinkpo_jax.runtime.cli import add_config_arguments, run_and_exit
 from thinkpo_jax.runtime.config import apply_overrides, parse_config, read_yaml
 

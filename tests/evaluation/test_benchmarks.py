@@ -10,8 +10,8 @@ from support.checkpoints import needs_data
 from support.paths import DATA
 
 from thinkpo_jax.data.miniature import MiniatureData
-from thinkpo_jax.evaluation.benchmarks import BENCHMARKS, Question, load_questions
-from thinkpo_jax.evaluation.evaluation_config import BenchmarkConfig, EvaluationConfig
+from thinkpo_jax.evaluation.benchmarks import BENCHMARKS, BenchmarkConfig, Question, load_questions
+from thinkpo_jax.evaluation.evaluate_model import EvaluationConfig
 from thinkpo_jax.runtime.config import UserError, parse_config
 
 BOXED = "Return your final response within \\boxed{}. "

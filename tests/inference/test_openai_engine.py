@@ -16,9 +16,8 @@ import pytest
 from support.server import Endpoint, Reply, failed, fast_retries, said, serving  # noqa: F401
 
 from thinkpo_jax.data.chat_tokenizer import Message
-from thinkpo_jax.inference.engine import Completion
+from thinkpo_jax.inference.engine import Completion, SamplingConfig
 from thinkpo_jax.inference.openai_engine import ServerConfig, request_completions
-from thinkpo_jax.inference.sampling import SamplingConfig
 from thinkpo_jax.runtime.config import RunError, UserError, parse_config
 
 pytestmark = pytest.mark.usefixtures("fast_retries")

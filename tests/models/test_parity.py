@@ -14,8 +14,7 @@ from support.attention import packed_positions
 from support.checkpoints import needs_data, tiny_checkpoint, torch_logits, torch_model
 from support.paths import DATA
 
-from thinkpo_jax.inference.engine import Completion, generate
-from thinkpo_jax.inference.sampling import SamplingConfig
+from thinkpo_jax.inference.engine import Completion, SamplingConfig, generate
 from thinkpo_jax.models.attention.dense import TokenPositions
 from thinkpo_jax.models.transformer import Transformer
 from thinkpo_jax.models.weight_loading import load_model

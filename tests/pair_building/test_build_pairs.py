@@ -30,7 +30,7 @@ from thinkpo_jax.data.record_formats import PreferenceDataConfig
 from thinkpo_jax.data.tokenization import tokenize_sources
 from thinkpo_jax.inference.engine import Completion
 from thinkpo_jax.pair_building import build_pairs
-from thinkpo_jax.pair_building.pairs_config import PairsConfig
+from thinkpo_jax.pair_building.build_pairs import PairsConfig
 from thinkpo_jax.pair_building.short_answers import DatasetAnswersConfig, collect_short_answers
 from thinkpo_jax.runtime.config import parse_config
 

@@ -14,7 +14,7 @@ import yaml
 from support.pairs import UNBOXED, Config, built_pairs, card_counts, nonzero, run_pairs, saved_answers, write_jsonl
 from support.server import Reply, failed, said, serving
 
-from thinkpo_jax.pair_building.pairs_config import PairsConfig
+from thinkpo_jax.pair_building.build_pairs import PairsConfig
 from thinkpo_jax.pair_building.short_answers import ServerAnswersConfig
 from thinkpo_jax.runtime.config import parse_config
 

@@ -1,19 +1,57 @@
-"""The table of benchmarks and the loader of their questions."""
+"""Loads the questions of benchmarks, and finds training questions that occur in a benchmark."""
 
 import hashlib
-from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import re
+import unicodedata
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Annotated, Literal
+
+import pydantic
 
 from thinkpo_jax.data.chat_tokenizer import Message
 from thinkpo_jax.data.miniature import MiniatureData
 from thinkpo_jax.data.readers import DataSourceConfig, Record, has_data_file_suffix, iterate_valid_records
 from thinkpo_jax.data.record_formats import require_column, require_text
-from thinkpo_jax.evaluation.evaluation_config import BenchmarkConfig
 from thinkpo_jax.evaluation.grading import grade_boxed, grade_marked
-from thinkpo_jax.runtime.config import UserError
+from thinkpo_jax.runtime.config import ConfigPath, ConfigSection, UserError
 
 BOXED_INSTRUCTION = "Return your final response within \\boxed{}. "
+Tokens = tuple[str, ...]
+MIN_MATCH_TOKENS = 4  # a shorter question ("Compute 2+3") matches only a question that equals it
+# Drawings, typesetting commands and AIME's closing phrase occur in unrelated questions.
+_IGNORED_TEXT = re.compile(
+    r"\[asy\].*?\[/asy\]|\\(?:left|right)(?![a-z])|\\[^a-z]|"
+    r"where\W+\w\W+and\W+\w\W+are\s+(?:relatively\s+prime|coprime)\s+positive\s+integers",
+    re.DOTALL,
+)
+_TOKEN = re.compile(r"\\[a-z]+|[^\W\d_]+|\d+|[^\w\s$\\{}.,;:!?'\"`]")
+
+
+class BenchmarkConfig(ConfigSection):
+    """One benchmark: its name, where its questions are (default: the Hub) and how many to use (default: all)."""
+
+    name: Literal["miniature", "gsm8k", "math500", "aime24"]
+    path: ConfigPath | None = None
+    questions: int | None = pydantic.Field(default=None, ge=1, le=100_000)
+    system: str | None = None
+
+    @pydantic.model_validator(mode="after")
+    def _check_path(self) -> "BenchmarkConfig":
+        if self.name == "miniature" and self.path is not None:
+            raise ValueError("the questions of miniature are generated, not read from a file. Remove `path`")
+        return self
+
+
+def _check_names_differ(benchmarks: tuple[BenchmarkConfig, ...]) -> tuple[BenchmarkConfig, ...]:
+    names = [benchmark.name for benchmark in benchmarks]
+    if repeated := sorted({name for name in names if names.count(name) > 1}):
+        raise ValueError(f"a benchmark is named twice: {', '.join(repeated)}. List each benchmark once")
+    return benchmarks
+
+
+Benchmarks = Annotated[tuple[BenchmarkConfig, ...], pydantic.AfterValidator(_check_names_differ)]
 
 
 def _after_hashes(answer: str) -> str:
@@ -25,7 +63,7 @@ def _after_hashes(answer: str) -> str:
 class BenchmarkSpec:
     """One benchmark: its data set on the Hub, its prompt (`prefix` and the question) and its grader.
 
-    `parse` turns the text of the answer column into the reference answer, which is empty if there is none.
+    `parse` turns the text of the column "answer" into the reference answer, which is empty if there is none.
     """
 
     question_column: str
@@ -34,7 +72,6 @@ class BenchmarkSpec:
     hub_id: str | None = None
     subset: str | None = None
     split: str = "test"
-    answer_column: str = "answer"
     parse: Callable[[str], str] = str
 
 
@@ -58,11 +95,6 @@ class Question:
 QuestionsByBenchmark = Mapping[str, Sequence[Question]]
 
 
-def questions_digest(questions: Sequence[Question]) -> str:
-    """Returns a digest of questions and references. Saved answers are reused only if their digest is the same."""
-    return hashlib.sha256(repr(list(questions)).encode()).hexdigest()[:16]
-
-
 def load_questions(config: BenchmarkConfig, *, seed: int) -> list[Question]:
     """Loads the first `config.questions` questions of a benchmark (default: all, 1,000 for miniature).
 
@@ -77,12 +109,10 @@ def load_questions(config: BenchmarkConfig, *, seed: int) -> list[Question]:
         location = f"{config.name}, {record_location}"
         question = require_column(record, benchmark.question_column, location)
         question = require_text(question, f"{location}, {benchmark.question_column}")
-        answer = require_column(record, benchmark.answer_column, location)
+        answer = require_column(record, "answer", location)
         reference = "" if answer is None else benchmark.parse(str(answer))
         if not reference:
-            raise UserError(
-                f"{location}, {benchmark.answer_column}: no reference answer. Check the benchmark's `path`."
-            )
+            raise UserError(f"{location}, answer: no reference answer. Check the benchmark's `path`.")
         prompt = benchmark.prefix + question
         digest = hashlib.sha256(prompt.encode()).hexdigest()[:16]
         occurrences[digest] += 1
@@ -95,9 +125,65 @@ def _iterate_records(config: BenchmarkConfig, benchmark: BenchmarkSpec, *, seed:
     if config.name == "miniature":
         records = MiniatureData(questions=config.questions or 1000).rows(seed, held_out=True)
         return ((f"generated question {index}", record) for index, record in enumerate(records))
-    source = {"path": config.path or benchmark.hub_id, "limit": config.questions}
-    if config.path is None:
-        source["subset"] = benchmark.subset
-    if config.path is None or not has_data_file_suffix(config.path):  # a file has no splits
-        source["split"] = benchmark.split
-    return iterate_valid_records(DataSourceConfig.model_validate(source), seed=seed)
+    subset = benchmark.subset if config.path is None else None
+    is_file = config.path is not None and has_data_file_suffix(config.path)
+    split = "train" if is_file else benchmark.split  # a file has no splits, so it gets the default
+    source = DataSourceConfig(path=config.path or benchmark.hub_id, limit=config.questions, subset=subset, split=split)
+    return iterate_valid_records(source, seed=seed)
+
+
+@dataclass(frozen=True)
+class ContaminationMatch:
+    """Question number `index` and a held-out question of a benchmark share the tokens in `shared`."""
+
+    index: int
+    benchmark: str
+    held_out: str
+    shared: str
+
+
+def find_contamination(
+    questions: Sequence[str], held_out: Mapping[str, Sequence[str]], *, ngram: int
+) -> list[ContaminationMatch]:
+    """Returns the pairs of a question and a held-out question that share text, in the order of `questions`.
+
+    A pair matches if one question contains the other, or if both contain the same `ngram` tokens (at least 4) in a row.
+    Tokens are lower-cased words, numbers, LaTeX commands and operators. The keys of `held_out` are benchmark names.
+    With 13 tokens, copies with other numbers or names are found. With 8, most matches are common phrases, such as "how
+    many hours a week does he spend".
+    """
+    known = [(benchmark, text) for benchmark, texts in held_out.items() for text in texts]
+    question_tokens = [_tokenize(text) for text in questions]
+    held_out_tokens = [_tokenize(text) for _, text in known]
+    shared = {(i, j): question_tokens[i] for i, j in _find_contained(question_tokens, held_out_tokens)}
+    shared |= {(i, j): held_out_tokens[j] for j, i in _find_contained(held_out_tokens, question_tokens)}
+    held_out_by_ngram: defaultdict[Tokens, set[int]] = defaultdict(set)
+    for j, run in _ngrams(held_out_tokens, ngram):
+        held_out_by_ngram[run].add(j)
+    for i, run in _ngrams(question_tokens, ngram):
+        for j in held_out_by_ngram.get(run, ()):
+            shared.setdefault((i, j), run)
+    same = {(i, j) for i, j in shared if question_tokens[i] == held_out_tokens[j]}
+    texts = {key: "the whole question" if key in same else " ".join(run) for key, run in shared.items()}
+    return [ContaminationMatch(i, *known[j], texts[i, j]) for i, j in sorted(shared)]
+
+
+def _tokenize(text: str) -> Tokens:
+    plain = unicodedata.normalize("NFKC", text).lower().replace("\\dfrac", "\\frac")
+    return tuple(_TOKEN.findall(_IGNORED_TEXT.sub(" ", plain)))
+
+
+def _ngrams(texts: Sequence[Tokens], size: int) -> Iterator[tuple[int, Tokens]]:
+    for index, tokens in enumerate(texts):
+        yield from ((index, tokens[start : start + size]) for start in range(len(tokens) - size + 1))
+
+
+def _find_contained(parts: Sequence[Tokens], texts: Sequence[Tokens]) -> Iterator[tuple[int, int]]:
+    """Yields (part, text) indices if the text contains the part. A part of under `MIN_MATCH_TOKENS` must equal it."""
+    parts_by_start: defaultdict[Tokens, list[int]] = defaultdict(list)
+    for i, part in enumerate(parts):
+        parts_by_start[part[:MIN_MATCH_TOKENS]] += [i] if part else []
+    for j, text in enumerate(texts):
+        for start in range(max(1, len(text) - MIN_MATCH_TOKENS + 1)):
+            candidates = parts_by_start.get(text[start : start + MIN_MATCH_TOKENS], ())
+            yield from ((i, j) for i in candidates if text[start : start + len(parts[i])] == parts[i])

@@ -1,25 +1,35 @@
 """Answers and grades the questions of all benchmarks with one model, and reuses saved answers."""
 
 import dataclasses
+import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from contextlib import closing
+from itertools import islice
 from pathlib import Path
-from typing import Any
 
+import pydantic
 from jax.sharding import Mesh
 
-from thinkpo_jax.evaluation.benchmarks import BENCHMARKS, Question, QuestionsByBenchmark, questions_digest
-from thinkpo_jax.evaluation.evaluation_config import EvaluationConfig
+from thinkpo_jax.data.chat_tokenizer import ChatTokenizer
+from thinkpo_jax.evaluation.benchmarks import BENCHMARKS, Benchmarks, Question, QuestionsByBenchmark
 from thinkpo_jax.evaluation.results import GradedSample, QuestionResult
-from thinkpo_jax.inference.engine import generate
-from thinkpo_jax.inference.sampling import SamplingConfig
+from thinkpo_jax.inference.engine import Completion, SamplingConfig, generate
 from thinkpo_jax.models.compute_config import ComputeConfig
 from thinkpo_jax.models.model_folder import ModelSource
 from thinkpo_jax.models.transformer import Transformer
-from thinkpo_jax.runtime.config import UserError
+from thinkpo_jax.runtime.config import ConfigSection, UserError
 from thinkpo_jax.runtime.console import ProgressReporter
 from thinkpo_jax.runtime.files import read_json_record, write_atomically
 from thinkpo_jax.runtime.processes import broadcast_from_primary
+
+
+class EvaluationConfig(ConfigSection):
+    """Benchmarks and sampling for every model of a run (the start model and each stage), and the pairs to compare."""
+
+    benchmarks: Benchmarks = pydantic.Field(min_length=1)
+    sampling: SamplingConfig = SamplingConfig()
+    compare: tuple[tuple[str, str], ...] = ()
 
 
 def evaluate_model(
@@ -40,14 +50,16 @@ def evaluate_model(
     """
     results: dict[str, list[QuestionResult]] = {}
     model: Transformer | None = None
+    tokenizer, sampling = source.tokenizer, config.sampling
     for benchmark in config.benchmarks:
+        asked = questions[benchmark.name]
         settings = {
             "benchmark": benchmark.model_dump(mode="json"),
-            "sampling": config.sampling.model_dump(mode="json", exclude={"batch_size"}),
+            "sampling": sampling.model_dump(mode="json", exclude={"batch_size"}),
             "seed": seed,
             "dtype": compute.dtype,
             "model": source.quick_fingerprint(),
-            "questions": questions_digest(questions[benchmark.name]),
+            "questions": hashlib.sha256(repr(list(asked)).encode()).hexdigest()[:16],
         }
         path = folder / f"{benchmark.name}.json"
         record = read_json_record(path, "settings", "items")
@@ -55,60 +67,38 @@ def evaluate_model(
             results[benchmark.name] = read_answers(path)
             continue
         model = model or source.load(compute, mesh)
-        progress = ProgressReporter(
-            f"{name} on {benchmark.name}", len(questions[benchmark.name]) * config.sampling.samples, unit="answer"
-        )
-        items = answer_questions(
-            model,
-            source,
-            questions[benchmark.name],
-            benchmark.name,
-            sampling=config.sampling,
-            mesh=mesh,
-            seed=seed,
-            progress=progress,
-        )
-        progress.close()
+        prompts = [tokenizer.encode_prompt(q.messages).ids for q in asked for _ in range(sampling.samples)]
+        with closing(ProgressReporter(f"{name} on {benchmark.name}", len(prompts), unit="answer")) as progress:
+            completions = generate(
+                model,
+                prompts,
+                sampling,
+                stop_token_ids=tokenizer.stop_token_ids,
+                vocab_size=len(tokenizer.tokenizer),
+                seed=seed,
+                mesh=mesh,
+                on_progress=progress.update,
+            )
+        items = _grade(benchmark.name, asked, completions, tokenizer)
         record = {"settings": settings, "items": [dataclasses.asdict(item) for item in items]}
         write_atomically(path, json.dumps(record).encode())
         results[benchmark.name] = items
     return results
 
 
-def answer_questions(
-    model: Transformer,
-    source: ModelSource,
-    questions: Sequence[Question],
-    benchmark: str,
-    *,
-    sampling: SamplingConfig,
-    mesh: Mesh,
-    seed: int,
-    progress: ProgressReporter,
+def _grade(
+    benchmark: str, questions: Sequence[Question], completions: Sequence[Completion], tokenizer: ChatTokenizer
 ) -> list[QuestionResult]:
-    """Returns the graded answers to questions. The length of a response does not count the token that ends it."""
-    tokenizer, count = source.tokenizer, sampling.samples
-    completions = generate(
-        model,
-        [tokenizer.encode_prompt(question.messages).ids for question in questions for _ in range(count)],
-        sampling,
-        stop_token_ids=tokenizer.stop_token_ids,
-        vocab_size=len(tokenizer.tokenizer),
-        seed=seed,
-        mesh=mesh,
-        on_progress=progress.update,
-    )
+    """Grades the completions, the same number for each question. Their lengths do not count the stop token."""
+    num_samples = len(completions) // max(1, len(questions))
     responses = [tokenizer.decode(completion.token_ids) for completion in completions]
-    references = [question.reference for question in questions for _ in range(count)]
-    samples = [
+    references = [question.reference for question in questions for _ in range(num_samples)]
+    grades = BENCHMARKS[benchmark].check(responses, references)
+    samples = (
         GradedSample(response, len(completion.token_ids), is_correct, completion.finish_reason == "length")
-        for response, completion, is_correct in zip(
-            responses, completions, BENCHMARKS[benchmark].check(responses, references), strict=True
-        )
-    ]
-    return [
-        QuestionResult(question.id, tuple(samples[i * count : (i + 1) * count])) for i, question in enumerate(questions)
-    ]
+        for response, completion, is_correct in zip(responses, completions, grades, strict=True)
+    )
+    return [QuestionResult(question.id, tuple(islice(samples, num_samples))) for question in questions]
 
 
 def read_answers(path: Path) -> list[QuestionResult]:
@@ -116,8 +106,7 @@ def read_answers(path: Path) -> list[QuestionResult]:
     record = read_json_record(path, "items")
     if record is None:
         raise UserError(f"{path}: there are no saved answers. Evaluate the model first.")
-    return [_question_result(item) for item in record["items"]]
-
-
-def _question_result(item: Mapping[str, Any]) -> QuestionResult:
-    return QuestionResult(item["question_id"], tuple(GradedSample(**sample) for sample in item["samples"]))
+    return [
+        QuestionResult(item["question_id"], tuple(GradedSample(**sample) for sample in item["samples"]))
+        for item in record["items"]
+    ]

@@ -44,19 +44,14 @@ def grade_boxed(responses: Sequence[str], references: Sequence[str]) -> list[boo
     process that exceeds it is killed and the answer counts as wrong. So 9^{9^{9^9}} cannot block an evaluation.
     """
     answers = [extract_boxed(response) for response in responses]
-    is_correct = [
-        answer is not None and _normalize(answer) == _normalize(reference)
-        for answer, reference in zip(answers, references, strict=True)
-    ]
+    is_correct = [a is not None and _normalize(a) == _normalize(r) for a, r in zip(answers, references, strict=True)]
     pending = [i for i, answer in enumerate(answers) if answer is not None and not is_correct[i]]
     if not pending:
         return is_correct
+    limit = GRADING_TIMEOUT_SECONDS
     context = multiprocessing.get_context("spawn")  # a fork of a process that runs JAX's threads may hang
     with pebble.ProcessPool(max_workers=min(2, len(pending)), initializer=_init_worker, context=context) as pool:
-        futures = [
-            pool.schedule(_is_equal_math, args=(answers[i], references[i]), timeout=GRADING_TIMEOUT_SECONDS)
-            for i in pending
-        ]
+        futures = [pool.schedule(_is_equal_math, args=(answers[i], references[i]), timeout=limit) for i in pending]
         progress = ProgressReporter("answers compared", len(pending), unit="answer")
         try:
             for num_done, (i, future) in enumerate(zip(pending, futures, strict=True), 1):

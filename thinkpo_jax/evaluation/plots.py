@@ -12,17 +12,9 @@ from matplotlib.ticker import MaxNLocator
 from thinkpo_jax.evaluation.results import ReportContents, ResultsByModel, StageSummary, benchmark_names
 from thinkpo_jax.evaluation.statistics import ScoresByModel
 from thinkpo_jax.runtime.console import read_metrics
-from thinkpo_jax.runtime.figures import (
-    CHOSEN_COLOUR,
-    MARGIN_COLOUR,
-    REJECTED_COLOUR,
-    draw_legend,
-    label_axes,
-    panel_grid,
-)
+from thinkpo_jax.runtime.figures import CHOSEN_COLOUR, MARGIN_COLOUR, REJECTED_COLOUR, draw_legend, label_axes, subplots
 
 Metrics = list[dict[str, float]]  # one dict per update
-
 _PALETTE = ("#7F7F7F", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")  # Okabe & Ito 2008
 
 
@@ -30,8 +22,7 @@ def draw_figures(run_dir: Path, contents: ReportContents, scores: ScoresByModel)
     """Returns the figures that have data, by file name without suffix."""
     names = dict.fromkeys([*contents.results, *(stage.name for stage in contents.stages)])
     colours = {name: _PALETTE[index % len(_PALETTE)] for index, name in enumerate(names)}
-    paths = {stage: run_dir / stage.name / "metrics.jsonl" for stage in contents.stages}
-    metrics = {stage: rows for stage, path in paths.items() if (rows := read_metrics(path))}
+    metrics = {s: rows for s in contents.stages if (rows := read_metrics(run_dir / s.name / "metrics.jsonl"))}
     figures: dict[str, Figure] = {}
     if metrics:
         figures["loss"] = _draw_losses(metrics, colours)
@@ -44,7 +35,7 @@ def draw_figures(run_dir: Path, contents: ReportContents, scores: ScoresByModel)
 
 
 def _draw_losses(metrics: Mapping[StageSummary, Metrics], colours: Mapping[str, str]) -> Figure:
-    figure, panels = panel_grid(len(metrics), "Training loss by stage")
+    figure, panels = subplots(len(metrics), "Training loss by stage")
     for ax, (stage, rows) in zip(panels, metrics.items(), strict=True):
         unit = "nats per token" if stage.objective == "sft" else "nats per pair"
         label_axes(ax, f"{stage.name} (started from {stage.start})", "step", f"loss ({unit})")
@@ -75,7 +66,7 @@ def _draw_rewards(metrics: Mapping[StageSummary, Metrics]) -> Figure:
 
 def _draw_accuracies(scores: ScoresByModel, colours: Mapping[str, str]) -> Figure:
     benchmarks = benchmark_names(scores)
-    figure, panels = panel_grid(len(benchmarks), "Accuracy by model (error bars: 95 % intervals)")
+    figure, panels = subplots(len(benchmarks), "Accuracy by model (error bars: 95 % intervals)")
     for ax, benchmark in zip(panels, benchmarks, strict=True):
         by_model = {model: scores[model][benchmark] for model in scores if benchmark in scores[model]}
         num_questions = next(iter(by_model.values())).num_questions
@@ -89,8 +80,8 @@ def _draw_accuracies(scores: ScoresByModel, colours: Mapping[str, str]) -> Figur
         is_crowded = len("".join(by_model)) > 30
         rotation = {"rotation": 25, "ha": "right", "rotation_mode": "anchor"} if is_crowded else {}
         ax.set_xticks(range(len(by_model)), list(by_model), **rotation)
-        ax.set_xlim(-0.6, len(by_model) - 0.4)
-        ax.set_ylim(0, 112 * max(0.05, *(score.ci95[1] for score in by_model.values())))
+        top = 112 * max(0.05, *(score.ci95[1] for score in by_model.values()))
+        ax.set(xlim=(-0.6, len(by_model) - 0.4), ylim=(0, top))
         ax.grid(visible=False, axis="x")
     return figure
 

@@ -42,10 +42,8 @@ def terminal_summary(contents: ReportContents) -> str:
     if scores:
         parts += [_align_columns(_models_table(scores))]
     if comparisons:
-        parts += [
-            _align_columns(_comparisons_table(comparisons)),
-            "\n".join(starmap(_describe_comparison, comparisons)),
-        ]
+        parts += [_align_columns(_comparisons_table(comparisons))]
+        parts += ["\n".join(starmap(_describe_comparison, comparisons))]
     return "\n\n".join(parts) + "\n"
 
 
@@ -96,9 +94,8 @@ def _describe_comparison(before: str, after: str, benchmark: str, change: Paired
     verdict = f"no significant difference between {before} and {after}"
     if change.ci95[0] > 0 or change.ci95[1] < 0:
         verdict = f"{after} scores {'higher' if change.ci95[0] > 0 else 'lower'} than {before}"
-    points = f"{_format_points(change.accuracy_difference)} points"
-    interval = f"95 % interval {_format_interval(change.ci95, _format_points)}"
-    return f"{benchmark}: {verdict} ({points}, {interval}, {change.num_questions:,} questions)."
+    points, interval = _format_points(change.accuracy_difference), _format_interval(change.ci95, _format_points)
+    return f"{benchmark}: {verdict} ({points} points, 95 % interval {interval}, {change.num_questions:,} questions)."
 
 
 def _format_points(fraction: float) -> str:

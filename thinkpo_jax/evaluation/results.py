@@ -40,10 +40,7 @@ class StageSummary:
 
 @dataclass(frozen=True)
 class ReportContents:
-    """Everything that a report shows, in this order.
-
-    `comparisons` holds (before, after) names of models, to compare on every benchmark with results of both.
-    """
+    """What a report shows. `comparisons`: (before, after) models to compare on every benchmark with results of both."""
 
     title: str
     stages: tuple[StageSummary, ...]

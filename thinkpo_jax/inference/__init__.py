@@ -1,6 +1,5 @@
 """Generates completions from prompts, with the local model or a server.
 
-Both ways take a `SamplingConfig` (in `sampling`) and give a `Completion` (in `engine`) for each prompt. The local model
-runs in `engine.generate`. A server with OpenAI's chat API is described by `openai_engine.ServerConfig` and used by
-`openai_engine.request_completions`.
+Both ways take a `SamplingConfig` and give a `Completion` (both in `engine`) for each prompt. `engine.generate` runs the
+local model. `openai_engine.request_completions` asks a server with OpenAI's chat API, which a `ServerConfig` describes.
 """

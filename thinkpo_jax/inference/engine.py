@@ -12,16 +12,30 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pydantic
 from jax.sharding import Mesh
 
-from thinkpo_jax.inference.sampling import SamplingConfig, filter_top_p
 from thinkpo_jax.models.attention.dense import TokenPositions
 from thinkpo_jax.models.transformer import Transformer
+from thinkpo_jax.runtime.config import ConfigSection
 from thinkpo_jax.runtime.mesh import num_data_shards
 from thinkpo_jax.runtime.sharding import constrain_sharding, put_on_mesh
 
-PROMPT_MULTIPLE = 64  # prompts are padded to a multiple of this, so that few shapes are compiled
-_Options = tuple[SamplingConfig, int, tuple[int, ...]]  # configuration, vocab_size, stop_token_ids
+
+class SamplingConfig(ConfigSection):
+    """Temperature 0 is greedy. `samples` is per question. The local model runs `batch_size` prompts at once."""
+
+    temperature: float = pydantic.Field(default=0.7, ge=0)
+    top_p: float = pydantic.Field(default=1.0, gt=0, le=1)
+    max_new_tokens: int = pydantic.Field(default=1024, ge=1)
+    samples: int = pydantic.Field(default=1, ge=1)
+    batch_size: int = pydantic.Field(default=64, ge=1)
+
+    @pydantic.model_validator(mode="after")
+    def _reject_keys_without_effect(self) -> "SamplingConfig":
+        if self.temperature == 0 and (self.samples > 1 or self.top_p < 1):
+            raise ValueError("temperature 0 is greedy: `samples` above 1 and `top_p` below 1 have no effect")
+        return self
 
 
 @dataclass(frozen=True)
@@ -37,6 +51,10 @@ class Completion:
     text: str = ""
     finish_reason: Literal["stop", "length"] = "stop"
     error: str | None = None
+
+
+PROMPT_MULTIPLE = 64  # prompts are padded to a multiple of this, so that few shapes are compiled
+_Options = tuple[SamplingConfig, int, tuple[int, ...]]  # configuration, vocab_size, stop_token_ids
 
 
 def generate(
@@ -99,7 +117,7 @@ def _generate_batch(
         logits_BV = jnp.dot(hidden_BD, head_DV, preferred_element_type=jnp.float32)
         if config.temperature == 0:
             return jnp.argmax(logits_BV, axis=-1)
-        logits_BV = filter_top_p(logits_BV / config.temperature, config.top_p)
+        logits_BV = _filter_top_p(logits_BV / config.temperature, config.top_p)
         step_keys_B = jax.vmap(lambda key: jax.random.fold_in(key, step))(keys_B)
         return jax.vmap(jax.random.categorical)(step_keys_B, logits_BV)
 
@@ -124,3 +142,13 @@ def _generate_batch(
     state = (first_step, ids_B, is_stop_token(ids_B), jnp.zeros(batch, jnp.int32), jnp.zeros((batch, limit), jnp.int32))
     _, _, is_stopped_B, counts_B, output_BG, _ = jax.lax.while_loop(should_continue, decode_step, (*state, cache))
     return tuple(constrain_sharding(array, (None,) * array.ndim) for array in (output_BG, counts_B, is_stopped_B))
+
+
+def _filter_top_p(logits_BV: jax.Array, top_p: float) -> jax.Array:
+    """Sets logits to -inf, except for the most probable tokens that together reach `top_p` (arXiv 1904.09751)."""
+    if top_p == 1.0:
+        return logits_BV
+    sorted_BV = jnp.sort(logits_BV, axis=-1, descending=True)
+    before_BV = jnp.cumsum(jax.nn.softmax(sorted_BV, axis=-1), axis=-1) - jax.nn.softmax(sorted_BV, axis=-1)
+    threshold_B1 = jnp.where(before_BV < top_p, sorted_BV, jnp.inf).min(axis=-1, keepdims=True)
+    return jnp.where(logits_BV >= threshold_B1, logits_BV, -jnp.inf)

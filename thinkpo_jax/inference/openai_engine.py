@@ -18,8 +18,7 @@ from urllib.parse import urlsplit
 import pydantic
 
 from thinkpo_jax.data.chat_tokenizer import Message
-from thinkpo_jax.inference.engine import Completion
-from thinkpo_jax.inference.sampling import SamplingConfig
+from thinkpo_jax.inference.engine import Completion, SamplingConfig
 from thinkpo_jax.runtime.config import ConfigSection, RunError, UserError
 
 CONNECT_SECONDS = 10.0  # Limits opening a connection. `timeout` limits waiting for an answer.
@@ -72,7 +71,10 @@ def request_completions(
     except ImportError:
         raise UserError('A server needs the package openai. Run: pip install "thinkpo_jax[server]"') from None
     timeout = openai.Timeout(config.timeout, connect=min(config.timeout, CONNECT_SECONDS))
-    client = openai.AsyncOpenAI(base_url=config.url, api_key=_api_key(config), timeout=timeout)
+    api_key = os.environ.get(config.api_key_variable, "").strip() or "none"
+    if not (api_key.isascii() and api_key.isprintable()):
+        raise UserError(f"{config.api_key_variable}: the key has characters that HTTP headers forbid. Set it again.")
+    client = openai.AsyncOpenAI(base_url=config.url, api_key=api_key, timeout=timeout)
     pending = iter(conversations.items())
     running: dict[Future[Completion], KeyT] = {}
     with start_blocking_portal() as portal, portal.wrap_async_context_manager(client):
@@ -92,15 +94,7 @@ def request_completions(
                 future.cancel()
 
 
-def _api_key(config: ServerConfig) -> str:
-    key = os.environ.get(config.api_key_variable, "").strip() or "none"
-    if not (key.isascii() and key.isprintable()):
-        raise UserError(f"{config.api_key_variable}: the key has characters that HTTP headers forbid. Set it again.")
-    return key
-
-
 def _body(config: ServerConfig, messages: Sequence[Message], sampling: SamplingConfig, seed: int) -> dict[str, Any]:
-    """Returns the body of a request."""
     turns = [(message["role"], message["content"]) for message in messages]
     digest = hashlib.sha256(json.dumps([seed, turns]).encode()).digest()
     return {
@@ -170,8 +164,7 @@ async def _status_error(client: Any, config: ServerConfig, error: Any) -> UserEr
     if status in RETRYABLE_STATUSES or status >= 500:
         return RunError(f"{problem}, in up to {config.retries + 1} tries. {RESUME_HINT}")
     if status in (401, 403):
-        is_set = bool(os.environ.get(config.api_key_variable))
-        state = "is not accepted" if is_set else "is not set"
+        state = "is not accepted" if os.environ.get(config.api_key_variable) else "is not set"
         return UserError(f"{problem}: {config.api_key_variable} {state}. Set it to a key for the model {config.model}.")
     if status != 404:
         return UserError(f"{problem}. Check url and model ({config.model}).")

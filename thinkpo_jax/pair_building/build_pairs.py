@@ -1,7 +1,4 @@
-"""Builds preference pairs: reads long answers, collects short ones, filters and selects pairs, and counts every drop.
-
-Example: python -m thinkpo_jax.pairs --config configs/pairs_miniature.yaml
-"""
+"""Builds preference pairs: reads long answers, collects short ones, filters and selects pairs, and counts drops."""
 
 import json
 import math
@@ -9,24 +6,54 @@ from collections import Counter
 from contextlib import closing
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Annotated
+
+import pydantic
 
 from thinkpo_jax.data.chat_tokenizer import ChatTokenizer
 from thinkpo_jax.data.readers import Record, RecordError
-from thinkpo_jax.data.record_formats import iterate_responses, require_column, require_text
-from thinkpo_jax.evaluation.benchmarks import BENCHMARKS, load_questions
-from thinkpo_jax.evaluation.decontamination import ContaminationMatch, find_contamination
-from thinkpo_jax.evaluation.evaluation_config import BenchmarkConfig
+from thinkpo_jax.data.record_formats import ResponseSourceConfig, iterate_responses, require_column, require_text
+from thinkpo_jax.evaluation import benchmarks
+from thinkpo_jax.evaluation.benchmarks import BenchmarkConfig, Benchmarks, ContaminationMatch, find_contamination
 from thinkpo_jax.inference.engine import Completion
 from thinkpo_jax.models.model_folder import resolve_model_folder
+from thinkpo_jax.pair_building import filters as pair_filters
 from thinkpo_jax.pair_building.data_card import CONTAMINATION_FILE, summarize_counts, write_pair_set
-from thinkpo_jax.pair_building.filters import Pairs, PreferencePair, filter_for_control, filter_pairs, select_pairs
-from thinkpo_jax.pair_building.pairs_config import LongAnswersConfig, PairsConfig
-from thinkpo_jax.pair_building.short_answers import collect_short_answers, count_skipped_row
-from thinkpo_jax.runtime.config import RunError
+from thinkpo_jax.pair_building.filters import ControlKind, FilterConfig, Pairs, PreferencePair, SelectConfig
+from thinkpo_jax.pair_building.short_answers import ShortAnswersConfig, collect_short_answers, count_skipped_row
+from thinkpo_jax.runtime.config import ConfigPath, ConfigSection, RunError
 from thinkpo_jax.runtime.console import ProgressReporter, log_info, log_warning
 from thinkpo_jax.runtime.files import lock_folder, write_atomically
 
 ANSWERS_PER_CHUNK = 256  # answers to tokenize at a time, because their token ids need memory
+
+
+class LongAnswersConfig(ResponseSourceConfig):
+    """The rows with the long answers. `reference` is the column with the correct answer, if there is one."""
+
+    reference: str | None = None
+
+
+class DecontaminationConfig(ConfigSection):
+    """Benchmarks whose questions are dropped. Questions match if they share `ngram` tokens in a row."""
+
+    against: Benchmarks = ()
+    ngram: int = pydantic.Field(default=13, ge=4)
+
+
+class PairsConfig(ConfigSection):
+    """How pairs are built. `out` is the output folder, and `tokenizer` (a model folder or Hub id) counts the tokens."""
+
+    out: ConfigPath
+    title: str = "ThinkPO pairs"
+    seed: int = pydantic.Field(default=0, ge=0, lt=2**31)
+    tokenizer: ConfigPath
+    long: LongAnswersConfig
+    short: Annotated[ShortAnswersConfig, pydantic.Field(discriminator="by")]
+    filters: FilterConfig = FilterConfig()
+    control: ControlKind = "none"
+    select: SelectConfig = SelectConfig()
+    decontaminate: DecontaminationConfig = DecontaminationConfig()
 
 
 def build_pairs(config: PairsConfig) -> Pairs:
@@ -47,22 +74,22 @@ def build_pairs(config: PairsConfig) -> Pairs:
         shorts = collect_short_answers(config.short, questions, folder, seed=config.seed, counts=answers)
         rows["no short answer to the question"] = sum(not completions for completions in shorts)
         pairs = _add_short_answers(tokenizer, longs, shorts, candidates)
-        pairs = filter_pairs(pairs, config.filters, seed=config.seed, counts=candidates)
-        pairs = filter_for_control(pairs, config.control, candidates)
-        pairs = select_pairs(pairs, config.select, seed=config.seed, counts=candidates)
+        pairs = pair_filters.filter_pairs(pairs, config.filters, seed=config.seed, counts=candidates)
+        pairs = pair_filters.filter_for_control(pairs, config.control, candidates)
+        pairs = pair_filters.select_pairs(pairs, config.select, seed=config.seed, counts=candidates)
         if config.control == "swapped":  # after the selection, which compares the gaps of the original pairs
             pairs = [pair.swapped() for pair in pairs]
         summary = summarize_counts(tables)
         if not pairs:
             raise RunError(f"no pair is left. {summary}. Loosen `filters`, or correct the data.")
         log_info(summary)
-        write_pair_set(folder, config, pairs, tables)
+        write_pair_set(folder, config.model_dump(mode="json"), pairs, tables)
     return pairs
 
 
 def _load_questions(benchmark: BenchmarkConfig, seed: int) -> list[str]:
-    prefix = BENCHMARKS[benchmark.name].prefix
-    return [question.messages[-1]["content"].removeprefix(prefix) for question in load_questions(benchmark, seed=seed)]
+    prefix, questions = benchmarks.BENCHMARKS[benchmark.name].prefix, benchmarks.load_questions(benchmark, seed=seed)
+    return [question.messages[-1]["content"].removeprefix(prefix) for question in questions]
 
 
 def _read_long_answers(config: LongAnswersConfig, seed: int, counts: Counter[str]) -> Pairs:

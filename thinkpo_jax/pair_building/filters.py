@@ -21,7 +21,7 @@ from thinkpo_jax.runtime.config import ConfigSection
 
 LENGTH_MATCH_TOLERANCE = 0.2  # largest difference of matched lengths, as a fraction of the longer one
 ControlKind = Literal["none", "swapped", "length_matched", "correct_only"]
-_MAX_WRONG_KEYS = pydantic.AliasChoices("max_wrong_short_fraction", "disagreeing_share")  # the new and the old name
+_ALIASES = pydantic.AliasChoices("max_wrong_short_fraction", "disagreeing_share")  # the new and the old name
 
 
 @dataclass(frozen=True)
@@ -67,25 +67,19 @@ class FilterConfig(ConfigSection):
     long_agrees: bool = True  # The long answer agrees with the reference, if there is one.
     # The largest fraction of pairs with a wrong short answer. With 0 all short answers are correct, with 1 all are
     # wrong, and with None any are used. The old name, `disagreeing_share`, still works.
-    max_wrong_short_fraction: float | None = pydantic.Field(
-        default=2000 / 10080, ge=0, le=1, validation_alias=_MAX_WRONG_KEYS
-    )
+    max_wrong_short_fraction: float | None = pydantic.Field(default=2000 / 10080, ge=0, le=1, validation_alias=_ALIASES)
     max_long_tokens: int | None = pydantic.Field(default=None, ge=1)
 
     @pydantic.model_validator(mode="after")
     def _check_boxes_to_compare(self) -> "FilterConfig":
         if not self.boxed and (self.long_agrees or self.max_wrong_short_fraction is not None):
-            raise ValueError(
-                "without `boxed` nothing is compared: set long_agrees: false, max_wrong_short_fraction: null"
-            )
+            remedy = "set long_agrees: false, max_wrong_short_fraction: null"
+            raise ValueError(f"without `boxed` nothing is compared: {remedy}")
         return self
 
 
 class SelectConfig(ConfigSection):
-    """Which pairs are used: all, or the third with short, middle or long gaps (Table 5 of the paper).
-
-    `pairs` is the number of pairs to use instead.
-    """
+    """All pairs, or the third with short, middle or long gaps (Table 5 of the paper). `pairs` sets another number."""
 
     gap: Literal["all", "short", "middle", "long"] = "all"
     pairs: int | None = pydantic.Field(default=None, ge=1)
@@ -180,19 +174,11 @@ def select_pairs(pairs: Pairs, config: SelectConfig, *, seed: int, counts: Count
 
 
 def filter_for_control(pairs: Pairs, control: ControlKind, counts: Counter[str]) -> Pairs:
-    """Drops the pairs that a control experiment leaves out. The paper has no such controls.
-
-    With `length_matched`, lengths may differ by at most `LENGTH_MATCH_TOLERANCE`. With `correct_only`, the short answer
-    is known to be correct.
-    """
+    """Drops the pairs that a control experiment leaves out. The paper has no such controls."""
     if control == "length_matched":
-        reason = f"lengths differ by more than {LENGTH_MATCH_TOLERANCE:.0%}"
-        return _drop(pairs, _lengths_differ, reason, counts)
+        reason, limit = f"lengths differ by more than {LENGTH_MATCH_TOLERANCE:.0%}", LENGTH_MATCH_TOLERANCE
+        return _drop(pairs, lambda p: abs(p.gap) > limit * max(p.chosen_tokens, p.rejected_tokens), reason, counts)
     if control == "correct_only":
         reason = "the short answer is not known to be correct"
         return _drop(pairs, lambda p: p.short_answer_is_correct is not True, reason, counts)
     return pairs
-
-
-def _lengths_differ(pair: PreferencePair) -> bool:
-    return abs(pair.gap) > LENGTH_MATCH_TOLERANCE * max(pair.chosen_tokens, pair.rejected_tokens)

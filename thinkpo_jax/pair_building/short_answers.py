@@ -17,9 +17,8 @@ import pydantic
 from thinkpo_jax.data.chat_tokenizer import Message
 from thinkpo_jax.data.readers import RecordError
 from thinkpo_jax.data.record_formats import ResponseSourceConfig, iterate_responses
-from thinkpo_jax.inference.engine import Completion, generate
+from thinkpo_jax.inference.engine import Completion, SamplingConfig, generate
 from thinkpo_jax.inference.openai_engine import ServerConfig, request_completions
-from thinkpo_jax.inference.sampling import SamplingConfig
 from thinkpo_jax.models.compute_config import ComputeConfig
 from thinkpo_jax.models.model_folder import ModelConfig, quick_fingerprint, resolve_model_folder, resolve_model_source
 from thinkpo_jax.pair_building.filters import normalize_question
@@ -27,10 +26,8 @@ from thinkpo_jax.runtime.config import ConfigSection, UserError
 from thinkpo_jax.runtime.console import ProgressReporter, log_info, log_warning
 from thinkpo_jax.runtime.mesh import MeshConfig, make_mesh
 
-# The paper's public code generates rejected answers with this prompt and the defaults of `PaperSampling`: one sample,
-# no retry.
+# The paper's public code generates rejected answers with this prompt and `PaperSampling`: one sample, no retry.
 PAPER_SYSTEM = "You are a helpful and harmless assistant. Please reason step by step."
-ANSWERS_FILE = "short_answers.jsonl"
 Conversations = Mapping[str, Sequence[Message]]
 
 
@@ -98,7 +95,7 @@ def collect_short_answers(
         settings["model"]["fingerprint"] = quick_fingerprint(resolve_model_folder(config.model.path))
     else:
         settings["server"] = {"model": config.server.model}  # the url and the limits do not change the answers
-    path = folder / ANSWERS_FILE
+    path = folder / "short_answers.jsonl"
     saved = _load_saved_answers(path, settings)
     answers = {key: saved[key] for key in conversations if key in saved}
     missing = {key: messages for key, messages in conversations.items() if key not in saved}
@@ -137,10 +134,9 @@ def _join_dataset(
         counts["read"] += 1
         if isinstance(response, RecordError):
             count_skipped_row(response, counts)
-            continue
-        _, conversation, _ = response
-        question = conversation.last_user_message(config.prompt_suffix)
-        answers[normalize_question(question)].append(Completion(text=conversation.answers[0]))
+        else:
+            question = normalize_question(response[1].last_user_message(config.prompt_suffix))
+            answers[question].append(Completion(text=response[1].answers[0]))
     keys = [normalize_question(question) for question in questions]
     if keys and answers and answers.keys().isdisjoint(keys):
         raise UserError(
@@ -165,16 +161,13 @@ def _load_saved_answers(path: Path, settings: dict[str, Any]) -> dict[str, Compl
         are_answers = all(isinstance(line["text"], str) and isinstance(line["finished"], bool) for line in lines)
         if not (isinstance(saved_settings, dict) and are_answers):
             raise TypeError("a line holds neither settings nor an answer")
-        reasons: dict[bool, Literal["stop", "length"]] = {True: "stop", False: "length"}
-        answers = {line["key"]: Completion((), line["text"], reasons[line["finished"]]) for line in lines}
+        answers = {a["key"]: Completion((), a["text"], "stop" if a["finished"] else "length") for a in lines}
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise UserError(f"{path}: damaged: {error!r}. Remove the file to generate the answers again.") from None
     changed = [key for key in {**saved_settings, **settings} if saved_settings.get(key) != settings.get(key)]
     if changed:
-        raise UserError(
-            f"{path}: holds answers that were generated with other settings ({', '.join(changed)}). Choose another "
-            "`out`, or remove the file to generate the answers again."
-        )
+        problem = f"{path}: holds answers that were generated with other settings ({', '.join(changed)})"
+        raise UserError(f"{problem}. Choose another `out`, or remove the file to generate the answers again.")
     os.truncate(path, len(complete_lines) + 1)
     return answers
 
@@ -195,15 +188,14 @@ def _generate_missing(
             prompts[key] = source.tokenizer.encode_prompt(messages).ids
         except UserError as error:
             yield key, Completion(error=str(error))
-    if missing.keys().isdisjoint(prompts):
-        return
     keys, size = list(prompts), config.sampling.batch_size
+    starts = [i for i in range(0, len(keys), size) if not missing.keys().isdisjoint(keys[i : i + size])]
+    if not starts:
+        return
     with jax.set_mesh(mesh):
         model = source.load(config.compute, mesh)
-        for start in range(0, len(keys), size):
+        for start in starts:
             batch = keys[start : start + size]
-            if missing.keys().isdisjoint(batch):
-                continue
             completions = generate(
                 model,
                 [prompts[key] for key in batch],

@@ -9,8 +9,7 @@ import jax
 
 from thinkpo_jax.data.chat_tokenizer import ChatTokenizer
 from thinkpo_jax.evaluation.benchmarks import QuestionsByBenchmark, load_questions
-from thinkpo_jax.evaluation.evaluate_model import evaluate_model, read_answers
-from thinkpo_jax.evaluation.evaluation_config import EvaluationConfig
+from thinkpo_jax.evaluation.evaluate_model import EvaluationConfig, evaluate_model, read_answers
 from thinkpo_jax.evaluation.report import terminal_summary, write_report
 from thinkpo_jax.evaluation.results import QuestionResult, ReportContents, StageSummary
 from thinkpo_jax.evaluation.statistics import compare_pooled_runs

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import pydantic
 
-from thinkpo_jax.evaluation.evaluation_config import EvaluationConfig
+from thinkpo_jax.evaluation.evaluate_model import EvaluationConfig
 from thinkpo_jax.models.compute_config import ComputeConfig
 from thinkpo_jax.models.model_folder import ModelConfig
 from thinkpo_jax.runtime.config import ConfigPath, ConfigSection, apply_overrides, did_you_mean, parse_config, read_yaml

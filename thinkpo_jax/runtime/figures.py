@@ -1,26 +1,22 @@
-"""Matplotlib helpers that several reports share."""
+"""Matplotlib helpers for the plots of reports and data cards."""
 
 from io import BytesIO
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from thinkpo_jax.runtime.integers import ceil_div
-
-CHOSEN_COLOUR, REJECTED_COLOUR, MARGIN_COLOUR = "#5B3FD6", "#882255", "#333333"  # models have other colours
-_PANELS_PER_ROW = 3
+CHOSEN_COLOUR, REJECTED_COLOUR, MARGIN_COLOUR = "#5B3FD6", "#882255", "#333333"  # never the colour of a model
 
 
 def figure_to_png(figure: Figure) -> bytes:
-    """Returns the content of a PNG file."""
+    """Returns a figure as a PNG file."""
     figure.savefig(buffer := BytesIO(), format="png", dpi=130)
     return buffer.getvalue()
 
 
-def panel_grid(count: int, title: str) -> tuple[Figure, list[Axes]]:
-    """Creates a figure with `count` panels, three per row."""
-    columns = min(count, _PANELS_PER_ROW)
-    rows = ceil_div(count, columns)
+def subplots(count: int, title: str) -> tuple[Figure, list[Axes]]:
+    """Returns a figure with `count` panels, up to three in a row."""
+    columns, rows = min(count, 3), -(-count // 3)
     figure = Figure(figsize=(max(5.6, 4.6 * columns), 3.9 * rows), layout="constrained")
     figure.suptitle(title)
     panels = list(figure.subplots(rows, columns, squeeze=False).flat)
@@ -30,7 +26,7 @@ def panel_grid(count: int, title: str) -> tuple[Figure, list[Axes]]:
 
 
 def label_axes(ax: Axes, title: str, x: str, y: str) -> None:
-    """Sets the title and the axis labels of a panel, and draws a light grid behind the data."""
+    """Sets the title and the labels of a panel, and its grid."""
     ax.set_title(title, fontsize=10)
     ax.set(xlabel=x, ylabel=y, axisbelow=True)
     ax.grid(color="#E4E4E4", linewidth=0.7)
