@@ -27,7 +27,7 @@ from support.selection import exhaustive
 
 from thinkpo_jax.data.chat_tokenizer import ChatTokenizer
 from thinkpo_jax.inference.engine import Completion, SamplingConfig, generate
-from thinkpo_jax.models.attention.dense import TokenPositions
+from thinkpo_jax.models.attention.blockwise import TokenPositions
 from thinkpo_jax.models.transformer import Transformer
 from thinkpo_jax.models.weight_loading import load_model
 from thinkpo_jax.models.weight_saving import save_model

@@ -14,7 +14,7 @@ from support import small
 
 from thinkpo_jax.inference import engine
 from thinkpo_jax.inference.engine import Completion, SamplingConfig, generate
-from thinkpo_jax.models.attention.dense import TokenPositions
+from thinkpo_jax.models.attention.blockwise import TokenPositions
 from thinkpo_jax.models.transformer import Transformer
 from thinkpo_jax.runtime.sharding import tree_shardings
 

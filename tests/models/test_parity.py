@@ -15,7 +15,7 @@ from support.checkpoints import needs_data, tiny_checkpoint, torch_logits, torch
 from support.paths import DATA
 
 from thinkpo_jax.inference.engine import Completion, SamplingConfig, generate
-from thinkpo_jax.models.attention.dense import TokenPositions
+from thinkpo_jax.models.attention.blockwise import TokenPositions
 from thinkpo_jax.models.transformer import Transformer
 from thinkpo_jax.models.weight_loading import load_model
 from thinkpo_jax.models.weight_mapping import flatten_by_name, weight_mappings

@@ -11,11 +11,9 @@ from flax import nnx
 from support import small
 from support.attention import packed_positions
 
-from thinkpo_jax.models.attention.blockwise import BLOCK_SIZE
-from thinkpo_jax.models.attention.dense import TokenPositions
+from thinkpo_jax.models.attention.blockwise import BLOCK_SIZE, TokenPositions
 from thinkpo_jax.models.compute_config import ComputeConfig
-from thinkpo_jax.models.layers import linear, rms_norm
-from thinkpo_jax.models.transformer import KVCache, Transformer
+from thinkpo_jax.models.transformer import KVCache, Transformer, linear, rms_norm
 from thinkpo_jax.models.weight_mapping import flatten_by_name
 
 ROW = np.random.default_rng(0).permutation(small.ARCH.vocab_size)[:20].astype(np.int32)  # distinct tokens

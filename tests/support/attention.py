@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from thinkpo_jax.models.attention.dense import TokenPositions
+from thinkpo_jax.models.attention.blockwise import TokenPositions
 from thinkpo_jax.planning.compile import ENVIRONMENT
 
 HEAD_DIM = 8

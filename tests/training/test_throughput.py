@@ -8,7 +8,7 @@ import pytest
 from support import small
 
 from thinkpo_jax.data.batches import BatchWork
-from thinkpo_jax.models.attention.dense import TokenPositions
+from thinkpo_jax.models.attention.blockwise import TokenPositions
 from thinkpo_jax.models.compute_config import ComputeConfig
 from thinkpo_jax.models.rope import build_rope
 from thinkpo_jax.models.transformer import Transformer

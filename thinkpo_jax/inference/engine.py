@@ -15,7 +15,7 @@ import numpy as np
 import pydantic
 from jax.sharding import Mesh
 
-from thinkpo_jax.models.attention.dense import TokenPositions
+from thinkpo_jax.models.attention.blockwise import TokenPositions
 from thinkpo_jax.models.transformer import Transformer
 from thinkpo_jax.runtime.config import ConfigSection
 from thinkpo_jax.runtime.mesh import num_data_shards

@@ -54,17 +54,27 @@ def read_architecture(folder: Path) -> Architecture:
     raw = read_json_object(path, missing_hint="A model is a folder with config.json and *.safetensors.")
     blocking_problems = list(_find_blocking_problems(raw))
     problems = blocking_problems + list(_find_raw_problems(raw))
-    architecture = None
     if not blocking_problems:
         try:
-            config = _load_transformers_config(raw)
+            # The config has the defaults of transformers, and one spelling of the RoPE settings.
+            fields = {key: value for key, value in raw.items() if key not in ("dtype", "torch_dtype")}
+            config = CONFIG_MAPPING[raw["model_type"]].from_dict(fields)
             problems += _find_unsupported_values(config)
-            architecture = _to_architecture(config)
-        except ValueError as error:
-            problems.append(str(error))
-    if problems or architecture is None:
-        raise UserError("\n".join(f"{path}: {problem}." for problem in problems))
-    return architecture
+            head_dim = getattr(config, "head_dim", None) or config.hidden_size // max(config.num_attention_heads, 1)
+            arch = Architecture(
+                **{field: getattr(config, key) for field, key in REQUIRED_KEYS.items()},
+                head_dim=head_dim,
+                rope=build_rope(config.rope_parameters or {}, head_dim),
+                qkv_bias=config.model_type == "qwen2",
+                qk_norm=config.model_type == "qwen3",
+                tied_head=config.tie_word_embeddings,
+                init_std=config.initializer_range,
+            )
+            if not problems:
+                return arch
+        except (StrictDataclassError, KeyError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
+            problems.append(" ".join(str(error.args[0] if error.args else error).split()))
+    raise UserError("\n".join(f"{path}: {problem}." for problem in problems))
 
 
 def _find_blocking_problems(raw: Mapping[str, Any]) -> Iterable[str]:
@@ -91,15 +101,6 @@ def _find_raw_problems(raw: Mapping[str, Any]) -> Iterable[str]:
         yield "rope_theta is missing. Add it at the top level or in rope_parameters (models before 2023-08: 10000.0)"
 
 
-def _load_transformers_config(raw: Mapping[str, Any]) -> PretrainedConfig:
-    """Loads the config with the defaults of transformers, or raises `ValueError`. RoPE settings get one spelling."""
-    fields = {key: value for key, value in raw.items() if key not in ("dtype", "torch_dtype")}
-    try:
-        return CONFIG_MAPPING[raw["model_type"]].from_dict(fields)
-    except (StrictDataclassError, KeyError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
-        raise ValueError(" ".join(str(error.args[0] if error.args else error).split())) from None
-
-
 def _find_unsupported_values(config: PretrainedConfig) -> Iterable[str]:
     """Yields values that no model can have, and values that the decoder here would compute wrongly."""
     hidden_size, heads, kv_heads = config.hidden_size, config.num_attention_heads, config.num_key_value_heads
@@ -117,23 +118,9 @@ def _find_unsupported_values(config: PretrainedConfig) -> Iterable[str]:
         yield f"hidden_act {config.hidden_act!r} is not supported; supported: silu"
     if layer_types := set(getattr(config, "layer_types", None) or ()) - {"full_attention"}:
         yield f"layers of {', '.join(sorted(layer_types))} (sliding windows) are not supported"
-    for key in ("attention_bias", "mlp_bias"):
-        if getattr(config, key, False):
-            yield f"{key} is on, which is not supported"
+    biases = ("attention_bias", "mlp_bias")
+    yield from (f"{key} is on, which is not supported" for key in biases if getattr(config, key, False))
     if getattr(config, "is_causal", True) is False:
         yield "is_causal is off, and attention to later tokens is not supported"
     if config.attention_dropout:
         yield f"attention_dropout {config.attention_dropout} is not supported. Set it to 0"
-
-
-def _to_architecture(config: PretrainedConfig) -> Architecture:
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // max(config.num_attention_heads, 1)
-    return Architecture(
-        **{field: getattr(config, key) for field, key in REQUIRED_KEYS.items()},
-        head_dim=head_dim,
-        rope=build_rope(config.rope_parameters or {}, head_dim),
-        qkv_bias=config.model_type == "qwen2",
-        qk_norm=config.model_type == "qwen3",
-        tied_head=config.tie_word_embeddings,
-        init_std=config.initializer_range,
-    )

@@ -1,24 +1,13 @@
 """Dtype, remat policy and attention kernel of a run."""
 
-from collections.abc import Callable, Sequence
-from typing import Any, Literal
+from collections.abc import Sequence
+from typing import Literal
 
-from jax import checkpoint_policies
 from jax.sharding import Mesh
 
 from thinkpo_jax.models.architecture import Architecture
-from thinkpo_jax.models.attention.dense import ATTENTION_OUTPUT
 from thinkpo_jax.models.attention.dispatch import AttentionKernel, select_kernel
 from thinkpo_jax.runtime.config import ConfigSection
-
-# Names in remat policies: the input of a layer, the outputs of q, k, v and o, and those of gate and up.
-LAYER_INPUT, PROJECTION_OUTPUT, MLP_PROJECTION_OUTPUT = "input", "projected", "gated"
-SAVED_NAMES_BY_REMAT_POLICY: dict[str, tuple[str, ...]] = {
-    "projections": (PROJECTION_OUTPUT, MLP_PROJECTION_OUTPUT, ATTENTION_OUTPUT),
-    "attention": (ATTENTION_OUTPUT,),
-    "full": (),
-}
-OFFLOADED_NAMES = (LAYER_INPUT, PROJECTION_OUTPUT, ATTENTION_OUTPUT)  # by the policy `offload`
 
 
 class ComputeConfig(ConfigSection):
@@ -53,15 +42,3 @@ def describe_compute(compute: ComputeConfig, mesh: Mesh) -> str:
     """Returns a line for the log with the attention kernel, the devices and the mesh."""
     device_kind = mesh.devices.flat[0].device_kind
     return f"attention: {compute.attention}, devices: {mesh.size} x {device_kind}, mesh: {dict(mesh.shape)}"
-
-
-def remat_policy(remat: str) -> Callable[..., Any]:
-    """Returns the policy for `jax.checkpoint` that saves what `remat` names."""
-    if remat != "offload":
-        return checkpoint_policies.save_only_these_names(*SAVED_NAMES_BY_REMAT_POLICY[remat])
-    return checkpoint_policies.save_and_offload_only_these_names(
-        names_which_can_be_saved=[],
-        names_which_can_be_offloaded=list(OFFLOADED_NAMES),
-        offload_src="device",
-        offload_dst="pinned_host",
-    )

@@ -8,31 +8,28 @@ from pathlib import Path
 from typing import Literal
 
 import huggingface_hub
+import jax
 from jax.sharding import Mesh
 
 from thinkpo_jax.data.chat_tokenizer import ChatTokenizer
 from thinkpo_jax.models.architecture import Architecture, read_architecture
 from thinkpo_jax.models.compute_config import ComputeConfig
 from thinkpo_jax.models.transformer import Transformer
-from thinkpo_jax.models.weight_loading import check_weights, init_random_model, load_model
+from thinkpo_jax.models.weight_loading import check_weights, load_model
+from thinkpo_jax.models.weight_mapping import abstract_model
 from thinkpo_jax.runtime.config import ConfigPath, ConfigSection, UserError, collect_errors
 from thinkpo_jax.runtime.files import read_json_object
+from thinkpo_jax.runtime.sharding import tree_shardings
 
 _SAMPLED_BYTES = 2**22  # read from each end of a file
-
-BUILTIN_PREFIX = "builtin:"
 BUILTIN_MODELS_FOLDER = Path(__file__).parent / "builtin"
-
 MODEL_FILES = ("*.json", "*.safetensors", "*.jinja", "*.txt", "tokenizer.model")
 
 
 class ModelConfig(ConfigSection):
-    """The start model: a Hugging Face folder, a Hub id or `builtin:NAME`.
+    """The start model. With `weights: random` the folder gives shape and tokenizer, and the run's seed the weights."""
 
-    With `weights: random` the folder gives the shape and the tokenizer, and the seed of the run gives the weights.
-    """
-
-    path: ConfigPath
+    path: ConfigPath  # a Hugging Face folder, a Hub id or `builtin:NAME`
     weights: Literal["pretrained", "random"] = "pretrained"
 
 
@@ -42,15 +39,12 @@ def resolve_model_folder(path: str, *, weights: bool = True) -> Path:
     If `weights` is false, only the configuration and the tokenizer of a Hub id are downloaded. Raises `UserError` if
     there is no such model.
     """
-    if path.startswith(BUILTIN_PREFIX):
-        builtins = {
-            f"{BUILTIN_PREFIX}{file.parent.name}": file.parent for file in BUILTIN_MODELS_FOLDER.glob("*/config.json")
-        }
+    if path.startswith("builtin:"):
+        builtins = {f"builtin:{file.parent.name}": file.parent for file in BUILTIN_MODELS_FOLDER.glob("*/config.json")}
         if path not in builtins:
             raise UserError(f"model.path: there is no {path}. Built-in models: {', '.join(sorted(builtins))}.")
         return builtins[path]
-    folder = Path(path).expanduser()
-    if folder.is_dir():
+    if (folder := Path(path).expanduser()).is_dir():
         return folder
     if path.startswith((".", "/", "~")) or path.count("/") != 1:
         raise UserError(
@@ -93,24 +87,14 @@ def quick_fingerprint(folder: Path) -> str | None:
     return digest.hexdigest()[:16]
 
 
-def weights_digest(folder: Path) -> str:
-    """Returns a digest of the configuration and of every byte of the weights."""
-    files = [folder / "config.json", *sorted(folder.glob("*.safetensors"))]
-
-    def file_digest(path: Path) -> bytes:
-        with path.open("rb") as file:
-            return path.name.encode() + hashlib.file_digest(file, "sha256").digest()
-
-    with ThreadPoolExecutor(os.cpu_count()) as pool:  # hashing releases the interpreter lock
-        return hashlib.sha256(b"".join(pool.map(file_digest, files))).hexdigest()[:32]
+def _file_digest(path: Path) -> bytes:
+    with path.open("rb") as file:
+        return path.name.encode() + hashlib.file_digest(file, "sha256").digest()
 
 
 @dataclass(frozen=True)
 class ModelSource:
-    """An opened model folder: what the model is, and how to load it.
-
-    `random_seed` is None for pretrained weights. Otherwise the folder gives the shape only, and the seed the weights.
-    """
+    """An opened model folder. `random_seed` is None for pretrained weights. Otherwise the seed gives the weights."""
 
     folder: Path
     architecture: Architecture
@@ -121,23 +105,27 @@ class ModelSource:
         """Loads or initializes the weights, sharded over the mesh."""
         if self.random_seed is None:
             return load_model(self.folder, compute, mesh)
-        return init_random_model(self.folder, compute, mesh, seed=self.random_seed)
+        arch, key = self.architecture, jax.random.key(self.random_seed)
+        shardings = tree_shardings(abstract_model(arch, compute), mesh)
+        return jax.jit(lambda key: Transformer(arch, compute, key), out_shardings=shardings)(key)
 
     def quick_fingerprint(self) -> str | None:
-        """Returns a digest of the configuration and the ends of each weight file, or None if there is no model."""
+        """Returns `quick_fingerprint` of the folder."""
         return quick_fingerprint(self.folder)
 
     def weights_digest(self) -> str:
-        """Returns a digest that stands for every weight."""
-        digest = weights_digest(self.folder)
+        """Returns a digest of the configuration and of every byte of the weights, and the seed of random weights."""
+        files = [self.folder / "config.json", *sorted(self.folder.glob("*.safetensors"))]
+        with ThreadPoolExecutor(os.cpu_count()) as pool:  # hashing releases the interpreter lock
+            digest = hashlib.sha256(b"".join(pool.map(_file_digest, files))).hexdigest()[:32]
         return digest if self.random_seed is None else f"random, seed {self.random_seed}, {digest}"
 
 
 def resolve_model_source(config: ModelConfig, *, seed: int, require_weights: bool = True) -> ModelSource:
     """Opens a model folder and checks that architecture, weights and tokenizer fit together.
 
-    Without `require_weights` the weights of a Hub id are not downloaded, and no weights are checked. Raises `UserError`
-    if the folder does not exist or is not supported. All problems of the folder are in one error.
+    Without `require_weights` the weights of a Hub id are not downloaded, and no weights are checked. Raises one
+    `UserError` with all problems of the folder.
     """
     folder = resolve_model_folder(config.path, weights=require_weights)
     check = require_weights and config.weights == "pretrained"
@@ -146,10 +134,7 @@ def resolve_model_source(config: ModelConfig, *, seed: int, require_weights: boo
 
 
 def check_model_folder(folder: Path, *, weights: bool) -> tuple[Architecture, ChatTokenizer]:
-    """Reads the architecture and the tokenizer of a model folder, and checks its weights if `weights` is true.
-
-    Raises `UserError`, which lists every problem of the folder.
-    """
+    """Reads architecture and tokenizer, and checks weights if asked to. Raises one `UserError` with all problems."""
     with collect_errors() as attempt:
         architecture = attempt(read_architecture, folder)
         if weights:

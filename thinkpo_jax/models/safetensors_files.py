@@ -63,13 +63,13 @@ def read_tensor_index(folder: Path) -> dict[str, TensorLocation]:
                     )
                 tensors[name] = tensor
     if missing := [f"{name} in {file}" for name, file in sorted(weight_map.items()) if name not in tensors]:
-        raise UserError(f"{index}: lists tensors that are missing: {join_first(missing, ', ')}. Download them.")
+        raise UserError(f"{index}: lists tensors that are missing: {join_first(missing)}. Download them.")
     return tensors
 
 
-def join_first(items: Sequence[str], separator: str, limit: int = 20) -> str:
-    """Joins the first `limit` items and says how many more there are."""
-    return separator.join([*items[:limit], *([f"and {len(items) - limit} more"] if len(items) > limit else [])])
+def join_first(items: Sequence[str], separator: str = ", ") -> str:
+    """Joins the first 20 items and says how many more there are."""
+    return separator.join([*items[:20], *([f"and {len(items) - 20} more"] if len(items) > 20 else [])])
 
 
 def _read_weight_map(index: Path) -> dict[str, str]:
@@ -80,7 +80,7 @@ def _read_weight_map(index: Path) -> dict[str, str]:
     if wrong or not names:
         raise UserError(
             f"{index}: expected weight_map to name a file in this folder for each tensor, found "
-            f"{join_first(sorted(wrong), ', ') or 'none'}. Download the model again from a source that you trust."
+            f"{join_first(sorted(wrong)) or 'none'}. Download the model again from a source that you trust."
         )
     return weight_map
 
@@ -90,15 +90,13 @@ def _list_weight_files(folder: Path, indexed: set[str]) -> list[Path]:
     single_file = [folder / WEIGHTS_FILE] if (folder / WEIGHTS_FILE).exists() else []
     if indexed and single_file and WEIGHTS_FILE not in indexed:
         raise UserError(f"{folder}: {WEIGHTS_INDEX_FILE} does not list {WEIGHTS_FILE}. Remove the stale one.")
-    if missing := sorted(name for name in indexed if not (folder / name).is_file()):
-        raise UserError(
-            f"{folder}: {WEIGHTS_INDEX_FILE} lists missing files: {join_first(missing, ', ')}. Download them."
-        )
+    if missing := join_first(sorted(name for name in indexed if not (folder / name).is_file())):
+        raise UserError(f"{folder}: {WEIGHTS_INDEX_FILE} lists missing files: {missing}. Download them.")
     files = [folder / name for name in sorted(indexed)] or single_file or sorted(folder.glob("*.safetensors"))
     if not files:
         names = sorted(file.name for file in folder.iterdir())
         raise UserError(
-            f"{folder}: no *.safetensors file (found {join_first(names, ', ')}). Pickled weights can run code, so they "
+            f"{folder}: no *.safetensors file (found {join_first(names)}). Pickled weights can run code, so they "
             "are never loaded. Other formats are not read. Convert the model to safetensors first."
         )
     return files
@@ -117,8 +115,6 @@ def _read_header(file: Path) -> dict[str, TensorLocation]:
         name: TensorLocation(file, 8 + length + entry["data_offsets"][0], entry["dtype"], tuple(entry["shape"]))
         for name, entry in header.items()
     }
-    if unsupported := sorted(f"{name} is {t.dtype}" for name, t in tensors.items() if t.dtype not in DTYPES):
-        raise UserError(
-            f"{file}: {join_first(unsupported, ', ')}. Expected {', '.join(DTYPES)}. Use the unquantized checkpoint."
-        )
+    if wrong := join_first(sorted(f"{name} is {t.dtype}" for name, t in tensors.items() if t.dtype not in DTYPES)):
+        raise UserError(f"{file}: {wrong}. Expected {', '.join(DTYPES)}. Use the unquantized checkpoint.")
     return tensors

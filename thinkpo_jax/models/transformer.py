@@ -6,29 +6,91 @@ Parameters are float32. They are cast to the compute dtype where they are used. 
 stacked along a leading axis L.
 """
 
+import functools
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax import lax
+from jax import checkpoint_policies as policies
 from jax.ad_checkpoint import checkpoint_name
 
 from thinkpo_jax.models.architecture import Architecture
-from thinkpo_jax.models.attention.dense import TokenPositions, dense_attention
+from thinkpo_jax.models.attention.blockwise import ATTENTION_OUTPUT, TokenPositions, dense_attention
 from thinkpo_jax.models.attention.dispatch import AttentionKernel, packed_attention
-from thinkpo_jax.models.compute_config import (
-    LAYER_INPUT,
-    MLP_PROJECTION_OUTPUT,
-    PROJECTION_OUTPUT,
-    ComputeConfig,
-    remat_policy,
-)
-from thinkpo_jax.models.layers import linear, rms_norm
+from thinkpo_jax.models.compute_config import ComputeConfig
 from thinkpo_jax.models.rope import apply_rope
 from thinkpo_jax.runtime.context_parallel import to_zigzag_order
 from thinkpo_jax.runtime.sharding import constrain_sharding
+
+# Names in remat policies: the input of a layer, the outputs of q, k, v and o, and those of gate and up.
+LAYER_INPUT, PROJECTION_OUTPUT, MLP_PROJECTION_OUTPUT = "input", "projected", "gated"
+REMAT_POLICIES: dict[str, Callable[..., Any]] = {
+    "projections": policies.save_only_these_names(PROJECTION_OUTPUT, MLP_PROJECTION_OUTPUT, ATTENTION_OUTPUT),
+    "attention": policies.save_only_these_names(ATTENTION_OUTPUT),
+    "full": policies.save_only_these_names(),
+    "offload": policies.save_and_offload_only_these_names(
+        names_which_can_be_saved=[],
+        names_which_can_be_offloaded=[LAYER_INPUT, PROJECTION_OUTPUT, ATTENTION_OUTPUT],
+        offload_src="device",
+        offload_dst="pinned_host",
+    ),
+}
+
+
+@jax.custom_vjp
+def linear(x_BTI: jax.Array, weight_IO: jax.Array) -> jax.Array:
+    """Returns x @ weight, [B, T, O]. The gradient of the weight transposes the narrower of its two factors.
+
+    Autodiff always transposes the gradient of the output. XLA on CPU does that inside the loop of the product. For the
+    wide activations of the MLP the transpose then takes longer than the product.
+    """
+    return x_BTI @ weight_IO
+
+
+def _linear_backward(residuals: tuple[jax.Array, jax.Array], dout_BTO: jax.Array) -> tuple[jax.Array, jax.Array]:
+    x_BTI, weight_IO = residuals
+    if weight_IO.shape[0] <= weight_IO.shape[1]:
+        dweight_IO = jnp.einsum("BTI,BTO->IO", x_BTI, dout_BTO)
+    else:
+        dweight_IO = jnp.einsum("BTO,BTI->OI", dout_BTO, x_BTI).T
+    return jnp.einsum("BTO,IO->BTI", dout_BTO, weight_IO), dweight_IO
+
+
+linear.defvjp(lambda x_BTI, weight_IO: (x_BTI @ weight_IO, (x_BTI, weight_IO)), _linear_backward)
+
+
+def rms_norm(x: jax.Array, weight: nnx.Param, eps: float) -> jax.Array:
+    """Returns x / rms(x) * weight over the last axis, computed in float32, in the dtype of x.
+
+    The forward pass saves x and one number per vector. Autodiff would save every intermediate product.
+    """
+    return _rms_norm(x, weight[...], eps)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _rms_norm(x: jax.Array, weight: jax.Array, eps: float) -> jax.Array:
+    return _rms_norm_forward(x, weight, eps)[0]
+
+
+def _rms_norm_forward(x: jax.Array, weight: jax.Array, eps: float) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+    x32 = x.astype(jnp.float32)
+    scale = jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + eps)
+    return (x32 * scale * jnp.expand_dims(weight, tuple(range(x.ndim - 1)))).astype(x.dtype), (x, scale, weight)
+
+
+def _rms_norm_backward(_eps: float, residuals: tuple[jax.Array, ...], dout: jax.Array) -> tuple[jax.Array, jax.Array]:
+    x, scale, weight = residuals
+    leading_axes = tuple(range(x.ndim - 1))
+    normed, dout = x.astype(jnp.float32) * scale, dout.astype(jnp.float32)
+    product = dout * normed
+    weight = jnp.expand_dims(weight, leading_axes)
+    dx = scale * (dout * weight - normed * jnp.mean(product * weight, axis=-1, keepdims=True))
+    return dx.astype(x.dtype), product.sum(axis=leading_axes)
+
+
+_rms_norm.defvjp(_rms_norm_forward, _rms_norm_backward)
 
 
 class KVCache(NamedTuple):
@@ -107,8 +169,8 @@ class DecoderLayers(nnx.Module):
             out_BTNH = packed_attention(q_BTNH, k_BTKH, v_BTKH, keys, self.attention)
         else:
             k_BSKH, v_BSKH, next_slot = cache
-            k_BSKH = lax.dynamic_update_slice(k_BSKH, k_BTKH, (0, next_slot, 0, 0))
-            v_BSKH = lax.dynamic_update_slice(v_BSKH, v_BTKH, (0, next_slot, 0, 0))
+            k_BSKH = jax.lax.dynamic_update_slice(k_BSKH, k_BTKH, (0, next_slot, 0, 0))
+            v_BSKH = jax.lax.dynamic_update_slice(v_BSKH, v_BTKH, (0, next_slot, 0, 0))
             out_BTNH = dense_attention(q_BTNH, k_BSKH, v_BSKH, queries, keys)
             cache = k_BSKH, v_BSKH
         out_BTD = jnp.einsum("BTNH,NHD->BTD", out_BTNH, self.o[...].astype(dtype))
@@ -141,8 +203,8 @@ class Transformer(nnx.Module):
         if cache is None:
             token_ids_BT, queries = jax.tree.map(to_zigzag_order, (token_ids_BT, queries))
         else:
-            start = (0, cache.next_slot)
-            keys = jax.tree.map(lambda old, new: lax.dynamic_update_slice(old, new, start), cache.positions, queries)
+            at = (0, cache.next_slot)
+            keys = jax.tree.map(lambda old, new: jax.lax.dynamic_update_slice(old, new, at), cache.positions, queries)
         # Gathered before the look-up: XLA would otherwise rematerialise the whole table for each use.
         table_VD = constrain_sharding(self.embedding[...].astype(dtype), (None, None))
         x_BTD = constrain_sharding(table_VD[token_ids_BT], ("batch", _length_axis(cache), "activation_embed"))
@@ -152,8 +214,8 @@ class Transformer(nnx.Module):
             return block(x_BTD, queries, keys, None if cache is None else (*cached, cache.next_slot))
 
         if self.compute.remat != "none":
-            layer = jax.checkpoint(layer, policy=remat_policy(self.compute.remat))
-        x_BTD, cached = lax.scan(layer, x_BTD, (self.blocks, cache and (cache.k_LBSKH, cache.v_LBSKH)))
+            layer = jax.checkpoint(layer, policy=REMAT_POLICIES[self.compute.remat])
+        x_BTD, cached = jax.lax.scan(layer, x_BTD, (self.blocks, cache and (cache.k_LBSKH, cache.v_LBSKH)))
         if cache is not None:
             cache = KVCache(cached[0], cached[1], keys, cache.next_slot + token_ids_BT.shape[1])
         return rms_norm(x_BTD, self.final_norm, self.arch.norm_eps), cache

@@ -1,4 +1,4 @@
-"""Loads weights from a Hugging Face folder onto the mesh, or initializes them at random."""
+"""Loads weights from a Hugging Face folder onto the mesh."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -8,6 +8,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import Array
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from thinkpo_jax.models.architecture import Architecture, read_architecture
@@ -17,16 +18,9 @@ from thinkpo_jax.models.transformer import Transformer
 from thinkpo_jax.models.weight_mapping import abstract_model, flatten_by_name, mappings_by_hf_name
 from thinkpo_jax.runtime.config import UserError, collect_errors
 from thinkpo_jax.runtime.console import log_warning
-from thinkpo_jax.runtime.sharding import abstract_with_shardings, tree_shardings
+from thinkpo_jax.runtime.sharding import abstract_with_shardings
 
 PREFETCH_TENSORS = 8  # Tensors that are read before they are used.
-
-
-def init_random_model(folder: Path, compute: ComputeConfig, mesh: Mesh, *, seed: int) -> Transformer:
-    """Initializes float32 weights on the mesh, in the shape that the folder's config.json gives."""
-    arch = read_architecture(folder)
-    shardings = tree_shardings(abstract_model(arch, compute), mesh)
-    return jax.jit(lambda key: Transformer(arch, compute, key), out_shardings=shardings)(jax.random.key(seed))
 
 
 def load_model(folder: Path, compute: ComputeConfig, mesh: Mesh) -> Transformer:
@@ -44,8 +38,8 @@ def load_model(folder: Path, compute: ComputeConfig, mesh: Mesh) -> Transformer:
     targets, mappings = flatten_by_name(abstract_with_shardings(abstract, mesh)), mappings_by_hf_name(abstract)
     order = sorted(mappings, key=lambda name: (tensors[name].file, tensors[name].begin))
     max_bytes = max(tensors[name].nbytes for name in order)
-    parameters: dict[str, jax.Array] = {}
-    nan_checks: dict[str, jax.Array] = {}  # 0 for a finite tensor, else NaN.
+    parameters: dict[str, Array] = {}
+    nan_checks: dict[str, Array] = {}  # 0 for a finite tensor, else NaN.
     check, previous_bytes = None, 0  # The check is ready when the device has used its copy of the previous tensor.
     # Several processes prefetch nothing, because each of them needs only a part of every tensor.
     for name in order if jax.process_count() > 1 else _prefetch_tensors(order, tensors):
@@ -63,7 +57,7 @@ def load_model(folder: Path, compute: ComputeConfig, mesh: Mesh) -> Transformer:
         nan_checks[name], previous_bytes = check, tensors[name].nbytes
         del tensor
     if broken := [name for name, check in nan_checks.items() if np.isnan(check)]:
-        log_warning(f"{folder}: NaN or infinite weights in {len(broken)} tensor(s): {join_first(broken, ', ')}.")
+        log_warning(f"{folder}: NaN or infinite weights in {len(broken)} tensor(s): {join_first(broken)}.")
     return jax.tree.unflatten(jax.tree.structure(abstract), [parameters[path] for path in targets])
 
 
@@ -81,9 +75,7 @@ def _prefetch_tensors(order: Sequence[str], tensors: Mapping[str, TensorLocation
 
 
 @partial(jax.jit, donate_argnums=0, static_argnames="sharding")
-def _fill(
-    parameter: jax.Array | None, tensor: jax.Array, layer: int, *, sharding: NamedSharding
-) -> tuple[jax.Array, jax.Array]:
+def _fill(parameter: Array | None, tensor: Array, layer: int, *, sharding: NamedSharding) -> tuple[Array, Array]:
     """Returns the parameter with the tensor as its layer, and 0 if all numbers of the tensor are finite, else NaN."""
     value = jnp.copy(tensor.astype(jnp.float32))  # The tensor itself may be a view of the file.
     if parameter is not None:

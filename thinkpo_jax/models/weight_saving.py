@@ -46,23 +46,18 @@ def save_model(
         partial.mkdir(parents=True)
     _save_weights(model, partial, jnp.dtype(dtype))
     if is_primary_process():
-        _save_text_files(partial, template_folder, dtype, stop_token_ids, model_card)
+        for file in [file for pattern in MODEL_FILES for file in template_folder.glob(pattern)]:
+            if file.suffix != ".safetensors" and file.name != WEIGHTS_INDEX_FILE:
+                shutil.copyfile(file, partial / file.name)
+        config = read_json_object(template_folder / "config.json") | {"dtype": dtype, "torch_dtype": dtype}
+        _write_json(partial / "config.json", config)
+        generation = partial / "generation_config.json"
+        settings = read_json_object(generation) if generation.exists() else {}
+        _write_json(generation, settings | ({"eos_token_id": list(stop_token_ids)} if stop_token_ids else {}))
+        (partial / "README.md").write_text(model_card, encoding="utf-8")
         shutil.rmtree(folder, ignore_errors=True)
         partial.rename(folder)
     barrier("the model is saved")
-
-
-def _save_text_files(partial: Path, template: Path, dtype: str, stop_token_ids: Sequence[int], card: str) -> None:
-    for pattern in MODEL_FILES:
-        for file in template.glob(pattern):
-            if file.suffix != ".safetensors" and file.name != WEIGHTS_INDEX_FILE:
-                shutil.copyfile(file, partial / file.name)
-    config = read_json_object(template / "config.json") | {"dtype": dtype, "torch_dtype": dtype}
-    _write_json(partial / "config.json", config)
-    generation = partial / "generation_config.json"
-    settings = read_json_object(generation) if generation.exists() else {}
-    _write_json(generation, settings | ({"eos_token_id": list(stop_token_ids)} if stop_token_ids else {}))
-    (partial / "README.md").write_text(card, encoding="utf-8")
 
 
 def _write_json(file: Path, content: object) -> None:

@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 
 from thinkpo_jax.data.batches import NUM_REGIONS, DeviceBatch
-from thinkpo_jax.models.attention.dense import TokenPositions
+from thinkpo_jax.models.attention.blockwise import TokenPositions
 from thinkpo_jax.models.transformer import Transformer
 from thinkpo_jax.runtime.context_parallel import all_gather_rows
 from thinkpo_jax.runtime.sharding import constrain_sharding, psum_or_reduce_scatter, shard_map_by_axes, split_mesh_axes

@@ -12,8 +12,7 @@ from support.attention import Inputs, packed_positions, random_inputs
 from support.selection import combinations, exhaustive
 
 from thinkpo_jax.models.attention import blockwise
-from thinkpo_jax.models.attention.blockwise import visible_key_blocks
-from thinkpo_jax.models.attention.dense import TokenPositions, dense_attention
+from thinkpo_jax.models.attention.blockwise import TokenPositions, dense_attention, visible_key_blocks
 from thinkpo_jax.models.attention.dispatch import KEY_VALUE_AXES, QUERY_AXES, packed_attention
 from thinkpo_jax.runtime.context_parallel import all_gather_rows, to_zigzag_order
 from thinkpo_jax.runtime.sharding import shard_map_by_axes

@@ -25,8 +25,8 @@ from support.attention import (
 from support.plugins import CUDA, needs_cuda
 
 from thinkpo_jax.models.attention import cudnn
+from thinkpo_jax.models.attention.blockwise import ATTENTION_OUTPUT, dense_attention
 from thinkpo_jax.models.attention.cudnn import cudnn_attention, segment_starts
-from thinkpo_jax.models.attention.dense import ATTENTION_OUTPUT, dense_attention
 from thinkpo_jax.models.attention.dispatch import AttentionKernel, select_kernel
 from thinkpo_jax.planning.topology import parse_topology
 from thinkpo_jax.runtime.config import UserError

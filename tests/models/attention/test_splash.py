@@ -26,7 +26,7 @@ from support.plugins import LIBTPU_LIBRARY, needs_libtpu
 from support.selection import cases, combinations, exhaustive
 
 from thinkpo_jax.models.attention import splash
-from thinkpo_jax.models.attention.dense import ATTENTION_OUTPUT, TokenPositions, dense_attention
+from thinkpo_jax.models.attention.blockwise import ATTENTION_OUTPUT, TokenPositions, dense_attention
 from thinkpo_jax.models.attention.dispatch import select_kernel
 from thinkpo_jax.models.attention.splash import (
     PADDING_SEGMENT_ID,

@@ -8,5 +8,5 @@ itself and to earlier tokens of its own segment.
 | `splash`    | TPU                                 | linear         | splash.py    |
 | `cudnn`     | NVIDIA GPU, compute capability >= 9 | linear         | cudnn.py     |
 | `blockwise` | all (plain XLA)                     | linear         | blockwise.py |
-| `reference` | all, for tests and short rows       | quadratic      | dense.py     |
+| `reference` | all, for tests and short rows       | quadratic      | blockwise.py |
 """

@@ -14,6 +14,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax import Array
 from jax.ad_checkpoint import checkpoint_name
 
 from thinkpo_jax.runtime.config import UserError
@@ -28,14 +29,10 @@ try:
     FORWARD: Any = fused._dot_product_attention_fwd_p
     BACKWARD: Any = fused._dot_product_attention_bwd_p
     LOWERINGS = [fused._dot_product_attention_fwd_cuda_lowering, fused._dot_product_attention_bwd_cuda_lowering]
-    SETTINGS: dict[str, Any] = {
-        "seed": 42,  # of dropout, which is off
-        "dropout_rate": 0.0,
-        "variadic_args": (False, False),  # no bias, no gradient of a bias
-        "mask_type": fused.MaskType.PADDING_CAUSAL,
-        "layout": fused.AttentionLayout.BTNH.value,
-        "sliding_window_length": None,
-    }
+    # `variadic_args`: no bias, no gradient of a bias. The seed is of dropout, which is off.
+    SETTINGS: dict[str, Any] = {"seed": 42, "dropout_rate": 0.0, "variadic_args": (False, False)}
+    SETTINGS |= {"mask_type": fused.MaskType.PADDING_CAUSAL, "layout": fused.AttentionLayout.BTNH.value}
+    SETTINGS |= {"sliding_window_length": None}
     if "score_mod_name" in inspect.signature(LOWERINGS[0]).parameters:  # since jax 0.12
         SETTINGS |= {"score_mod_name": None, "score_mod_jaxpr": None}  # no function changes the scores
 except (ImportError, AttributeError, TypeError, ValueError):
@@ -44,8 +41,8 @@ except (ImportError, AttributeError, TypeError, ValueError):
 
 
 def cudnn_attention(
-    q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, lengths_BM: jax.Array, *, name: str | None = None
-) -> jax.Array:
+    q_BTNH: Array, k_BTKH: Array, v_BTKH: Array, lengths_BM: Array, *, name: str | None = None
+) -> Array:
     """Computes causal attention within segments, scaled by H**-0.5. Called on each device's part of the arrays.
 
     The arrays are bfloat16 or float16. Outputs of padding are 0. Outputs and residuals carry `name` for remat policies.
@@ -95,15 +92,13 @@ def unsupported_jax() -> str | None:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attend(
-    name: str | None, q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, lengths_BM: jax.Array
-) -> jax.Array:
+def _attend(name: str | None, q_BTNH: Array, k_BTKH: Array, v_BTKH: Array, lengths_BM: Array) -> Array:
     return _forward(name, q_BTNH, k_BTKH, v_BTKH, lengths_BM)[0]
 
 
 def _forward(
-    name: str | None, q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, lengths_BM: jax.Array
-) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+    name: str | None, q_BTNH: Array, k_BTKH: Array, v_BTKH: Array, lengths_BM: Array
+) -> tuple[Array, tuple[Array, ...]]:
     arrays = (q_BTNH, k_BTKH, v_BTKH, *_segment_arguments(q_BTNH, k_BTKH, lengths_BM))
     out_BTNH, stats = FORWARD.bind(*arrays, scale=q_BTNH.shape[-1] ** -0.5, is_training=True, **SETTINGS)
     out_BTNH = _zero_padding(out_BTNH, lengths_BM)
@@ -112,7 +107,7 @@ def _forward(
     return out_BTNH, (q_BTNH, k_BTKH, v_BTKH, lengths_BM, out_BTNH, stats)
 
 
-def _backward(_name: str | None, residuals: tuple[jax.Array, ...], dout_BTNH: jax.Array) -> tuple:
+def _backward(_name: str | None, residuals: tuple[Array, ...], dout_BTNH: Array) -> tuple:
     q_BTNH, k_BTKH, v_BTKH, lengths_BM, out_BTNH, stats = residuals
     arrays = (q_BTNH, k_BTKH, v_BTKH, *_segment_arguments(q_BTNH, k_BTKH, lengths_BM), stats, out_BTNH, dout_BTNH)
     gradients = BACKWARD.bind(*arrays, scale=q_BTNH.shape[-1] ** -0.5, **SETTINGS)
@@ -122,13 +117,13 @@ def _backward(_name: str | None, residuals: tuple[jax.Array, ...], dout_BTNH: ja
 _attend.defvjp(_forward, _backward)
 
 
-def _zero_padding(x_BTNH: jax.Array, lengths_BM: jax.Array) -> jax.Array:
+def _zero_padding(x_BTNH: Array, lengths_BM: Array) -> Array:
     """Sets padding to 0. cuDNN leaves there what was in memory before."""
     real_BT = jnp.arange(x_BTNH.shape[1])[None] < lengths_BM.sum(axis=1)[:, None]
     return jnp.where(real_BT[..., None, None], x_BTNH, 0)
 
 
-def _segment_arguments(q_BTNH: jax.Array, k_BTKH: jax.Array, lengths_BM: jax.Array) -> tuple[jax.Array, ...]:
+def _segment_arguments(q_BTNH: Array, k_BTKH: Array, lengths_BM: Array) -> tuple[Array, ...]:
     """Returns the arrays of `ARRAYS` after the values. They locate the segments. Bias and page tables are empty."""
     (_, T, N, H), K = q_BTNH.shape, k_BTKH.shape[2]
     lengths, starts = segment_starts(lengths_BM, T)
@@ -136,7 +131,7 @@ def _segment_arguments(q_BTNH: jax.Array, k_BTKH: jax.Array, lengths_BM: jax.Arr
     return empty, lengths, lengths, starts * (N * H), starts * (K * H), empty, empty
 
 
-def segment_starts(lengths_BM: jax.Array, length: int) -> tuple[jax.Array, jax.Array]:
+def segment_starts(lengths_BM: Array, length: int) -> tuple[Array, Array]:
     """Returns lengths [B, M] and first tokens [B, M + 1] of all segments in the layout of cuDNN.
 
     Both arrays are filled in row-major order with the segments of all rows (each of `length` tokens), without gaps. The

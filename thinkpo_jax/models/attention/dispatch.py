@@ -1,6 +1,5 @@
 """Selects the attention kernel for a device and calls it."""
 
-import functools
 import re
 from collections.abc import Sequence
 from typing import Any, Literal
@@ -9,8 +8,8 @@ import jax
 import jax.numpy as jnp
 
 from thinkpo_jax.models.attention import blockwise
+from thinkpo_jax.models.attention.blockwise import ATTENTION_OUTPUT, TokenPositions, dense_attention
 from thinkpo_jax.models.attention.cudnn import cudnn_attention, unsupported_jax, unsupported_reason
-from thinkpo_jax.models.attention.dense import ATTENTION_OUTPUT, TokenPositions, dense_attention
 from thinkpo_jax.runtime.config import UserError
 from thinkpo_jax.runtime.console import log_info, log_warning
 from thinkpo_jax.runtime.context_parallel import all_gather_rows, local_chunk_starts, to_zigzag_order
@@ -19,7 +18,6 @@ from thinkpo_jax.runtime.sharding import shard_map_by_axes
 SPLASH_MULTIPLE = 128  # tokens. The smallest block size of the kernel, which must divide row lengths.
 MIN_CUDNN_COMPUTE_CAPABILITY = 9.0  # for packed rows
 
-ROW_AXES = ("batch", None)
 KEY_VALUE_AXES = ("batch", None, "activation_heads", None)
 QUERY_AXES = ("batch", "length", "activation_heads", None)
 
@@ -87,9 +85,8 @@ def packed_attention(
     """Computes causal attention within the segments of packed rows, scaled by H**-0.5, in the dtype of the queries.
 
     A query sees the keys of its own segment up to its own position. Segments must be contiguous, with padding at the
-    end of the row. Outputs of padding are finite, but otherwise undefined.
-    `rows` are in their original order. Queries, keys and values are in the order of `to_zigzag_order`. The two orders
-    differ if the mesh splits rows.
+    end of the row. Outputs of padding are finite, but otherwise undefined. `rows` are in their original order. Queries,
+    keys and values are in the order of `to_zigzag_order`. The two orders differ if the mesh splits rows.
     `kernel` comes from `select_kernel`. Here `auto` means `blockwise`. This kernel leaves rows of up to `BLOCK_SIZE`
     tokens to `dense_attention`.
     """
@@ -97,23 +94,20 @@ def packed_attention(
     if kernel == "reference" or (kernel in ("auto", "blockwise") and rows.segment_ids.shape[1] <= blockwise.BLOCK_SIZE):
         gather = shard_map_by_axes(all_gather_rows, (QUERY_AXES,), KEY_VALUE_AXES)
         return dense_attention(q_BTNH, gather(k_BTKH), gather(v_BTKH), jax.tree.map(to_zigzag_order, rows), rows)
-    attend = shard_map_by_axes(functools.partial(_attention_shard, kernel), (QUERY_AXES,) * 3 + (ROW_AXES,), QUERY_AXES)
+
+    def attend_on_device(q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, rows: TokenPositions) -> jax.Array:
+        if kernel == "cudnn":
+            assert rows.segment_lengths is not None
+            return cudnn_attention(q_BTNH, k_BTKH, v_BTKH, rows.segment_lengths, name=ATTENTION_OUTPUT)
+        # With few key/value heads, all keys and values of the rows are small compared to the queries.
+        keys, values = all_gather_rows(k_BTKH), all_gather_rows(v_BTKH)
+        starts = local_chunk_starts(rows.segment_ids.shape[1])
+        if kernel != "splash":
+            return blockwise.blockwise_attention(q_BTNH, keys, values, rows, starts)
+        from thinkpo_jax.models.attention.splash import splash_attention
+
+        order_T = (starts[:, None] + jnp.arange(q_BTNH.shape[1] // len(starts))).reshape(-1)
+        return splash_attention(q_BTNH, keys, values, rows.segment_ids, order_T, name=ATTENTION_OUTPUT)
+
+    attend = shard_map_by_axes(attend_on_device, (QUERY_AXES,) * 3 + (("batch", None),), QUERY_AXES)
     return attend(q_BTNH, k_BTKH, v_BTKH, rows)
-
-
-def _attention_shard(
-    kernel: AttentionKernel, q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, rows: TokenPositions
-) -> jax.Array:
-    """Computes attention of the queries on this device to all keys of their rows."""
-    if kernel == "cudnn":
-        assert rows.segment_lengths is not None
-        return cudnn_attention(q_BTNH, k_BTKH, v_BTKH, rows.segment_lengths, name=ATTENTION_OUTPUT)
-    # With few key/value heads, all keys and values of the rows are small compared to the queries.
-    keys, values = all_gather_rows(k_BTKH), all_gather_rows(v_BTKH)
-    starts = local_chunk_starts(rows.segment_ids.shape[1])
-    if kernel != "splash":
-        return blockwise.blockwise_attention(q_BTNH, keys, values, rows, starts)
-    from thinkpo_jax.models.attention.splash import splash_attention
-
-    order_T = (starts[:, None] + jnp.arange(q_BTNH.shape[1] // len(starts))).reshape(-1)
-    return splash_attention(q_BTNH, keys, values, rows.segment_ids, order_T, name=ATTENTION_OUTPUT)

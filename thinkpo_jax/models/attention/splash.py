@@ -8,6 +8,9 @@ Letters: B batch, T queries, S keys, N query heads, K key/value heads, H head wi
 X counts blocks of queries, and Y counts blocks of keys.
 """
 
+import operator
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernel
@@ -44,23 +47,17 @@ def splash_attention(
     # In float32, because bfloat16 would round the scale.
     q_BTNH = (q_BTNH.astype(jnp.float32) * q_BTNH.shape[-1] ** -0.5).astype(q_BTNH.dtype)
 
+    # The kernel of `is_mqa=False` also handles grouped heads.
+    settings = {"is_mqa": False, "save_residuals": False, "attn_logits_soft_cap": None, "block_sizes": blocks}
+    settings |= {"mask_value": kernel.DEFAULT_MASK_VALUE, "residual_checkpoint_name": name, "interpret": interpret}
+
     def attend_row(arrays: tuple[jax.Array, ...]) -> jax.Array:
         q_NTH, k_KSH, v_KSH, ids_T, ids_S = arrays
         visible_XY = visible_blocks(ids_T, ids_S, order_T, (blocks.block_q, blocks.block_kv))
         by_queries, by_keys = mask_infos(visible_XY, order_T)
-        attend = kernel.SplashAttentionKernel(
-            by_queries,
-            None if blocks.use_fused_bwd_kernel else by_queries,
-            by_keys,
-            is_mqa=False,  # this kernel also handles grouped heads
-            block_sizes=blocks,
-            save_residuals=False,
-            mask_value=kernel.DEFAULT_MASK_VALUE,
-            attn_logits_soft_cap=None,
-            residual_checkpoint_name=name,
-            mask_function=_is_not_later,
-            interpret=interpret,
-        )
+        masks = (by_queries, None if blocks.use_fused_bwd_kernel else by_queries, by_keys)
+        # Within a block, a query sees keys that are not later. The kernel compares segments in addition.
+        attend = kernel.SplashAttentionKernel(*masks, mask_function=operator.ge, **settings)
         out = attend(q_NTH, k_KSH, v_KSH, kernel.SegmentIds(ids_T, ids_S))
         assert isinstance(out, jax.Array)
         return out
@@ -84,18 +81,10 @@ def block_sizes(queries: int, keys: int) -> kernel.BlockSizes:
             f"Choose a row length that {smallest} divides, or 2 x C x {smallest} with context parallelism over C "
             f"devices. Multiples of {BLOCK_SIZES[0]} are best."
         )
-    fused, block_compute = keys // block_kv <= MAX_FUSED_BACKWARD_BLOCKS, min(block_kv, MAX_COMPUTE_BLOCK)
-    return kernel.BlockSizes(
-        block_q=block_q,
-        block_kv=block_kv,
-        block_kv_compute=block_compute,
-        block_q_dkv=block_q,
-        block_kv_dkv=block_kv,
-        block_kv_dkv_compute=block_compute,
-        block_q_dq=None if fused else block_q,
-        block_kv_dq=None if fused else block_kv,
-        use_fused_bwd_kernel=fused,
-    )
+    fused = keys // block_kv <= MAX_FUSED_BACKWARD_BLOCKS
+    blocks = (block_q, block_kv, min(block_kv, MAX_COMPUTE_BLOCK))  # of queries, of keys, of keys computed at once
+    dq_blocks = (None, None) if fused else (block_q, block_kv)
+    return kernel.BlockSizes(*blocks, *blocks, *dq_blocks, use_fused_bwd_kernel=fused)  # forward pass, dk and dv, dq
 
 
 def visible_blocks(ids_T: jax.Array, ids_S: jax.Array, order_T: jax.Array, blocks: tuple[int, int]) -> jax.Array:
@@ -116,14 +105,9 @@ def visible_blocks(ids_T: jax.Array, ids_S: jax.Array, order_T: jax.Array, block
 def mask_infos(visible_XY: jax.Array, order_T: jax.Array) -> tuple[MaskInfo, ...]:
     """Returns the masks of kernels that loop over keys per block of queries, and over queries per block of keys."""
     next_by_queries_XY = _next_visible_block(visible_XY.reshape(-1)).reshape(visible_XY.shape) % visible_XY.shape[1]
-    return tuple(
-        MaskInfo(
-            data_next=next_XY[None].astype(jnp.int16),  # scalar memory is small
-            mask_next=None,
-            block_mask=visible_XY[None].astype(jnp.int8),
-            partial_mask_blocks=None,
-            q_sequence=order_T,  # pyright: ignore[reportArgumentType] -- the kernel also takes arrays of jax
-        )
+    others: dict[str, Any] = {"mask_next": None, "partial_mask_blocks": None, "q_sequence": order_T}
+    return tuple(  # of small integers, because scalar memory is small
+        MaskInfo(data_next=next_XY[None].astype(jnp.int16), block_mask=visible_XY[None].astype(jnp.int8), **others)
         for next_XY in (next_by_queries_XY, _next_visible_block(visible_XY.T).T)
     )
 
@@ -137,8 +121,3 @@ def _next_visible_block(visible: jax.Array) -> jax.Array:
     order = jax.lax.broadcasted_iota(jnp.int32, visible.shape, visible.ndim - 1)
     following = jax.lax.cummin(jnp.where(visible, order, count), axis=visible.ndim - 1, reverse=True)
     return jnp.minimum(following, jnp.where(visible, order, 0).max(axis=-1, keepdims=True))
-
-
-def _is_not_later(query_order: jax.Array, key_order: jax.Array) -> jax.Array:
-    """Masks keys after the query within a block. The kernel compares segments in addition."""
-    return query_order >= key_order
