@@ -28,16 +28,10 @@ def main(arguments: Sequence[str]) -> None:
     )
     add_config_arguments(parser, required=False)
     add_distributed_arguments(parser)
-    parser.add_argument(
-        "--pool",
-        nargs="+",
-        type=Path,
-        metavar="RUN",
-        help="pool the questions of finished runs that differ in the seed",
-    )
-    parser.add_argument(
-        "--model", metavar="FOLDER", help="evaluate this Hugging Face folder or Hub id instead of the run"
-    )
+    pool_help = "pool the questions of finished runs that differ in the seed"
+    parser.add_argument("--pool", nargs="+", type=Path, metavar="RUN", help=pool_help)
+    model_help = "evaluate this Hugging Face folder or Hub id instead of the run"
+    parser.add_argument("--model", metavar="FOLDER", help=model_help)
     parser.add_argument("--out", metavar="DIR", help="the folder for the report of --model")
     parsed = parser.parse_args(arguments)
     if parsed.pool is not None:
@@ -54,13 +48,12 @@ def main(arguments: Sequence[str]) -> None:
     if (parsed.model is None) != (parsed.out is None):
         raise UserError("--model and --out go together. Give the model to evaluate and the folder for its report.")
     if parsed.model is not None:
-        evaluation = config.evaluation.model_copy(update={"compare": ()})
-        model = ModelConfig(path=parsed.model)
-        if (Path(parsed.out) / "config.yaml").exists() and load_run_config(Path(parsed.out) / "config.yaml").stages:
+        old_config = Path(parsed.out) / "config.yaml"
+        if old_config.exists() and load_run_config(old_config).stages:
             raise UserError(f"--out {parsed.out} is the folder of a run with stages. Choose another folder.")
-        config = config.model_copy(
-            update={"model": model, "stages": (), "evaluation": evaluation, "run_dir": parsed.out}
-        )
+        changes = {"model": ModelConfig(path=parsed.model), "stages": (), "run_dir": parsed.out}
+        changes["evaluation"] = config.evaluation.model_copy(update={"compare": ()})
+        config = config.model_copy(update=changes)
     run = resolve_run(config)
     log_info(describe_compute(run.compute, run.mesh))
     questions = load_all_questions(config.evaluation, run.model_source.tokenizer, seed=config.seed)

@@ -7,9 +7,9 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from thinkpo_jax.run.export_checkpoint import export_checkpoint
 from thinkpo_jax.run.resolve import resolve_run
 from thinkpo_jax.run.run_config import load_run_config
+from thinkpo_jax.run.stage_output import export_checkpoint
 from thinkpo_jax.runtime.cli import run_and_exit
 from thinkpo_jax.runtime.config import UserError
 from thinkpo_jax.runtime.mesh import MeshConfig

@@ -12,7 +12,7 @@ from thinkpo_jax.run.evaluate_run import evaluate_run, load_all_questions
 from thinkpo_jax.run.resolve import is_stage_finished, resolve_run
 from thinkpo_jax.run.run_config import RunConfig, load_run_config
 from thinkpo_jax.run.run_folder import RunFolder
-from thinkpo_jax.run.stage_data import StageData, check_data_unchanged, load_stage_data
+from thinkpo_jax.run.stage_data import load_stage_inputs
 from thinkpo_jax.run.stage_output import begin_stage, save_stage_output
 from thinkpo_jax.runtime.cli import add_config_arguments, run_and_exit
 from thinkpo_jax.runtime.console import log_info
@@ -23,19 +23,16 @@ from thinkpo_jax.training.train_stage import train_stage
 def train_run(config: RunConfig) -> RunFolder:
     """Trains each unfinished stage in order, evaluates every model, and writes the report."""
     run = resolve_run(config)
-    tokenizer = run.model_source.tokenizer
     log_info(describe_compute(run.compute, run.mesh))
     pending = [stage for stage in config.stages if not is_stage_finished(run, stage)]
     # All data and questions are read before anything is written. So an error in the last stage shows at once.
-    data: dict[str, StageData] = {}
-    for stage in pending:
-        data[stage.name] = load_stage_data(stage, tokenizer, seed=config.seed)
-        check_data_unchanged(stage, data[stage.name], run.folder)
-    questions = load_all_questions(config.evaluation, tokenizer, seed=config.seed)
+    loaded = [load_stage_inputs(run, stage) for stage in pending]
+    questions = load_all_questions(config.evaluation, run.model_source.tokenizer, seed=config.seed)
     with run.folder.locked(config):
-        for stage in pending:
-            if not is_stage_finished(run, stage):  # while this process waited, another one may have finished it
-                inputs = begin_stage(run, stage, data.pop(stage.name))
+        while loaded:
+            inputs = loaded.pop(0)  # the data of a stage is freed after it
+            if not is_stage_finished(run, inputs.config):  # another process may have finished it by now
+                begin_stage(run, inputs)
                 save_stage_output(run, inputs, train_stage(inputs))
         evaluate_run(run, questions)
     return run.folder

@@ -81,17 +81,12 @@ def _stage_lines(
         yield f"{name} answers with an end token: {ended:.1%}"
     num_unclosed, num_rows = count_unclosed_thoughts(dataset)
     yield f"{answer_names(stage)[0]} answers that open a thought and never close it: {num_unclosed} of {num_rows}"
+    held_out, epochs = held_out_indices(stage, dataset, seed=seed), stage.epochs or 1.0
     batches = BatchPlan(
-        dataset,
-        stage.batch,
-        seed=seed,
-        num_shards=1,
-        num_updates=stage.steps,
-        epochs=stage.epochs or 1.0,
-        held_out=held_out_indices(stage, dataset, seed=seed),
+        dataset, stage.batch, seed=seed, num_shards=1, num_updates=stage.steps, epochs=epochs, held_out=held_out
     )
     yield f"on one device: {batches.describe()}"
-    yield "packing: " + ", ".join(f"{fill:.1%} of {length} tokens" for length, fill in _packing_by_length(batches))
+    yield f"packing: {', '.join(_packing_by_length(batches))}"
     yield from _first_example(stage, tokenizer, dataset[0])
 
 
@@ -107,12 +102,13 @@ def _length_table(stage: StageConfig, lengths: np.ndarray) -> Iterator[str]:
         yield f"{name:<18}" + "".join(f"{value:>9.0f}" for value in row)
 
 
-def _packing_by_length(batches: BatchPlan) -> Iterator[tuple[int, float]]:
-    """Yields the configured and longer row lengths, each with the fraction of tokens that is not padding."""
+def _packing_by_length(batches: BatchPlan) -> Iterator[str]:
+    """Yields the fraction of tokens that is not padding, for the configured and longer row lengths."""
     lengths, indices, row_length = batches.sizes[:, :1], np.arange(len(batches.sizes)), batches.config.row_length
     longer = {round(factor * row_length / ROW_MULTIPLE) * ROW_MULTIPLE for factor in ROW_LENGTH_FACTORS}
     for length in (row_length, *sorted(length for length in longer if length > row_length)):
-        yield length, lengths.sum() / (len(pack_best_fit(lengths, (length,), indices)) * length)
+        num_rows = len(pack_best_fit(lengths, (length,), indices))
+        yield f"{lengths.sum() / (num_rows * length):.1%} of {length} tokens"
 
 
 def _first_example(stage: StageConfig, tokenizer: ChatTokenizer, example: Example) -> Iterator[str]:
@@ -121,11 +117,8 @@ def _first_example(stage: StageConfig, tokenizer: ChatTokenizer, example: Exampl
     legend = "context is dim, trained tokens are bold green" if has_colours else "trained tokens in [[...]]"
     yield f"the first example ({legend}):"
     for name, segment in zip(answer_names(stage), example, strict=True):
-        start = segment.answer_start
-        before, answer = (
-            _shortened(tokenizer.tokenizer.decode(ids, skip_special_tokens=False))
-            for ids in (segment.token_ids[:start], segment.token_ids[start:])
-        )
+        parts = (segment.token_ids[: segment.answer_start], segment.answer_ids)
+        before, answer = (_shortened(tokenizer.tokenizer.decode(ids, skip_special_tokens=False)) for ids in parts)
         before = f"{context}{before}{reset if has_colours else ''}"
         yield from ("", f"--- {name}", *f"{before}{trained}{answer}{reset}".split("\n"))
 

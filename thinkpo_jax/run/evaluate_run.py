@@ -3,7 +3,6 @@
 import itertools
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import jax
 
@@ -36,26 +35,19 @@ def load_all_questions(config: EvaluationConfig | None, tokenizer: ChatTokenizer
 
 def evaluate_run(run: ResolvedRun, questions: QuestionsByBenchmark) -> None:
     """Evaluates the start model and the finished stages, writes the report and prints its tables."""
-    config, folder = run.config, run.folder
+    config, evaluation, folder = run.config, run.config.evaluation, run.folder
     results: dict[str, dict[str, list[QuestionResult]]] = {}
-    if config.evaluation is not None:
+    if evaluation is not None:
         finished = [stage.name for stage in config.stages if is_stage_finished(run, stage)]
         with jax.set_mesh(run.mesh):
             for name in (BASE_MODEL_NAME, *finished):
+                source, seed, out = run.source_of(name), config.seed, folder.answers(name)
                 results[name] = evaluate_model(
-                    name,
-                    run.source_of(name),
-                    config.evaluation,
-                    questions,
-                    compute=run.compute,
-                    mesh=run.mesh,
-                    seed=config.seed,
-                    folder=folder.answers(name),
+                    name, source, evaluation, questions, compute=run.compute, mesh=run.mesh, seed=seed, folder=out
                 )
     # Without `compare`, each stage is compared with the model that it started from.
-    comparisons = (config.evaluation.compare if config.evaluation else ()) or tuple(
-        (config.initial_model_of(stage), stage.name) for stage in config.stages
-    )
+    by_start = tuple((config.initial_model_of(stage), stage.name) for stage in config.stages)
+    comparisons = (evaluation.compare if evaluation else ()) or by_start
     contents = ReportContents(
         title=config.title,
         stages=tuple(_stage_summaries(run)),
@@ -72,12 +64,10 @@ def evaluate_run(run: ResolvedRun, questions: QuestionsByBenchmark) -> None:
 def _stage_summaries(run: ResolvedRun) -> list[StageSummary]:
     summaries: list[StageSummary] = []
     for stage in run.config.stages:
-        record = run.folder.read_stage_record(stage.name)
-        if record is not None and (summary := record.summary) is not None:
-            initial, notes = run.config.initial_model_of(stage), tuple(summary["notes"])
-            summaries.append(
-                StageSummary(stage.name, stage.objective, initial, summary["steps"], summary["seconds"], notes)
-            )
+        record, start = run.folder.read_stage_record(stage.name), run.config.initial_model_of(stage)
+        if record is not None and (end := record.summary) is not None:
+            result = (end["steps"], end["seconds"], tuple(end["notes"]))
+            summaries.append(StageSummary(stage.name, stage.objective, start, *result))
     return summaries
 
 
@@ -101,16 +91,19 @@ def pool_runs(folders: Sequence[Path]) -> str:
     runs = [RunFolder(folder) for folder in folders]
     _check_runs_can_be_pooled(runs)
     lines: list[str] = []
-    for row in _read_report(runs[0])["comparisons"]:
-        benchmark = row["benchmark"]
-        pairs = [tuple(_read_answers(run, row[end], benchmark) for end in ("from", "to")) for run in runs]
+    report = read_json_record(runs[0].report, "comparisons")
+    if report is None:
+        raise UserError(f"{runs[0].path}: no report.json. Give the folders of finished runs.")
+    for row in report["comparisons"]:
+        start, end, benchmark = row["from"], row["to"], row["benchmark"]
+        pairs = [(_read_answers(run, start, benchmark), _read_answers(run, end, benchmark)) for run in runs]
         try:
-            pooled = compare_pooled_runs([(before, after) for before, after in pairs])
+            pooled = compare_pooled_runs(pairs)
         except ValueError as error:
-            raise UserError(f"{row['from']} -> {row['to']} on {benchmark}: {error}") from None
+            raise UserError(f"{start} -> {end} on {benchmark}: {error}") from None
         low, high = (100 * bound for bound in pooled.ci95)
         lines.append(
-            f"{benchmark}: {row['from']} -> {row['to']}, {len(runs)} runs, {pooled.num_questions} "
+            f"{benchmark}: {start} -> {end}, {len(runs)} runs, {pooled.num_questions} "
             f"paired questions: accuracy {100 * pooled.accuracy_difference:+.1f} points (95 % interval {low:+.1f} "
             f"to {high:+.1f}, p = {pooled.p_value:.2g}), response tokens {pooled.response_tokens_difference:+.1f}"
         )
@@ -132,22 +125,13 @@ def _check_runs_can_be_pooled(runs: Sequence[RunFolder]) -> None:
         path_by_seed[seed] = run.path
         different = [key for key in config if key not in ("run_dir", "title") and config[key] != configs[0][key]]
         if different:
-            raise UserError(
-                f"{run.path}: {', '.join(different)} differ from {runs[0].path}. Pool runs of one configuration."
-            )
-
-
-def _read_report(run: RunFolder) -> dict[str, Any]:
-    report = read_json_record(run.report, "comparisons")
-    if report is None:
-        raise UserError(f"{run.path}: no report.json. Give the folders of finished runs.")
-    return report
+            problem = f"{run.path}: {', '.join(different)} differ from {runs[0].path}."
+            raise UserError(f"{problem} Pool runs of one configuration.")
 
 
 def _read_answers(run: RunFolder, model: str, benchmark: str) -> list[QuestionResult]:
     path = run.answers(model) / f"{benchmark}.json"
     if not path.exists():
-        raise UserError(
-            f"{run.path}: model {model!r} was not evaluated on {benchmark}. Pool runs of one configuration."
-        )
+        problem = f"{run.path}: model {model!r} was not evaluated on {benchmark}."
+        raise UserError(f"{problem} Pool runs of one configuration.")
     return read_answers(path)

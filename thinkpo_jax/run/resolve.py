@@ -49,23 +49,17 @@ class ResolvedRun:
         # Nor does it matter what happens to updates that are not applied: users change it after one stopped the run.
         excluded: dict[str, Any] = dict.fromkeys(("checkpoint", "init_from", "on_nonfinite", "max_skipped"), True)
         excluded |= {"batch": {"rows_per_device"}, "validation": {"every"}}
-        start = {
-            "model": self.config.initial_model_of(stage),
-            "fingerprint": self.initial_source_of(stage).quick_fingerprint(),
-        }
+        fingerprint = self.initial_source_of(stage).quick_fingerprint()
         return {
             "stage": stage.model_dump(mode="json", exclude=excluded),
             "seed": self.config.seed,
             "dtype": self.config.compute.dtype,
-            "start": start,
+            "start": {"model": self.config.initial_model_of(stage), "fingerprint": fingerprint},
         }
 
 
 def resolve_run(config: RunConfig) -> ResolvedRun:
-    """Checks everything that needs no training: the mesh, the start model, its tokenizer, the row lengths.
-
-    Raises `UserError` if a check failed.
-    """
+    """Checks the mesh, the start model, its tokenizer and the row lengths. Raises `UserError` if a check failed."""
     mesh = make_mesh(config.mesh)
     source = resolve_model_source(config.model, seed=config.seed)
     tree_shardings(abstract_model(source.architecture, config.compute), mesh)
@@ -92,25 +86,20 @@ def is_stage_finished(run: ResolvedRun, stage: StageConfig) -> bool:
 
     Raises `UserError` if the folder holds the stage with other settings, or the model that it was trained from is gone.
     """
-    return bool(broadcast_from_primary(_is_stage_finished(run, stage)))
-
-
-def _is_stage_finished(run: ResolvedRun, stage: StageConfig) -> bool:
     record, folder = run.folder.read_stage_record(stage.name), run.folder.stage(stage.name)
-    if record is None:
-        return False
     initial = run.initial_source_of(stage)
-    if initial.quick_fingerprint() is None:
+    if record is not None and initial.quick_fingerprint() is None:
         raise UserError(
             f"{initial.folder}: there is no model, but stage {stage.name!r} was trained from it. Put the model back, "
             f"or remove {folder.path} to train both stages again."
         )
-    if changes := _differences(record.settings, json.loads(json.dumps(run.settings_of(stage)))):
+    if changes := record and _differences(record.settings, json.loads(json.dumps(run.settings_of(stage)))):
         raise UserError(
             f"{folder.path} holds stage {stage.name!r}, which was trained with other settings: {'; '.join(changes)}. "
             "Choose another run_dir (--set run_dir=...), or remove that folder to train the stage again."
         )
-    return record.summary is not None and folder.model.is_dir()
+    is_finished = record is not None and record.summary is not None and folder.model.is_dir()
+    return bool(broadcast_from_primary(is_finished))
 
 
 def _differences(old: Any, new: Any, path: str = "") -> list[str]:

@@ -34,36 +34,23 @@ class RunConfig(ConfigSection):
         known = [BASE_MODEL_NAME]
         for stage in self.stages:
             if stage.name in known or stage.name in RESERVED_NAMES:
-                raise ValueError(
-                    f"the stage name {stage.name!r} is taken. Choose another name, none of {RESERVED_NAMES}"
-                )
+                problem = f"the stage name {stage.name!r} is taken."
+                raise ValueError(f"{problem} Choose another name, none of {RESERVED_NAMES}")
             if stage.init_from is not None and stage.init_from not in known:
                 raise ValueError(f"stage {stage.name}: init_from {stage.init_from!r} is not an earlier model: {known}")
             known.append(stage.name)
         for name in {name for pair in (self.evaluation.compare if self.evaluation else ()) for name in pair}:
             if name not in known:
-                raise ValueError(
-                    f"evaluation.compare: no model {name!r}{did_you_mean(name, known)}; there are: {known}"
-                )
+                hint = did_you_mean(name, known)
+                raise ValueError(f"evaluation.compare: no model {name!r}{hint}; there are: {known}")
         return self
-
-    def model_names(self) -> list[str]:
-        """Returns the names of the run's models in order: `base`, then the stages."""
-        return [BASE_MODEL_NAME, *(stage.name for stage in self.stages)]
-
-    def stage(self, name: str) -> StageConfig:
-        """Returns the stage of this name."""
-        return next(stage for stage in self.stages if stage.name == name)
 
     def initial_model_of(self, stage: StageConfig) -> str:
         """Returns the name of the model that a stage starts from."""
-        names = self.model_names()
+        names = [BASE_MODEL_NAME, *(stage.name for stage in self.stages)]
         return stage.init_from or names[names.index(stage.name) - 1]
 
 
 def load_run_config(path: Path, assignments: Sequence[str] = ()) -> RunConfig:
-    """Reads a YAML file and applies `--set` assignments.
-
-    Raises `UserError`, which lists every problem of the configuration.
-    """
+    """Reads a YAML file and applies `--set` assignments. Raises one `UserError` that lists every problem."""
     return parse_config(RunConfig, apply_overrides(read_yaml(path), assignments), source=str(path))

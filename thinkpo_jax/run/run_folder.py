@@ -13,13 +13,7 @@ import yaml
 
 from thinkpo_jax.run.run_config import RunConfig
 from thinkpo_jax.runtime.config import UserError
-from thinkpo_jax.runtime.files import (
-    StageFolder,
-    lock_folder,
-    read_json_record,
-    software_versions,
-    write_atomically,
-)
+from thinkpo_jax.runtime.files import StageFolder, lock_folder, read_json_record, software_versions, write_atomically
 from thinkpo_jax.runtime.processes import barrier, broadcast_from_primary
 
 STAGE_FORMAT = 2  # raised when older stage records or checkpoints cannot be resumed. 1 had no number.
@@ -34,11 +28,13 @@ class StageRecord:
     summary: Mapping[str, Any] | None = None
 
 
-@dataclass(frozen=True)
 class RunFolder:
     """Paths and records of a run folder."""
 
-    path: Path
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.config = path / "config.yaml"  # the resolved configuration
+        self.report = path / "report.json"
 
     def stage(self, name: str) -> StageFolder:
         """Returns the folder of a stage."""
@@ -47,16 +43,6 @@ class RunFolder:
     def answers(self, model: str) -> Path:
         """Returns the folder of a model's answers, one JSON file for each benchmark."""
         return self.path / "evaluation" / model
-
-    @property
-    def config(self) -> Path:
-        """The resolved configuration."""
-        return self.path / "config.yaml"
-
-    @property
-    def report(self) -> Path:
-        """The report as JSON."""
-        return self.path / "report.json"
 
     def read_stage_record(self, name: str) -> StageRecord | None:
         """Returns the record of a stage, or None if the stage was never begun.
@@ -91,7 +77,13 @@ class RunFolder:
         lock, or the processes do not agree.
         """
         with lock_folder(self.path, "run_dir"):
-            _check_processes_agree(config)
+            if not is_same_on_all_processes(
+                config.model_dump_json() + json.dumps({**software_versions(), "devices": ""})
+            ):
+                raise UserError(
+                    "this process has another configuration or other package versions than process 0. Start all "
+                    "processes with the same --config and --set, from the same installation."
+                )
             versions = "".join(f"# {name}: {version}\n" for name, version in software_versions().items())
             text = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
             write_atomically(self.config, (versions + text).encode())
@@ -103,11 +95,7 @@ class RunFolder:
             yield
 
 
-def _check_processes_agree(config: RunConfig) -> None:
-    text = config.model_dump_json() + json.dumps({**software_versions(), "devices": ""})
+def is_same_on_all_processes(text: str) -> bool:
+    """Returns whether process 0 has the same text as this process."""
     digest = np.frombuffer(hashlib.sha256(text.encode()).digest(), np.uint8)
-    if not np.array_equal(digest, broadcast_from_primary(digest)):
-        raise UserError(
-            "this process has another configuration or other package versions than process 0. Start all processes with "
-            "the same --config and --set, from the same installation."
-        )
+    return np.array_equal(digest, broadcast_from_primary(digest))

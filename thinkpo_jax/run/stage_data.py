@@ -2,34 +2,28 @@
 
 import contextlib
 from collections.abc import Iterator
-from dataclasses import dataclass
 
 import numpy as np
 
 from thinkpo_jax.data.chat_tokenizer import ChatTokenizer
 from thinkpo_jax.data.examples import TokenizedDataset, split_held_out
 from thinkpo_jax.data.tokenization import tokenize_sources
-from thinkpo_jax.run.run_folder import RunFolder
+from thinkpo_jax.run.resolve import ResolvedRun
+from thinkpo_jax.run.run_folder import is_same_on_all_processes
 from thinkpo_jax.runtime.config import UserError
 from thinkpo_jax.runtime.console import log_info, log_warning
-from thinkpo_jax.runtime.processes import broadcast_from_primary
 from thinkpo_jax.training.stage_config import StageConfig, ThinkpoStage
+from thinkpo_jax.training.train_stage import StageInputs
 
 
-@dataclass(frozen=True)
-class StageData:
-    """The examples of a stage, and the sorted indices of those that are held out for validation."""
+def load_stage_inputs(run: ResolvedRun, stage: StageConfig) -> StageInputs:
+    """Returns what the training of a stage needs. Logs what became of the rows of its data.
 
-    dataset: TokenizedDataset
-    held_out: np.ndarray
-
-
-def load_stage_data(stage: StageConfig, tokenizer: ChatTokenizer, *, seed: int) -> StageData:
-    """Tokenizes the data of a stage, logs what became of its rows, and splits off the validation examples.
-
-    Raises `UserError` if a row cannot be used, no example is left, or the validation split is not possible.
+    Raises `UserError` if a row cannot be used, no example is left, the validation split is not possible, or the data
+    has changed (see `check_data_unchanged`).
     """
-    dataset = tokenize_stage_data(stage, tokenizer, seed=seed)
+    seed = run.config.seed
+    dataset = tokenize_stage_data(stage, run.model_source.tokenizer, seed=seed)
     for note in dataset.describe_sources():
         log_info(f"{stage.name}: {note}")
     problems = find_stage_problems(stage, dataset)
@@ -37,7 +31,11 @@ def load_stage_data(stage: StageConfig, tokenizer: ChatTokenizer, *, seed: int) 
         raise UserError("\n".join(problems))
     for problem in problems:
         log_warning(problem)
-    return StageData(dataset, held_out_indices(stage, dataset, seed=seed))
+    held_out, initial_model = held_out_indices(stage, dataset, seed=seed), run.initial_source_of(stage)
+    folder = run.folder.stage(stage.name)
+    inputs = StageInputs(stage, initial_model, run.compute, run.mesh, dataset, held_out, folder, seed)
+    check_data_unchanged(run, inputs)
+    return inputs
 
 
 def tokenize_stage_data(
@@ -63,22 +61,18 @@ def _naming_stage(stage: StageConfig) -> Iterator[None]:
         raise UserError(f"stage {stage.name}: {error}") from None
 
 
-def check_data_unchanged(stage: StageConfig, data: StageData, folder: RunFolder) -> None:
-    """Checks that all processes read the same data, and that a begun stage reads the data that it was begun with.
-
-    Raises `UserError` if the data differs.
-    """
-    digest = data.dataset.digest()
-    digest_bytes = np.frombuffer(digest.encode(), np.uint8)
-    if not np.array_equal(digest_bytes, broadcast_from_primary(digest_bytes)):
+def check_data_unchanged(run: ResolvedRun, inputs: StageInputs) -> None:
+    """Raises `UserError` if the processes read different data, or the stage was begun with other data."""
+    name, digest = inputs.config.name, inputs.dataset.digest()
+    if not is_same_on_all_processes(digest):
         raise UserError(
-            f"stage {stage.name}: this process reads other data than process 0. Give all processes the same files."
+            f"stage {name}: this process reads other data than process 0. Give all processes the same files."
         )
-    record = folder.read_stage_record(stage.name)
+    record = run.folder.read_stage_record(name)
     if record is not None and record.data_digest != digest:
         raise UserError(
-            f"stage {stage.name} was begun with other data. Restore that data, or remove "
-            f"{folder.stage(stage.name).path} to train the stage from its start."
+            f"stage {name} was begun with other data. Restore that data, or remove {inputs.folder.path} to train the "
+            "stage from its start."
         )
 
 

@@ -1,68 +1,104 @@
-"""Connects a stage to its run: the inputs of its training, its record, its exported model and the model card."""
+"""Writes what a run keeps of its stages: their records, their exported models and the model cards."""
 
 from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal
 
 import yaml
 
-from thinkpo_jax.models.weight_saving import save_model
+from thinkpo_jax.models.transformer import Transformer
+from thinkpo_jax.models.weight_mapping import abstract_model
+from thinkpo_jax.models.weight_saving import save_model, temporary_folder
 from thinkpo_jax.run.resolve import ResolvedRun
 from thinkpo_jax.run.run_folder import StageRecord
-from thinkpo_jax.run.stage_data import StageData, check_data_unchanged
+from thinkpo_jax.run.stage_data import check_data_unchanged
+from thinkpo_jax.runtime.config import UserError
 from thinkpo_jax.runtime.console import log_info, read_metrics
 from thinkpo_jax.runtime.files import read_json_record, software_versions
 from thinkpo_jax.runtime.processes import barrier
+from thinkpo_jax.runtime.sharding import abstract_with_shardings
+from thinkpo_jax.training.checkpoints import CheckpointStore
 from thinkpo_jax.training.stage_config import StageConfig
 from thinkpo_jax.training.train_stage import StageInputs, StageResult
 
 
-def begin_stage(run: ResolvedRun, stage: StageConfig, data: StageData) -> StageInputs:
-    """Writes the record of a stage and returns the inputs of its training.
-
-    Raises `UserError` if the stage was begun with other data.
-    """
-    check_data_unchanged(stage, data, run.folder)
+def begin_stage(run: ResolvedRun, inputs: StageInputs) -> None:
+    """Writes the record of a stage. Raises `UserError` if the stage was begun with other data."""
+    stage = inputs.config
+    check_data_unchanged(run, inputs)
     log_info(f"{stage.name}: starts from {run.config.initial_model_of(stage)}")
-    run.folder.write_stage_record(stage.name, StageRecord(run.settings_of(stage), data.dataset.digest()))
-    return StageInputs(
-        config=stage,
-        initial_model=run.initial_source_of(stage),
-        compute=run.compute,
-        mesh=run.mesh,
-        dataset=data.dataset,
-        held_out=data.held_out,
-        folder=run.folder.stage(stage.name),
-        seed=run.config.seed,
-    )
+    run.folder.write_stage_record(stage.name, StageRecord(run.settings_of(stage), inputs.dataset.digest()))
 
 
 def save_stage_output(run: ResolvedRun, inputs: StageInputs, result: StageResult) -> None:
     """Exports the model of a finished stage, and marks the stage as finished in its record."""
-    stage = inputs.config
-    save_model(
-        result.state.model,
-        inputs.folder.model,
-        template_folder=run.model_source.folder,
-        dtype="float32",
-        stop_token_ids=run.model_source.tokenizer.stop_token_ids,
-        model_card=model_card(run, stage, step=result.num_updates, notes=result.notes),
-    )
-    summary = {"steps": result.num_updates, "seconds": result.seconds, "notes": result.notes}
-    record = StageRecord(run.settings_of(stage), inputs.dataset.digest(), summary)
-    run.folder.write_stage_record(stage.name, record)
+    stage, notes = inputs.config, result.notes
+    card = _model_card(run, stage, step=result.num_updates, notes=notes)
+    _save_model(run, result.state.model, inputs.folder.model, dtype="float32", card=card)
+    summary = {"steps": result.num_updates, "seconds": result.seconds, "notes": notes}
+    run.folder.write_stage_record(stage.name, StageRecord(run.settings_of(stage), inputs.dataset.digest(), summary))
     barrier("the stage is finished")
 
 
-def model_card(run: ResolvedRun, stage: StageConfig, *, step: int, notes: Sequence[str]) -> str:
+def export_checkpoint(
+    run: ResolvedRun, name: str | None, *, step: int | None, out: Path, dtype: Literal["float32", "bfloat16"]
+) -> None:
+    """Writes a checkpoint of a stage to `out`.
+
+    `name` is the stage, by default the last one with a checkpoint. `step` is the update, by default the latest. Raises
+    `UserError` if there is no such checkpoint, or `out` cannot be written.
+    """
+    names = [stage.name for stage in run.config.stages]
+    with_checkpoint = [each for each in names if _has_checkpoint(run.folder.stage(each).checkpoints)]
+    if not with_checkpoint:
+        raise UserError(f"{run.folder.path}: no stage has a checkpoint yet.")
+    if out.exists():
+        raise UserError(f"{out} exists already. Choose another folder with --out.")
+    if (leftover := temporary_folder(out)).exists():
+        raise UserError(f"{leftover} is left from an interrupted export. Remove it, or choose another --out.")
+    name = name or with_checkpoint[-1]
+    if name not in names:
+        raise UserError(f"{run.folder.path}: there is no stage {name!r}. The run has the stages {names}.")
+    stage, folder = run.config.stages[names.index(name)], run.folder.stage(name).checkpoints
+    if not folder.is_dir():
+        raise UserError(f"{run.folder.path}: stage {name!r} has no checkpoints. These stages have: {with_checkpoint}.")
+    abstract = abstract_with_shardings(abstract_model(run.model_source.architecture, run.config.compute), run.mesh)
+    with CheckpointStore(folder, read_only=True) as checkpoints:
+        step = (checkpoints.latest_step() or 0) if step is None else step
+        model = checkpoints.restore_model(abstract, step)
+    record = run.folder.read_stage_record(name)
+    notes = record.summary["notes"] if record and record.summary else ["the stage is not finished"]
+    try:
+        card = _model_card(run, stage, step=step, notes=notes)
+        _save_model(run, model, out, dtype=dtype, card=card)
+    except OSError as error:
+        raise UserError(f"--out {out} cannot be written: {error}. Choose another folder.") from None
+    log_info(f"{out}: stage {name}, update {step}, {dtype}")
+
+
+def _has_checkpoint(folder: Path) -> bool:
+    if not folder.is_dir():
+        return False
+    with CheckpointStore(folder, read_only=True) as checkpoints:
+        return checkpoints.latest_step() is not None
+
+
+def _save_model(
+    run: ResolvedRun, model: Transformer, out: Path, *, dtype: Literal["float32", "bfloat16"], card: str
+) -> None:
+    source = run.model_source
+    stop_ids = source.tokenizer.stop_token_ids
+    save_model(model, out, template_folder=source.folder, dtype=dtype, stop_token_ids=stop_ids, model_card=card)
+
+
+def _model_card(run: ResolvedRun, stage: StageConfig, *, step: int, notes: Sequence[str]) -> str:
     """Returns the README.md of an exported model: its start model, data, settings, metrics and scores.
 
     `notes` describe the data. The metrics are those of update `step`. The scores are those of the run's report, if it
     evaluated this model.
     """
-    head = {
-        "library_name": "transformers",
-        "base_model": run.config.model.path,
-        "tags": ["thinkpo_jax", stage.objective],
-    }
+    tags = ["thinkpo_jax", stage.objective]
+    head = {"library_name": "transformers", "base_model": run.config.model.path, "tags": tags}
     lines = [line for line in read_metrics(run.folder.stage(stage.name).metrics) if line["step"] == step]
     record = run.folder.read_stage_record(stage.name)
     is_final = record is not None and record.summary is not None and record.summary["steps"] == step

@@ -57,10 +57,7 @@ class CheckpointStore:
         return self._manager.latest_step()
 
     def save(self, state: TrainState) -> None:
-        """Saves the state in the background. A step that is already saved is not saved again.
-
-        Raises `RunError` if the checkpoint cannot be written.
-        """
+        """Saves the state in the background, unless its step is saved already. Raises `RunError` if it cannot."""
         step = int(state.step)
         if step not in self._manager.all_steps():
             items = {"model": state.model, "training": (state.optimizer, state.step)}
@@ -71,30 +68,24 @@ class CheckpointStore:
                 _raise_if_process_died(error)
                 raise RunError(f"{self.folder}: checkpoint {step} cannot be written: {_first_line(error)}") from None
 
-    def restore(self, like: TrainState, step: int | None = None) -> TrainState:
-        """Returns the state of `step` (default: the latest), sharded like `like`.
-
-        Raises `UserError` if there is no such checkpoint, or it cannot be read.
-        """
-        model = self._restore("model", like.model, step)
-        optimizer, count = self._restore("training", (like.optimizer, like.step), step)
-        return TrainState(model, optimizer, count)
+    def restore(self, like: TrainState) -> TrainState:
+        """Returns the latest state, sharded like `like`. Raises `UserError` if there is none, or it cannot be read."""
+        model = self.restore_model(like.model)
+        return TrainState(model, *self._restore("training", (like.optimizer, like.step)))
 
     def restore_model(self, like: TreeT, step: int | None = None) -> TreeT:
-        """Returns only the model of `step`, sharded like `like`. `like` may be abstract. Raises like `restore`."""
+        """Returns only the model of `step` (default: the latest). `like` may be abstract. Raises like `restore`."""
         return self._restore("model", like, step)
 
-    def _restore(self, item: str, like: TreeT, step: int | None) -> TreeT:
+    def _restore(self, item: str, like: TreeT, step: int | None = None) -> TreeT:
         steps = sorted(self._manager.all_steps())
         if not steps or (step is not None and step not in steps):
-            raise UserError(
-                f"{self.folder}: there is no checkpoint{f' {step}' if step is not None else ''}. There are: {steps}."
-            )
+            wanted = "" if step is None else f" {step}"
+            raise UserError(f"{self.folder}: there is no checkpoint{wanted}. There are: {steps}.")
         step = steps[-1] if step is None else step
         targets = jax.tree.map(ocp.utils.to_shape_dtype_struct, flatten_by_name(like, "/"))
         try:
-            args = ocp.args.Composite(**{item: ocp.args.StandardRestore(targets)})
-            restored = self._manager.restore(step, args=args)
+            restored = self._manager.restore(step, args=ocp.args.Composite(**{item: ocp.args.StandardRestore(targets)}))
         except Exception as error:  # for damaged files Orbax and TensorStore raise errors of many types
             _raise_if_process_died(error)
             raise UserError(

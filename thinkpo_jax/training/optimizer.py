@@ -46,18 +46,10 @@ def learning_rate_schedule(config: OptimizerConfig, num_updates: int) -> optax.S
 
 def make_optimizer(config: OptimizerConfig, num_updates: int) -> optax.GradientTransformation:
     """Returns clipping by global norm, then AdamW. Norms and biases have no weight decay."""
-    return optax.chain(
-        optax.clip_by_global_norm(config.max_grad_norm),
-        optax.adamw(
-            learning_rate_schedule(config, num_updates),
-            b1=config.b1,
-            b2=config.b2,
-            eps=config.eps,
-            mu_dtype=config.moment_dtype,
-            weight_decay=config.weight_decay,
-            mask=_weight_decay_mask,
-        ),
-    )
+    schedule = learning_rate_schedule(config, num_updates)
+    options = config.model_dump(include={"b1", "b2", "eps", "weight_decay"})
+    adamw = optax.adamw(schedule, **options, mu_dtype=config.moment_dtype, mask=_weight_decay_mask)
+    return optax.chain(optax.clip_by_global_norm(config.max_grad_norm), adamw)
 
 
 def _weight_decay_mask(params: Any) -> Any:

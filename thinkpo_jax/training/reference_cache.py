@@ -107,10 +107,7 @@ def save_stage_reference(path: Path, log_probs: np.ndarray) -> None:
 
 
 def load_stage_reference(path: Path, *, like: np.ndarray) -> np.ndarray | None:
-    """Returns what `save_stage_reference` wrote, or None if there is no such file or it is damaged.
-
-    All processes get what process 0 reads.
-    """
+    """Returns in all processes what process 0 reads, or None if the file is missing or damaged."""
     log_probs = _read_log_probs(path, like) if is_primary_process() else None
     if not bool(broadcast_from_primary(np.array(log_probs is not None))):
         return None

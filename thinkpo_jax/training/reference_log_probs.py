@@ -16,7 +16,7 @@ from thinkpo_jax.runtime.processes import broadcast_from_primary, is_primary_pro
 from thinkpo_jax.runtime.sharding import put_batch
 from thinkpo_jax.training.objectives import LossSums, PreferenceConfig, PreferenceLossFn, expected_initial_loss
 from thinkpo_jax.training.reference_cache import ReferenceCache, example_digest, reference_cache_folder
-from thinkpo_jax.training.token_log_probs import answer_region_log_probs, answer_token_log_probs, sum_by_region
+from thinkpo_jax.training.token_log_probs import answer_token_log_probs, sum_by_region
 
 # How far a recomputed log-prob x of n tokens may be from the cached one: RELATIVE_TOLERANCE * (1 + |x|) plus
 # NOISE_NATS_PER_SQRT_TOKEN * sqrt(n). In bfloat16 rounding depends on the position of an answer in its row.
@@ -86,15 +86,16 @@ def compute_reference(model: Transformer, batches: BatchPlan, mesh: Mesh) -> np.
 
 def make_reference_step(mesh: Mesh) -> Callable[[Transformer, DeviceBatch], jax.Array]:
     """Returns the jitted function from a batch, of the shape that updates have, to its log-probs [M, R, P, S, 3]."""
-    return _jit_replicated(
-        lambda model, batch: jax.lax.map(lambda rows: answer_region_log_probs(model, rows), batch), mesh
+    return _jit_over_micro_batches(lambda model, rows: sum_by_region(answer_token_log_probs(model, rows), rows), mesh)
+
+
+def _jit_over_micro_batches(function: Callable[..., Any], mesh: Mesh) -> Callable[..., Any]:
+    """Jits a function of a model and rows over the micro-batches. Every device holds the whole result."""
+    return jax.jit(
+        lambda model, batch: jax.lax.map(lambda rows: function(model, rows), batch),
+        out_shardings=NamedSharding(mesh, PartitionSpec()),
+        compiler_options=compiler_options(mesh),
     )
-
-
-def _jit_replicated(function: Callable[..., Any], mesh: Mesh) -> Callable[..., Any]:
-    """Jits a function whose result every device holds completely."""
-    layout = NamedSharding(mesh, PartitionSpec())
-    return jax.jit(function, out_shardings=layout, compiler_options=compiler_options(mesh))
 
 
 def _reference_batches(
@@ -136,13 +137,11 @@ def check_initial_loss(
         itself = loss_fn(log_probs_RA, rows._replace(reference_log_probs=live))
         return loss_fn(log_probs_RA, rows), itself, live, lengths
 
-    program = _jit_replicated(lambda model, batch: jax.lax.map(lambda rows: check_rows(model, rows), batch), mesh)
-    against_cache, against_itself, live, lengths = jax.device_get(program(model, put_batch(batch, mesh)))
-    loss, loss_itself = (float(sums.loss.sum() / sums.weight.sum()) for sums in (against_cache, against_itself))
-    nll, margins = (
-        float(against_itself.metrics[name].sum() / against_itself.weight.sum())
-        for name in ("nll/chosen", "rewards/margins")
-    )
+    program = _jit_over_micro_batches(check_rows, mesh)
+    against_cache, itself, live, lengths = jax.device_get(program(model, put_batch(batch, mesh)))
+    loss, loss_itself = (float(sums.loss.sum() / sums.weight.sum()) for sums in (against_cache, itself))
+    names = ("nll/chosen", "rewards/margins")
+    nll, margins = (float(itself.metrics[name].sum() / itself.weight.sum()) for name in names)
     expected = expected_initial_loss(config, nll)
     is_real = batch.example_ids >= 0
     cached = batch.reference_log_probs.sum(axis=-1)[is_real]

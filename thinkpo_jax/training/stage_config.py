@@ -47,13 +47,9 @@ class _StageConfig(ConfigSection):
     checkpoint: CheckpointConfig = CheckpointConfig()
 
     @pydantic.model_validator(mode="after")
-    def _check_max_skipped(self) -> "_StageConfig":
+    def _check_keys(self) -> "_StageConfig":
         if self.on_nonfinite == "stop" and self.max_skipped != 10:
             raise ValueError("`max_skipped` has no effect without `on_nonfinite: skip`")
-        return self
-
-    @pydantic.model_validator(mode="after")
-    def _check_length(self) -> "_StageConfig":
         if (self.steps is None) == (self.epochs is None):
             raise ValueError("give either `steps` or `epochs`")
         return self

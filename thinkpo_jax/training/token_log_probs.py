@@ -54,11 +54,8 @@ def _forward(x_RAD: jax.Array, head_DV: jax.Array, targets_RA: jax.Array) -> tup
 
 
 def _backward(residuals: tuple[jax.Array, ...], cotangents_RA: jax.Array) -> tuple[jax.Array, jax.Array, None]:
-    part = shard_map_by_axes(
-        _backward_part,
-        (HIDDEN_AXES, LM_HEAD_AXES, TOKEN_AXES, TOKEN_AXES, TOKEN_AXES),
-        (HIDDEN_AXES, ("embed", "vocab")),
-    )
+    in_axes = (HIDDEN_AXES, LM_HEAD_AXES, TOKEN_AXES, TOKEN_AXES, TOKEN_AXES)
+    part = shard_map_by_axes(_backward_part, in_axes, (HIDDEN_AXES, ("embed", "vocab")))
     return *part(*residuals, cotangents_RA), None
 
 
@@ -138,10 +135,7 @@ token_log_probs.defvjp(_forward, _backward)
 
 
 def answer_token_log_probs(model: Transformer, batch: DeviceBatch) -> jax.Array:
-    """Returns the log-prob of each trained token, and 0 in unused slots; float32 [R, A].
-
-    Only trained tokens reach the LM head.
-    """
+    """Returns log-probs of trained tokens, float32 [R, A], 0 in unused slots. Only they reach the LM head."""
     max_segments = math.prod(batch.reference_log_probs.shape[-3:-1])
     numbers_M = 1 + jnp.arange(max_segments)
     lengths_RM = (batch.segment_ids[:, None, :] == numbers_M[None, :, None]).sum(axis=-1)
@@ -173,8 +167,3 @@ def sum_by_region(values_RA: jax.Array, batch: DeviceBatch) -> jax.Array:
     num_bins = num_examples * num_answers * NUM_REGIONS + 1
     sums = jax.vmap(lambda values, bins: jax.ops.segment_sum(values, bins, num_bins))
     return sums(values_RA, bins_RA)[:, 1:].reshape(-1, num_examples, num_answers, NUM_REGIONS)
-
-
-def answer_region_log_probs(model: Transformer, batch: DeviceBatch) -> jax.Array:
-    """Returns the log-prob of each region of each answer, summed over its tokens in float32; [R, P, S, 3]."""
-    return sum_by_region(answer_token_log_probs(model, batch), batch)

@@ -1,13 +1,11 @@
-"""Trains one stage: the loop, its objective, and what it logs for each update.
+"""Trains one stage, without a YAML file or run folder: the loop, its objective, and what it logs for each update."""
 
-`train_stage` needs no YAML file, no run folder and no other stage. `StageInputs` holds everything it needs.
-"""
-
+import functools
 import importlib.metadata
 import math
 import time
 from collections.abc import Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from typing import Any
 
@@ -99,15 +97,15 @@ def train_stage(inputs: StageInputs) -> StageResult:
             log_info(f"{config.name}: resuming from update {int(state.step)}")
         start = int(state.step)
         train_step = make_train_step(objective, optimizer, mesh, state)
-        metrics = stack.enter_context(StageMetrics(inputs, batches, start))
-        validation = stack.enter_context(PeriodicEvaluation(inputs, batches, objective, start))
+        metrics = StageMetrics(inputs, batches, start, stack)
+        validation = PeriodicEvaluation(inputs, batches, objective, start, stack)
         validation.run_if_due(start, state)
-        metrics.start_clock()
+        metrics.clock = time.monotonic()
         for update, batch in enumerate(batches.prefetch_from(start), start + 1):
             state, step_metrics = train_step(state, put_batch(batch, mesh))
             metrics.log_update(update, jax.device_get(step_metrics), batch)
             should_stop = any_process(stop_requested())
-            metrics.exclude_seconds(validation.run_if_due(update, state))
+            metrics.clock += validation.run_if_due(update, state)
             if should_stop or update == len(batches) or update % config.checkpoint.every == 0:
                 checkpoints.save(state)
             if should_stop:
@@ -119,10 +117,7 @@ def train_stage(inputs: StageInputs) -> StageResult:
 
 
 def make_stage_objective(inputs: StageInputs, batches: BatchPlan, model: Transformer) -> Objective:
-    """Returns the objective of a stage.
-
-    For ThinkPO it first puts the log-probs of the reference model into the batches, and checks the initial loss.
-    """
+    """Returns the objective. For ThinkPO it first sets the reference log-probs of the batches and checks the loss."""
     config = inputs.config
     if not isinstance(config, ThinkpoStage):
         return sft_objective
@@ -133,10 +128,7 @@ def make_stage_objective(inputs: StageInputs, batches: BatchPlan, model: Transfo
         save_stage_reference(inputs.folder.reference, log_probs)
     batches.reference_log_probs = log_probs
     tokenizer = inputs.initial_model.tokenizer
-    markers = {
-        "end_of_turn_id": tokenizer.end_of_turn_id,
-        "thought_end_token_ids": tokenizer.thought_end_token_ids(),
-    }
+    markers = {"end_of_turn_id": tokenizer.end_of_turn_id, "thought_end_token_ids": tokenizer.thought_end_token_ids()}
     loss = check_initial_loss(config, make_preference_loss(config, **markers), model, batches[0], inputs.mesh)
     log_info(f"{config.name}: the loss before the first update is {loss:.6f}")
     return make_thinkpo_objective(config, **markers)
@@ -153,80 +145,58 @@ def _reference_log_probs(inputs: StageInputs, batches: BatchPlan, model: Transfo
         "jaxlib": importlib.metadata.version("jaxlib"),
     }
     with ExitStack() as stack:
-        progress: ProgressReporter | None = None
+
+        @functools.cache  # one reporter, which starts at the first batch
+        def reporter(total: int) -> ProgressReporter:
+            title = f"{inputs.config.name} reference"
+            return stack.enter_context(closing(ProgressReporter(title, total, unit="batch")))
 
         def on_progress(num_done: int, total: int) -> None:
-            nonlocal progress
-            if progress is None:
-                progress = ProgressReporter(f"{inputs.config.name} reference", total, unit="batch")
-                stack.callback(progress.close)
-            progress.update(num_done)
+            reporter(total).update(num_done)
 
         return load_or_compute_reference(model, batches, inputs.mesh, identity=identity, on_progress=on_progress)
 
 
 class StageMetrics:
-    """Writes one line of `metrics.jsonl` for each update, and shows progress."""
+    """Writes one line of `metrics.jsonl` for each update, and shows progress.
 
-    def __init__(self, inputs: StageInputs, batches: BatchPlan, start: int) -> None:
+    `clock` is when the time of the next update starts, in seconds. The caller starts it, and adds the seconds of
+    validation. Reading batches and saving count as training.
+    """
+
+    def __init__(self, inputs: StageInputs, batches: BatchPlan, start: int, stack: ExitStack) -> None:
         """Removes the lines of updates after `start`, which an interrupted run may have left."""
         self._inputs, self._batches = inputs, batches
         self._schedule = learning_rate_schedule(inputs.config.optimizer, len(batches))
-        self._file = MetricsFile(inputs.folder.metrics, step=start)
+        self._file = stack.enter_context(closing(MetricsFile(inputs.folder.metrics, step=start)))
         num_skipped = sum("skipped" in line for line in read_metrics(inputs.folder.metrics))
         self._num_skipped = int(broadcast_from_primary(np.array(num_skipped)))
-        self._progress = ProgressReporter(inputs.config.name, len(batches), done=start, unit="update")
-        self._clock = 0.0
-
-    def __enter__(self) -> "StageMetrics":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._progress.close()
-        self._file.close()
-
-    def start_clock(self) -> None:
-        """Starts the time of the first update. Later updates start where the one before them ended."""
-        self._clock = time.monotonic()
-
-    def exclude_seconds(self, seconds: float) -> None:
-        """Leaves validation out of the time of the next update. Reading batches and saving stay in."""
-        self._clock += seconds
+        progress = ProgressReporter(inputs.config.name, len(batches), done=start, unit="update")
+        self._progress = stack.enter_context(closing(progress))
+        self.clock = 0.0
 
     def log_update(self, update: int, metrics: Mapping[str, Any], batch: HostBatch) -> None:
-        """Logs one update. `update` counts from 1.
-
-        Raises `RunError` if the update is not finite, and the stage stops at it.
-        """
+        """Logs one update, counted from 1. Raises `RunError` if it is not finite and the stage stops at it."""
         inputs, batches = self._inputs, self._batches
-        seconds = time.monotonic() - self._clock
+        seconds = time.monotonic() - self.clock
         line: dict[str, float] = {"step": update, "epoch": update / batches.updates_per_epoch}
         line |= finalize_metrics({name: float(value) for name, value in metrics.items()})
         # A skipped update does not move the counter of the optimizer, so its schedule stays behind.
         line["learning_rate"] = np.asarray(self._schedule(update - 1 - self._num_skipped)).item()
-        line |= throughput_metrics(
-            batches.count_work(batch),
-            batches.tokens_per_update(),
-            inputs.initial_model.architecture,
-            inputs.compute,
-            seconds,
-        )
+        work, architecture = batches.count_work(batch), inputs.initial_model.architecture
+        line |= throughput_metrics(work, batches.tokens_per_update(), architecture, inputs.compute, seconds)
         if not line.pop("finite"):
             self._num_skipped += 1
             names = inputs.dataset.describe_examples(batch.example_ids[batch.example_ids >= 0].tolist())
             handle_nonfinite_update(inputs.config, line, self._num_skipped, names)
             line = {name: value for name, value in line.items() if math.isfinite(value)} | {"skipped": 1}
         self._file.write(line)
-        speed = f"{line['tokens_per_second']:,.0f}"
-        self._progress.update(update, headline_metrics(line) | {"tok/s": speed})
-        self._clock = time.monotonic()
+        self._progress.update(update, headline_metrics(line) | {"tok/s": f"{line['tokens_per_second']:,.0f}"})
+        self.clock = time.monotonic()
 
 
 def handle_nonfinite_update(config: StageConfig, line: Mapping[str, float], num_skipped: int, names: str) -> None:
-    """Warns about an update that was not applied, because its loss or gradient is not finite.
-
-    Raises `RunError` if the stage does not skip such updates, or has skipped too many.
-    """
+    """Warns about an update that was not applied. Raises `RunError` if the stage stops at it or skipped too many."""
     problem = (
         f"stage {config.name}, update {line['step']}: the loss is {line['loss']} and the gradient norm is "
         f"{line['grad_norm']}. The update was not applied. Its examples, counted among the rows used of {names}."
@@ -240,37 +210,30 @@ def handle_nonfinite_update(config: StageConfig, line: Mapping[str, float], num_
 
 def _warn_if_saturated(config: StageConfig, line: Mapping[str, float]) -> None:
     """Warns if most pairs had almost no gradient at the last update."""
-    if not isinstance(config, ThinkpoStage) or line.get("saturated", 0.0) <= 0.5:
+    if not isinstance(config, ThinkpoStage) or (share := line.get("saturated", 0.0)) <= 0.5:
         return
     advice = "With a smaller beta they would count. For DPO's loss, `loss: sigmoid_norm` helps too."
     if config.loss != "sigmoid_norm" and (margin := line.get("rewards/margins", 0.0)) > 1:
         advice += f" With beta {config.beta / margin:.1g} the mean margin would be 1 (gradient weight 27 %)."
-    log_warning(
-        f"stage {config.name}: at its end, {line['saturated']:.0%} of the pairs had almost no gradient. {advice}"
-    )
+    log_warning(f"stage {config.name}: at its end, {share:.0%} of the pairs had almost no gradient. {advice}")
 
 
 class PeriodicEvaluation:
     """Writes loss and metrics of the held-out examples to `validation.jsonl`. Does nothing without `validation`."""
 
-    def __init__(self, inputs: StageInputs, batches: BatchPlan, objective: Objective, start: int) -> None:
+    def __init__(
+        self, inputs: StageInputs, batches: BatchPlan, objective: Objective, start: int, stack: ExitStack
+    ) -> None:
         """Removes the lines of updates after `start`, which an interrupted run may have left."""
         validation, path = inputs.config.validation, inputs.folder.validation
         self._mesh, self._last, self._every = inputs.mesh, len(batches), validation and validation.every
         if self._every is None:
             return
         self._eval_step, self._batches = make_eval_step(objective, inputs.mesh), batches.batches_of(batches.held_out)
-        self._file = MetricsFile(path, step=start)
+        self._file = stack.enter_context(closing(MetricsFile(path, step=start)))
         is_done = np.zeros(self._last + 1, bool)
         is_done[[int(line["step"]) for line in read_metrics(path)]] = True
         self._is_done = broadcast_from_primary(is_done)
-
-    def __enter__(self) -> "PeriodicEvaluation":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._every is not None:
-            self._file.close()
 
     def run_if_due(self, update: int, state: TrainState) -> float:
         """Evaluates if an evaluation is due after `update` updates and not written yet. Returns the seconds it took."""

@@ -68,9 +68,8 @@ def make_train_step(
         updates, moments = optimizer.update(gradients, state.optimizer, state.model)  # pyright: ignore[reportArgumentType] -- a Module is a pytree
         is_finite = jnp.isfinite(sums.loss) & jnp.isfinite(norm)
         updated = (optax.apply_updates(state.model, updates), moments)  # pyright: ignore[reportArgumentType] -- a Module is a pytree
-        model, moments = jax.tree.map(
-            lambda new, old: jnp.where(is_finite, new, old), updated, (state.model, state.optimizer)
-        )
+        unchanged = (state.model, state.optimizer)
+        model, moments = jax.tree.map(lambda new, old: jnp.where(is_finite, new, old), updated, unchanged)
         metrics = {name: value / weight for name, value in sums.metrics.items()}
         metrics |= {"loss": sums.loss / weight, "grad_norm": norm, "weight": sums.weight, "finite": is_finite}
         return TrainState(model, moments, state.step + 1), metrics
