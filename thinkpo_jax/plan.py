@@ -1,4 +1,11 @@
-"""Argument parsing and one call."""
+"""Compiles the stages of a run for devices that are not attached, and prints whether they fit and how fast they may be.
+
+Examples:
+    python -m thinkpo_jax.plan --config configs/thinkpo_bespoke_stratos_7b.yaml --topology v5e:4x4
+    python -m thinkpo_jax.plan --config configs/thinkpo_bespoke_stratos_7b.yaml --topology v6e --smallest
+
+Only the model's config.json is read: no weights, no tokenizer, no data. Exit status: 0 fits, 1 does not fit, 2 error.
+"""
 
 import argparse
 from collections.abc import Sequence
@@ -12,44 +19,63 @@ from thinkpo_jax.runtime.config import UserError, did_you_mean
 from thinkpo_jax.training.stage_config import StageConfig
 
 
-def select_stages(config: RunConfig, name: str | None) -> Sequence[StageConfig]:
-    """The stages to plan. Raises `UserError` where there is none."""
-    names = [stage.name for stage in config.stages]
-    if not names:
-        raise UserError("the configuration has no stages: there is nothing to plan. Add one (README).")
-    if name is not None and name not in names:
-        raise UserError(
-            f"--stage {name}: there is no such stage{did_you_mean(name, names)}; there are: {', '.join(names)}."
-        )
-    return [stage for stage in config.stages if name in (None, stage.name)]
-
-
 def main(arguments: Sequence[str]) -> None:
-    """What the stages of a run take of each device of a slice, whether they fit, and about how fast they are."""
+    """Prints what each stage needs on each device of a slice, whether it fits, and an estimate of its speed."""
+    options = parse_arguments(arguments)
+    if options.smallest:
+        slices = list_slices(options.topology.lower())
+        config = load_run_config(options.config, options.assignments)
+        find_smallest_slice(config, select_stages(config, options.stage), slices)
+        return
+    topology = parse_topology(options.topology)
+    config = load_run_config(options.config, options.assignments)
+    run = search_layouts if options.search else plan_stages
+    run(config, select_stages(config, options.stage), topology)
+
+
+def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
+    """Parses the command line. Raises `UserError` for options that contradict each other."""
     parser = argparse.ArgumentParser(prog="python -m thinkpo_jax.plan", description=main.__doc__)
     add_config_arguments(parser)
     parser.add_argument(
         "--topology", required=True, metavar="NAME",
-        help="v5e:4x4, v5p:2x2x2, h100:8, ...; v5e or h100 alone: the smallest slice that is enough",
+        help="a slice (v5e:4x4, v5p:2x2x2) or a number of GPUs (h100:8). With --smallest, the device only (v6e, h100). "
+        "A device without --smallest means --smallest, for one more release.",
     )  # fmt: skip
     parser.add_argument("--stage", metavar="NAME", help="plan this stage only")
     parser.add_argument(
+        "--smallest", action="store_true", help="find the smallest slice of the device on which all stages fit"
+    )
+    parser.add_argument(
         "--search", action="store_true",
-        help="look for the fastest mesh, remat policy and micro-batch that fit, and for longer rows",
+        help="find the fastest mesh, remat policy and micro-batch that fit, also for longer rows",
     )  # fmt: skip
-    given = parser.parse_args(arguments)
-    kind_alone = ":" not in given.topology
-    devices = list_slices(given.topology.lower()) if kind_alone else [parse_topology(given.topology)]
-    config = load_run_config(given.config, given.assignments)
-    stages = select_stages(config, given.stage)
-    if kind_alone:
-        if given.search:
-            raise UserError(f"--topology {given.topology} --search: name a slice, such as {devices[-1].name}.")
-        find_smallest_slice(config, stages, devices)
-    elif given.search:
-        search_layouts(config, stages, devices[0])
-    else:
-        plan_stages(config, stages, devices[0])
+    options = parser.parse_args(arguments)
+    device, _, shape = options.topology.partition(":")
+    if options.smallest and options.search:
+        raise UserError("--smallest and --search exclude each other. Find the smallest slice first, then search on it.")
+    if options.smallest and shape:
+        raise UserError(
+            f"--topology {options.topology} --smallest: --smallest chooses the slice itself, so name the device only: "
+            f"--topology {device} --smallest. To plan for {options.topology}, leave out --smallest."
+        )
+    if options.search and not shape:
+        example = list_slices(device.lower())[-1].name
+        raise UserError(f"--topology {options.topology} --search: --search needs a slice, for example {example}.")
+    options.smallest = options.smallest or ":" not in options.topology
+    return options
+
+
+def select_stages(config: RunConfig, name: str | None) -> Sequence[StageConfig]:
+    """Returns the stages to plan: all of them, or the one with this name. Raises `UserError` if there is none."""
+    names = [stage.name for stage in config.stages]
+    if not names:
+        raise UserError("the configuration has no stages, so there is nothing to plan. Add a stage (see README).")
+    if name is not None and name not in names:
+        raise UserError(
+            f"--stage {name}: there is no such stage{did_you_mean(name, names)}. The stages are: {', '.join(names)}."
+        )
+    return [stage for stage in config.stages if name in (None, stage.name)]
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
-"""Compiled for TPUs that are not there, at the width of Qwen2.5-7B: no [tokens, vocabulary] array, little memory.
+"""Programs at the width of Qwen2.5-7B, compiled for absent TPUs, have no [tokens, vocabulary] array.
 
-libtpu compiles on any Linux machine. Each compilation is a process of its own: this file, run as a program.
+libtpu compiles on any Linux machine. This file, run as a program, compiles one of them in its own process.
 """
 
 import json
@@ -41,7 +41,7 @@ V, D = 152_064, 3584
 QWEN2_7B = Architecture(
     vocab_size=V,
     hidden_size=D,
-    num_layers=2,  # they are scanned: more of them are compiled in the same way
+    num_layers=2,  # Layers are scanned, so more of them compile to the same program.
     num_heads=28,
     num_kv_heads=4,
     head_dim=128,
@@ -57,7 +57,7 @@ ROW, TOKENS = 4096, 8192
 CHIPS = ("v5e", "v6e")
 HBM = {"v5e": 16 * 2**30, "v6e": 32 * 2**30}
 MESHES = {"v5e": {"fsdp": 2, "tensor": 2}, "v6e": {"fsdp": 4}}
-ANSWERS = {"sft": (4000,), "thinkpo": (3300, 600)}  # tokens of the answers of an example; a row holds one example
+ANSWERS = {"sft": (4000,), "thinkpo": (3300, 600)}  # tokens of the answers of an example. A row holds one example.
 
 pytestmark = [pytest.mark.slow, needs_libtpu]
 
@@ -65,41 +65,40 @@ ENVIRONMENT = compiled.ENVIRONMENT | {"TPU_LIBRARY_PATH": str(LIBTPU_LIBRARY)}
 
 
 @pytest.mark.parametrize("chip", cases(CHIPS, short="v5e".__eq__))
-def test_logprobs_take_one_block_of_logits(chip: str) -> None:
+def test_log_probs_need_memory_for_one_block_of_logits(chip: str) -> None:
     command = [sys.executable, __file__, "head", chip]
-    found = subprocess.run(command, capture_output=True, text=True, env=os.environ | ENVIRONMENT, check=False)
-    assert found.returncode == 0, found.stderr[-4000:]
-    memory = json.loads(found.stdout.splitlines()[-1])
+    process = subprocess.run(command, capture_output=True, text=True, env=os.environ | ENVIRONMENT, check=False)
+    assert process.returncode == 0, process.stderr[-4000:]
+    memory = json.loads(process.stdout.splitlines()[-1])
     assert memory["ours"] <= memory["plain"] / 4
-    assert (
-        memory["ours"] <= MAX_BLOCK_LOGITS * 4 + TOKENS * D * 4
-    )  # a block, and the gradient of hidden states, in float32
+    # One block of logits, and the gradient of the hidden states, in float32.
+    assert memory["ours"] <= MAX_BLOCK_LOGITS * 4 + TOKENS * D * 4
 
 
 @pytest.mark.parametrize(
     ("kind", "chip"), combinations(ANSWERS, CHIPS, short=lambda kind, chip: (kind == "sft") == (chip == "v5e"))
 )
 def test_an_update_has_no_array_of_tokens_times_vocabulary(kind: str, chip: str, tmp_path: Path) -> None:
-    program, memory = _update(tmp_path, chip, kind)
-    found = set(re.findall(r"\b(?:pred|[a-z]+\d+)\[([\d,]+)\]", program))
-    arrays = {shape: math.prod(int(size) for size in shape.split(",")) for shape in found}
-    trained, columns = _batch(kind, shards=1).target_ids.shape[-1], V // MESHES[chip].get("tensor", 1)
-    assert trained > D  # else a row's logits are no larger than the table of embeddings
+    program, memory = _compiled_update(tmp_path, chip, kind)
+    shapes = set(re.findall(r"\b(?:pred|[a-z]+\d+)\[([\d,]+)\]", program))
+    arrays = {shape: math.prod(int(size) for size in shape.split(",")) for shape in shapes}
+    loss_tokens, columns = _batch(kind, num_shards=1).target_ids.shape[-1], V // MESHES[chip].get("tensor", 1)
+    assert loss_tokens > D  # Otherwise the logits of a row would be no larger than the embedding table.
     assert f"{V},{D}" in arrays
     assert [shape for shape, size in arrays.items() if size > V * D] == []
-    logits = {tokens * columns for tokens in (trained, ROW)}
-    assert [shape for shape, size in arrays.items() if size and any(size % whole == 0 for whole in logits)] == []
-    # Micro-batches add up each device's part of the head's gradient, not the whole.
+    logits = {tokens * columns for tokens in (loss_tokens, ROW)}
+    assert [shape for shape, size in arrays.items() if size and any(size % row == 0 for row in logits)] == []
+    # Micro-batches accumulate only each device's shard of the head's gradient.
     assert f"bf16[{D},{columns}]" in program
     assert f"f32[{D},{columns}]" not in program
     assert memory < HBM[chip]
 
 
-def _update(folder: Path, chip: str, kind: str) -> tuple[str, int]:
-    """The program of an update, optimised and scheduled, and the bytes that it takes of a device's memory.
+def _compiled_update(folder: Path, chip: str, kind: str) -> tuple[str, int]:
+    """Returns the optimized program of an update, and the bytes that it takes of a device's memory.
 
-    Both are read from what the compiler writes, which then is ended: machine code takes minutes and changes neither.
-    (An executable's `as_text()` fails where a v6e copies several arrays at once.)
+    Both are read from what the compiler dumps. Then it is ended: machine code takes minutes and changes neither.
+    (An executable's `as_text()` fails if a v6e copies several arrays at once.)
     """
     with (folder / "errors").open("w+") as errors:
         command = [sys.executable, __file__, "update", chip, kind, str(folder)]
@@ -117,7 +116,7 @@ def _update(folder: Path, chip: str, kind: str) -> tuple[str, int]:
 
 
 def _memory_of_head(chip: str) -> dict[str, int]:
-    """Bytes of temporary memory of both passes on one device: of ours, and of plain log-probs."""
+    """Returns the bytes of temporary memory of both passes on one device, for our log-probs and for plain ones."""
     topology = topologies.get_topology_desc(
         platform="tpu", topology_name=f"{chip}:1x1", chips_per_host_bounds=(1, 1, 1)
     )
@@ -131,22 +130,22 @@ def _memory_of_head(chip: str) -> dict[str, int]:
         logits = jnp.dot(x, head, preferred_element_type=jnp.float32)
         return jnp.take_along_axis(jax.nn.log_softmax(logits), targets[..., None], axis=-1)[..., 0]
 
-    def temporary(logprobs: Callable[[jax.Array, jax.Array, jax.Array], jax.Array]) -> int:
+    def temporary(log_probs: Callable[[jax.Array, jax.Array, jax.Array], jax.Array]) -> int:
         def loss(x: jax.Array, head: jax.Array, targets: jax.Array, weights: jax.Array) -> jax.Array:
-            return (logprobs(x, head, targets) * weights).sum()
+            return (log_probs(x, head, targets) * weights).sum()
 
-        both = jax.jit(jax.value_and_grad(loss, argnums=(0, 1)))
-        memory: Any = both.lower(x, head, targets, weights).compile().memory_analysis()
+        passes = jax.jit(jax.value_and_grad(loss, argnums=(0, 1)))
+        memory: Any = passes.lower(x, head, targets, weights).compile().memory_analysis()
         return memory.temp_size_in_bytes
 
     return {"ours": temporary(token_log_probs), "plain": temporary(plain)}
 
 
 def _compile_update(chip: str, kind: str, folder: Path) -> None:
-    """Compiles a whole update; the compiler writes what it makes of it to the folder."""
+    """Compiles an update. The compiler dumps the program to the folder."""
     topology = topologies.get_topology_desc(platform="tpu", topology_name=f"{chip}:2x2")
     mesh = make_mesh(MeshConfig(**MESHES[chip]), topology.devices)
-    host = _batch(kind, num_data_shards(mesh))
+    host_batch = _batch(kind, num_data_shards(mesh))
 
     def rows(array: np.ndarray) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=NamedSharding(mesh, partition_spec(BATCH_AXES)))
@@ -157,16 +156,16 @@ def _compile_update(chip: str, kind: str, folder: Path) -> None:
     with jax.set_mesh(mesh):
         state = abstract_train_state(abstract_model(QWEN2_7B, compute), optimizer, mesh)
         step: Any = make_train_step(objective, optimizer, mesh, state)
-        written = {"xla_dump_to": str(folder), "xla_dump_hlo_as_text": True}
-        step.lower(state, jax.tree.map(rows, host)).compile(compiler_options=written)
+        options = {"xla_dump_to": str(folder), "xla_dump_hlo_as_text": True}
+        step.lower(state, jax.tree.map(rows, host_batch)).compile(compiler_options=options)
 
 
-def _batch(kind: str, shards: int) -> HostBatch:
-    """Two micro-batches, one row of one example on each device."""
+def _batch(kind: str, num_shards: int) -> HostBatch:
+    """Returns two micro-batches with one row of one example on each device."""
     rng = np.random.default_rng(0)
-    examples = [tuple(small.segment(rng, 48, answer) for answer in ANSWERS[kind]) for _ in range(2 * shards)]
-    config = BatchConfig.model_validate({"size": 2 * shards, "row_length": ROW, "rows_per_device": 1})
-    return BatchPlan(examples, config, seed=0, num_shards=shards, num_updates=1, epochs=1.0)[0]
+    examples = [tuple(small.segment(rng, 48, answer) for answer in ANSWERS[kind]) for _ in range(2 * num_shards)]
+    config = BatchConfig.model_validate({"size": 2 * num_shards, "row_length": ROW, "rows_per_device": 1})
+    return BatchPlan(examples, config, seed=0, num_shards=num_shards, num_updates=1, epochs=1.0)[0]
 
 
 if __name__ == "__main__":

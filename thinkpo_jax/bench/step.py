@@ -1,162 +1,203 @@
-"""How fast is a ThinkPO update, and how much memory does it take, against TRL's? The two take turns on the same pairs.
+"""Compares a ThinkPO update of this package with one of TRL: useful tokens per second, and peak memory.
 
-Both train in float32 on all cores of the CPU, with log-probs of the reference that were computed before, and about two
-pairs an update: ours packed into one row, TRL's in the best of the ways that it offers (bench_trl.py). Useful tokens
-are those of prompt + chosen and prompt + rejected, padding left out.
+The sides take turns on the same pairs. Each is its own process (this file, run as a program). It trains in float32 on
+all CPU cores, about two pairs per update, with reference log-probs computed before. Useful tokens are those of prompt +
+chosen and prompt + rejected, without padding. TRL gets one pair at a time and accumulates two. Of the ways to give it
+two pairs this pads least: it was the fastest and took the least memory (BENCHMARKS.md).
 """
 
+import importlib.util
 import json
 import math
 import os
-import statistics
+import re
+import resource
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 
-from thinkpo_jax.bench import trl as bench_trl
-from thinkpo_jax.bench.workload import (
-    BETA,
-    LEARNING_RATE,
-    SEED,
-    BenchFolder,
-    SideResult,
-    available_cores,
-    peak_memory,
-    run_side_process,
-    write_folder,
-)
+from thinkpo_jax.bench import load
 from thinkpo_jax.data.batches import BatchConfig, BatchPlan
-from thinkpo_jax.data.chat_tokenizer import ChatTokenizer
-from thinkpo_jax.data.record_formats import PreferenceDataConfig
-from thinkpo_jax.data.tokenization import tokenize_sources
+from thinkpo_jax.data.examples import Example, Segment
 from thinkpo_jax.models.compute_config import ComputeConfig
 from thinkpo_jax.models.weight_loading import load_model
 from thinkpo_jax.runtime.config import RunError, UserError
+from thinkpo_jax.runtime.devices import GIB
 from thinkpo_jax.runtime.mesh import MeshConfig, make_mesh
 from thinkpo_jax.runtime.sharding import put_batch
+from thinkpo_jax.training import reference_log_probs, train_step
 from thinkpo_jax.training.objectives import PreferenceConfig, make_thinkpo_objective
 from thinkpo_jax.training.optimizer import OptimizerConfig, make_optimizer
-from thinkpo_jax.training.reference_log_probs import compute_reference
-from thinkpo_jax.training.train_step import init_train_state, make_train_step
 
-OURS = "thinkpo_jax"
-REFERENCE_TOLERANCE = 1e-4  # of the log-probs, relative: both sides read the same tokens with the same weights
-LOSS_TOLERANCE = 1e-3  # of ln 2 before the first update: log-probs of thousands of tokens are summed in float32
-EPOCHS = 1  # that are timed
-
-
-def measure(folder: BenchFolder, *, row_length: int, epochs: int) -> SideResult:
-    """Trains one update that is not timed, then `epochs` epochs of one packed row an update."""
-    chat, mesh = ChatTokenizer.from_folder(folder.model), make_mesh(MeshConfig(fsdp=1), jax.devices()[:1])
-    examples = tokenize_sources([PreferenceDataConfig(path=str(folder.pairs))], chat, row_length=row_length, seed=SEED)
-    with jax.set_mesh(mesh):
-        config = BatchConfig(rows=1, row_length=row_length)
-        batches = BatchPlan(examples, config, seed=SEED, num_shards=1, num_updates=None, epochs=epochs)
-        model = load_model(folder.model, ComputeConfig(dtype="float32"), mesh)
-        loaded = peak_memory()
-        objective = make_thinkpo_objective(PreferenceConfig(beta=BETA), end_of_turn_id=chat.end_of_turn_id)
-        batches.reference_log_probs = compute_reference(model, batches, mesh)
-        settings = OptimizerConfig(learning_rate=LEARNING_RATE, schedule="constant", warmup_ratio=0.0)
-        optimizer = make_optimizer(settings, len(batches))
-        state = init_train_state(model, optimizer, mesh)
-        del model
-        step = make_train_step(objective, optimizer, mesh, state)
-        state, first = step(state, put_batch(batches[0], mesh))
-        told = [jax.device_get(first)]
-        began = time.perf_counter()
-        for batch in batches.prefetch_from(0):
-            state, metrics = step(state, put_batch(batch, mesh))
-            told.append(jax.device_get(metrics))
-        seconds = time.perf_counter() - began
-    weight = sum(float(line["weight"]) for line in told[1:])
-    chosen, rejected = batches.reference_log_probs.sum(axis=-1).mean(axis=0).tolist()
-    return SideResult(
-        tokens=sum(len(segment.token_ids) for example in examples for segment in example),
-        seconds=seconds,
-        first_loss=float(told[0]["loss"]),
-        mean_loss=sum(float(line["loss"]) * float(line["weight"]) for line in told[1:]) / weight,
-        reference=(chosen, rejected),
-        loaded=loaded,
-        peak=peak_memory(),
-    )
+END_ID = 1  # ends an answer
+SHAPE: dict[str, Any] = load.SHAPE | {"architectures": ["LlamaForCausalLM"], "vocab_size": 49_152, "hidden_size": 512}
+SHAPE |= {"num_hidden_layers": 8, "num_attention_heads": 8, "intermediate_size": 1408, "tie_word_embeddings": True}
+SHAPE |= {"pad_token_id": 0, "eos_token_id": END_ID}
+NAMES = ("prompt", "chosen", "rejected")
+Pair = dict[str, list[int]]  # token ids by name
+# Tokens of 522 real pairs with at most 2,048 tokens (README, "On real data"), in the order of NAMES.
+REAL_MAX_LENGTH, REAL_MEDIANS, REAL_LOG_SPREADS = 2048, np.array([67, 1625, 427]), np.array([0.5, 0.5, 0.6])
+BETA, LEARNING_RATE, SEED = 0.01, 1e-6, 0
+REFERENCE_TOLERANCE = 1e-4  # relative, of log-probs: both sides read the same tokens with the same weights
+LOSS_TOLERANCE = 1e-3  # from ln 2 before the first update: float32 sums of thousands of log-probs
 
 
-def bench_step(shape: Mapping[str, Any], *, pairs: int, max_length: int, row_length: int, repeats: int) -> None:
-    """Prints both sides' useful tokens per second and peak memory, and the medians of the rounds' ratios.
+class SideResult(NamedTuple):
+    """What one side measured. Losses and log-probs are means over pairs."""
 
-    The first round runs every variant of TRL, the others the fastest of them. Raises `UserError` where TRL is missing,
-    `RunError` where a side fails or the two did not do the same work.
+    tokens: int  # useful tokens of all pairs
+    seconds: float  # of one epoch
+    first_loss: float  # of the first update, which is not timed
+    reference: Sequence[float]  # log-probs of chosen and rejected before training
+    peak_memory: int  # largest resident memory, in bytes
+
+
+def bench_step(shape: Mapping[str, Any], num_pairs: int, max_length: int, *, row_length: int, repeats: int) -> None:
+    """Prints the speed and peak memory of both sides, and the medians of their ratios.
+
+    Raises `UserError` if TRL is not installed, and `RunError` if a side fails or the sides did not do the same work.
     """
-    if absent := bench_trl.missing():
-        raise UserError(f'{" and ".join(absent)} not installed. Run: pip install -e ".[test]"')
-    rounds: list[tuple[SideResult, SideResult]] = []
-    best = ""
+    if missing := [name for name in ("torch", "trl") if importlib.util.find_spec(name) is None]:
+        raise UserError(f'{" and ".join(missing)} not installed. Run: pip install -e ".[test]"')
+    ratios: list[tuple[float, float]] = []
     with tempfile.TemporaryDirectory() as name:
-        folder = BenchFolder(Path(name))
-        tokens = write_folder(folder, shape, pairs=pairs, max_length=max_length)
-        print(
-            f"{pairs} pairs, prompt + answer up to {max_length:,} tokens, {tokens:,} useful tokens in all; "
-            f"Llama's shape: {shape['hidden_size']} wide, {shape['num_hidden_layers']} layers, "
-            f"vocabulary {shape['vocab_size']:,}; float32, {available_cores()} core(s)"
-        )
-        variants = dict(bench_trl.VARIANTS)
-        for number in range(repeats):
-            print(f"round {number + 1}", flush=True)
-            ours = run_side(folder, "step", {"row_length": row_length}, OURS)
-            theirs = {name: run_side(folder, "trl", given, f"TRL, {name}") for name, given in variants.items()}
-            for measured in (ours, *theirs.values()):
-                check_same_work(tokens, ours, measured)
-            best = min(theirs, key=lambda name: theirs[name].seconds)
-            variants = {best: variants[best]}
-            rounds.append((ours, theirs[best]))
-            print(f"  {_ratios(rounds[-1:])} of TRL, {best}", flush=True)
-    print(f"median of {repeats} round(s): {_ratios(rounds)} of TRL, {best}")
+        folder = Path(name)
+        load.write_random_model(folder, {**shape, "max_position_embeddings": max_length}, "float32")
+        tokens = _write_pairs(folder, shape["vocab_size"], num_pairs, max_length)
+        print(f"{num_pairs} pairs up to {max_length:,} tokens long, {tokens:,} useful tokens; model: {dict(shape)}")
+        for _ in range(repeats):
+            ours, theirs = (_run_side(side, folder, row_length) for side in ("thinkpo_jax", "TRL"))
+            check_same_work(tokens, ours, theirs)
+            ratios.append((theirs.seconds / ours.seconds, ours.peak_memory / theirs.peak_memory))
+    speed, memory = np.median(ratios, axis=0)
+    print(f"median of {repeats} round(s): {speed:.2f} times TRL's useful tokens/s, {memory:.2f} times its peak memory")
 
 
-def run_side(folder: BenchFolder, module: str, settings: Mapping[str, Any], title: str) -> SideResult:
-    """Runs one side as a process of its own, and prints what it measured. Raises `RunError` where it fails."""
-    out = folder.path / "measured.json"
-    own = {"XDG_CACHE_HOME": str(folder.path / "cache"), "HF_DATASETS_CACHE": str(folder.path / "datasets")}
-    own |= {"JAX_PLATFORMS": "cpu", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": str(available_cores())}
-    arguments = [str(folder.path), json.dumps({**settings, "epochs": EPOCHS}), str(out)]
-    command = [sys.executable, "-m", f"thinkpo_jax.bench.{module}", *arguments]
-    ended = subprocess.run(command, env=os.environ | own, capture_output=True, text=True, errors="replace", check=False)
-    if ended.returncode:
-        raise RunError(f"{title} ended with status {ended.returncode}:\n{ended.stderr[-2000:]}")
-    found = SideResult(**json.loads(out.read_text(encoding="utf-8")))
-    print(
-        f"  {title}: {EPOCHS * found.tokens / found.seconds:,.0f} useful tokens/s, peak {found.peak / 2**30:.2f} GiB "
-        f"({found.loaded / 2**30:.2f} with the model loaded), loss {found.first_loss:.4f} before training, "
-        f"{found.mean_loss:.4f} on average",
-        flush=True,
-    )
-    return found
+def _write_pairs(folder: Path, vocab_size: int, num_pairs: int, max_length: int) -> int:
+    """Writes pairs of random tokens that are as long as real ones. Returns the number of useful tokens."""
+    rng = np.random.default_rng(SEED)
+    factors = np.exp(REAL_LOG_SPREADS * rng.standard_normal((num_pairs, 3))) * max_length / REAL_MAX_LENGTH
+    pairs: list[Pair] = []
+    for prompt_length, *answer_lengths in (REAL_MEDIANS * factors).round().astype(int).clip(1).tolist():
+        prompt = rng.integers(2, vocab_size, min(prompt_length, max_length - 2)).tolist()
+        room = max_length - 1 - len(prompt)
+        answers = [rng.integers(2, vocab_size, min(length, room)).tolist() for length in answer_lengths]
+        pairs.append(dict(zip(NAMES, (prompt, *([*answer, END_ID] for answer in answers)), strict=True)))
+    (folder / "pairs.json").write_text(json.dumps(pairs), encoding="utf-8")
+    return sum(len(pair[name]) for pair in pairs for name in ("prompt", *NAMES))
+
+
+def _run_side(side: str, folder: Path, row_length: int) -> SideResult:
+    """Runs one side in its own process, and prints what it measured. Raises `RunError` if it fails."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    variables = {"XDG_CACHE_HOME": str(folder / "cache"), "HF_DATASETS_CACHE": str(folder / "datasets")}
+    variables |= {"JAX_PLATFORMS": "cpu", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": str(cores)}
+    command = [sys.executable, "-m", "thinkpo_jax.bench.step", side, str(folder), str(row_length)]
+    process = subprocess.run(command, env=os.environ | variables, capture_output=True, text=True, check=False)
+    if process.returncode:
+        raise RunError(f"{side} ended with exit status {process.returncode}:\n{process.stderr[-2000:]}")
+    result = SideResult(**json.loads(process.stdout.splitlines()[-1]))
+    speed, peak = result.tokens / result.seconds, result.peak_memory / GIB
+    print(f"{side}: {speed:,.0f} useful tokens/s, peak {peak:.2f} GiB, first loss {result.first_loss:.4f}", flush=True)
+    return result
 
 
 def check_same_work(tokens: int, ours: SideResult, theirs: SideResult) -> None:
-    """Raises `RunError` where the two sides did not read the same tokens with the same weights."""
+    """Raises `RunError` if the sides did not read the same tokens with the same weights."""
     if not ours.tokens == theirs.tokens == tokens:
-        raise RunError(f"the pairs have {tokens} tokens, the two sides read {ours.tokens} and {theirs.tokens}")
-    apart = [abs(our - their) / abs(their) for our, their in zip(ours.reference, theirs.reference, strict=True)]
-    if not max(apart) <= REFERENCE_TOLERANCE:
-        raise RunError(f"the two sides' log-probs before training differ: {ours.reference} and {theirs.reference}")
-    for found in (ours, theirs):
-        if not abs(found.first_loss - math.log(2)) <= LOSS_TOLERANCE:
-            raise RunError(f"the loss before training is {found.first_loss:.6f}, not ln 2 = {math.log(2):.6f}")
+        raise RunError(f"the pairs have {tokens} tokens, but the two sides read {ours.tokens} and {theirs.tokens}")
+    if not np.allclose(ours.reference, theirs.reference, rtol=REFERENCE_TOLERANCE, atol=0):
+        raise RunError(f"the log-probs of the sides before training differ: {ours.reference} and {theirs.reference}")
+    if not np.allclose((ours.first_loss, theirs.first_loss), math.log(2), rtol=0, atol=LOSS_TOLERANCE):
+        losses = f"{ours.first_loss:.6f} and {theirs.first_loss:.6f}"
+        raise RunError(f"the losses before training are {losses}, but both must be ln 2 = {math.log(2):.6f}")
 
 
-def _ratios(rounds: Sequence[tuple[SideResult, SideResult]]) -> str:
-    """How many times TRL's speed and memory ours are: medians over the rounds."""
-    speed = statistics.median(theirs.seconds / ours.seconds for ours, theirs in rounds)
-    memory = statistics.median(ours.peak / theirs.peak for ours, theirs in rounds)
-    return f"{speed:.2f} times the useful tokens/s, {memory:.2f} times the peak memory"
+def measure_thinkpo_jax(folder: Path, pairs: Sequence[Pair], row_length: int) -> SideResult:
+    """Trains with one packed row per update: one update that is not timed, then one epoch."""
+    examples: list[Example] = [
+        tuple(Segment(np.array(prompt + answer, np.int32), len(prompt)) for answer in answers)
+        for prompt, *answers in map(dict.values, pairs)
+    ]
+    mesh = make_mesh(MeshConfig(fsdp=1), jax.devices()[:1])
+    with jax.set_mesh(mesh):
+        config = BatchConfig(rows=1, row_length=row_length)
+        batches = BatchPlan(examples, config, seed=SEED, num_shards=1, num_updates=None, epochs=1)
+        model = load_model(folder, ComputeConfig(dtype="float32"), mesh)
+        batches.reference_log_probs = reference_log_probs.compute_reference(model, batches, mesh)
+        settings = OptimizerConfig(learning_rate=LEARNING_RATE, schedule="constant", warmup_ratio=0.0)
+        optimizer = make_optimizer(settings, len(batches))
+        state = train_step.init_train_state(model, optimizer, mesh)
+        del model
+        objective = make_thinkpo_objective(PreferenceConfig(beta=BETA), end_of_turn_id=END_ID)
+        update = train_step.make_train_step(objective, optimizer, mesh, state)
+        losses, ends = [], []
+        for index in (0, *range(len(batches))):
+            state, metrics = update(state, put_batch(batches[index], mesh))
+            losses.append(float(metrics["loss"]))
+            ends.append(time.perf_counter())
+    reference = batches.reference_log_probs.sum(axis=-1).mean(axis=0).tolist()
+    tokens = sum(len(segment.token_ids) for example in examples for segment in example)
+    return SideResult(tokens, ends[-1] - ends[0], losses[0], reference, _peak_memory())
+
+
+def measure_trl(folder: Path, pairs: Sequence[Pair]) -> SideResult:
+    """Trains the same pairs with TRL's DPOTrainer, with the settings that suit it best on a CPU.
+
+    In TRL 1.16 the others have no effect on a CPU or are refused. `padding_free` is disabled: it warns and pads. The
+    kernels of Liger and of the Hub need a GPU. Packing is for SFT only.
+    """
+    from datasets import Dataset
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, TrainerCallback
+
+    trl: Any = importlib.import_module("trl")  # It exports lazily.
+    step_ends: list[float] = []
+
+    class Clock(TrainerCallback):
+        def on_step_end(self, *_: Any, **__: Any) -> None:
+            step_ends.append(time.perf_counter())
+
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype="float32")
+    words = ["<pad>", "<end>", *(f"w{index}" for index in range(2, model.config.vocab_size))]
+    tokenizer = Tokenizer(models.WordLevel({word: index for index, word in enumerate(words)}, unk_token="<pad>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    texts = [{name: "".join(f" {words[index]}" for index in ids) for name, ids in pair.items()} for pair in pairs]
+    settings: dict[str, Any] = {"output_dir": str(folder / "trl"), "num_train_epochs": 1, "beta": BETA, "bf16": False}
+    settings |= {"max_length": None, "learning_rate": LEARNING_RATE, "lr_scheduler_type": "constant", "use_cpu": True}
+    settings |= {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 2, "gradient_checkpointing": False}
+    settings |= {"precompute_ref_log_probs": True, "precompute_ref_batch_size": 1, "logging_first_step": True}
+    settings |= {"train_sampling_strategy": "sequential", "save_strategy": "no", "report_to": "none"}
+    trainer = trl.DPOTrainer(
+        model=model,
+        args=trl.DPOConfig(**settings),
+        train_dataset=Dataset.from_list(texts[:2] + texts),
+        processing_class=PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<end>"),
+        callbacks=[Clock()],
+    )
+    trainer.train()
+    epoch, first_loss = trainer.train_dataset[2:], trainer.state.log_history[0]["loss"]
+    tokens = sum(len(ids) for name in ("prompt", *NAMES) for ids in epoch[f"{name}_ids"])
+    reference = [float(np.mean(epoch[f"ref_{name}_logps"])) for name in NAMES[1:]]
+    return SideResult(tokens, step_ends[-1] - step_ends[0], first_loss, reference, _peak_memory())
+
+
+def _peak_memory() -> int:
+    """Returns the largest resident memory of this process so far, in bytes."""
+    if sys.platform == "linux":  # There getrusage also counts the parent process.
+        return int(re.findall(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text(encoding="utf-8"))[0]) * 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 if __name__ == "__main__":
-    run_side_process(measure, sys.argv[1:])
+    side, folder, row_length = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3])
+    pairs = json.loads((folder / "pairs.json").read_text(encoding="utf-8"))
+    result = measure_trl(folder, pairs) if side == "TRL" else measure_thinkpo_jax(folder, pairs, row_length)
+    print(json.dumps(result._asdict()))

@@ -1,170 +1,148 @@
-"""What does a compiled program say of itself? The exchanges between devices, and the memory of one device.
+"""Reads the collectives and the memory use of a compiled program from the files that XLA dumps.
 
-Both are read from what XLA writes to `xla_dump_to`: the optimised program of one device as text, and the report on its
-memory.
+With `xla_dump_to`, XLA writes the optimized program of one device as HLO text, and a memory usage report.
 """
 
 import math
 import re
-from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
 
-# TPUs write a reduce-scatter as a fused computation of this name: an all-reduce, and the part a device keeps.
-_FUSED_SCATTER = "all-reduce-scatter"
-COLLECTIVE_KINDS = (
-    "all-gather",
-    "all-reduce",
-    "reduce-scatter",
-    "all-to-all",
-    "ragged-all-to-all",
-    "collective-permute",
-)
+# TPUs fuse a reduce-scatter into a computation of this name: an all-reduce, then a slice for each device.
+_FUSED_REDUCE_SCATTER = "all-reduce-scatter"
+COLLECTIVE_KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
 _COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.-]+) \(.*\{$")
-_EXCHANGE = re.compile(rf" = (.*?) ({'|'.join(COLLECTIVE_KINDS)})(-start)?\(")
-_CALLED = re.compile(r"(body|calls|to_apply|true_computation|false_computation|condition)=%?([\w.-]+)")
+_COLLECTIVE = re.compile(rf" = (.*?) ({'|'.join(COLLECTIVE_KINDS)})(-start)?\(")
+_CALLEE = re.compile(r"(body|calls|to_apply|true_computation|false_computation|condition)=%?([\w.-]+)")
 _BRANCHES = re.compile(r"(?:branch_computations|called_computations)=\{([^}]*)\}")
-_ARRAY = re.compile(r"\b(pred|[a-z]+\d+[a-z0-9]*)\[([\d,]*)\]")
+_ARRAY = re.compile(r"\b(?:pred|[a-z]+(\d+)[a-z0-9]*)\[([\d,]*)\]")  # the bits of an element, the shape
 
 
 class Collective(NamedTuple):
     """A collective operation of a program."""
 
     kind: str
-    bytes_received: float  # bytes that a device receives each time
-    num_executions: int  # how often it is done in a run of the program
-    device_group: tuple[int, ...]  # the devices of the first of its groups
+    bytes_received: float  # that one device receives in each execution
+    num_executions: int  # in one run of the program
+    device_group: tuple[int, ...]  # the first of its replica groups
 
 
-class _Line(NamedTuple):
-    """An instruction that matters: an exchange with its channel, or a call of a computation so many times."""
+def find_collectives(program: str, num_devices: int) -> list[Collective]:
+    """Returns the collectives of a program in HLO text. Those in a loop count once per iteration.
 
-    exchange: Collective | None = None
-    channel: str = ""
-    called: str = ""
-    times: int = 1
-
-
-def find_collectives(program: str, devices: int) -> list[Collective]:
-    """The collective operations of a program in HLO text, those in loops as often as the loops are gone through.
-
-    A loop whose trips depend on data counts once; of branches each counts. The same operation on one channel in several
-    places (the steps of TPUs' fusions) is one exchange; different ones may have one channel.
+    A loop counts as one iteration if its length depends on data. Every branch of a conditional counts.
+    TPU fusions repeat one collective on one channel, which counts once. Different collectives may share a channel.
     """
-    computations, entry = _computations(program, devices)
-    found: dict[tuple[str, str, float], Collective] = {}
+    bodies, entry = _split_computations(program)
+    collectives: dict[tuple[str, str, float], Collective] = {}
 
-    def visit(name: str, times: int) -> None:
-        for number, line in enumerate(computations.get(name, ())):
-            if line.exchange is not None:
-                place = line.channel or f"{name} {number} {times}"
-                key = place, line.exchange.kind, line.exchange.bytes_received
-                before = found.get(key)
-                times_before = 0 if before is None else before.num_executions
-                found[key] = line.exchange._replace(num_executions=max(times, times_before))
+    def visit(computation: str, num_executions: int) -> None:
+        for number, line in enumerate(bodies.get(computation, ())):
+            if match := _COLLECTIVE.search(line):
+                collective = _parse_collective(line, match, computation, num_devices)
+                channel = re.search(r"channel_id=(\d+)", line)
+                channel_id = channel[1] if channel else f"{computation} {number} {num_executions}"
+                key = channel_id, collective.kind, collective.bytes_received
+                known = collectives.get(key, collective).num_executions
+                collectives[key] = collective._replace(num_executions=max(num_executions, known))
             else:
-                visit(line.called, times * line.times)
+                for callee, num_calls in _parse_calls(line, bodies):
+                    visit(callee, num_executions * num_calls)
 
     visit(entry, 1)
-    return list(found.values())
+    return [collective for collective in collectives.values() if len(collective.device_group) > 1]
 
 
-def _computations(program: str, devices: int) -> tuple[dict[str, list[_Line]], str]:
-    """The lines that matter by computation, and the name of the computation where the program begins."""
+def _split_computations(program: str) -> tuple[dict[str, list[str]], str]:
+    """Returns the lines of each computation, and the name of the entry computation."""
     bodies: dict[str, list[str]] = {}
     entry = name = ""
     for line in program.splitlines():
-        if head := _COMPUTATION.match(line):
-            name = head[2]
-            entry = name if head[1] else entry
+        if header := _COMPUTATION.match(line):
+            name = header[2]
+            entry = name if header[1] else entry
             bodies[name] = []
         elif name:
             bodies[name].append(line)
-    return {name: [*_lines(name, bodies, devices)] for name in bodies}, entry
+    return bodies, entry
 
 
-def _lines(name: str, bodies: dict[str, list[str]], devices: int) -> Iterator[_Line]:
-    for line in bodies[name]:
-        if match := _EXCHANGE.search(line):
-            group = _group(line, devices)
-            if len(group) > 1:
-                channel = re.search(r"channel_id=(\d+)", line)
-                started = match[3] is not None
-                types = match[1].replace("u32[]", "") if started else match[1]  # those keep its state
-                kind, size = match[2], _bytes(types)
-                if kind == "all-reduce" and name.startswith(_FUSED_SCATTER):
-                    kind, size = "reduce-scatter", size / len(group)
-                received = _received(kind, size, len(group), started=started)
-                yield _Line(Collective(kind, received, 1, group), channel[1] if channel else "")
-            continue
-        called = dict(_CALLED.findall(line))
-        if "body" in called:
-            yield _Line(called=called["body"], times=_trips(line, bodies.get(called.get("condition", ""), [])))
-            continue
-        others = [*called.values()]
-        for branches in _BRANCHES.findall(line):
-            others += [branch.strip().lstrip("%") for branch in branches.split(",")]
-        yield from (_Line(called=other) for other in others)
+def _parse_collective(line: str, match: re.Match[str], computation: str, num_devices: int) -> Collective:
+    group = _device_group(line, num_devices)
+    types, kind, is_async = match[1], match[2], match[3] is not None
+    if is_async:  # Its result includes its inputs, which `_bytes_received` knows, and its state.
+        types = types.replace("u32[]", "")
+    size = _num_bytes(types)
+    if kind == "all-reduce" and computation.startswith(_FUSED_REDUCE_SCATTER):
+        kind, size = "reduce-scatter", size / len(group)
+    return Collective(kind, _bytes_received(kind, size, len(group), is_async=is_async), 1, group)
 
 
-def _trips(line: str, condition: list[str]) -> int:
-    """How often a loop is gone through: as the compiler says, or by the constant that its condition compares with."""
-    if known := re.search(r'known_trip_count"?\s*[:=]\s*\{\s*"?n"?\s*[:=]\s*"?(\d+)', line):
-        return int(known[1])
-    constants = [int(found[1]) for text in condition if (found := re.search(r" constant\((\d+)\)", text))]
+def _parse_calls(line: str, bodies: dict[str, list[str]]) -> list[tuple[str, int]]:
+    """Returns the computations that an instruction calls, each with its number of calls."""
+    callees = dict(_CALLEE.findall(line))
+    if "body" in callees:
+        return [(callees["body"], _trip_count(line, bodies.get(callees.get("condition", ""), [])))]
+    branches = [branch.strip().lstrip("%") for names in _BRANCHES.findall(line) for branch in names.split(",")]
+    return [(callee, 1) for callee in [*callees.values(), *branches]]
+
+
+def _trip_count(line: str, condition: list[str]) -> int:
+    """Returns the trip count that the compiler states, or else the only constant that the loop condition compares."""
+    if stated := re.search(r'known_trip_count"?\s*[:=]\s*\{\s*"?n"?\s*[:=]\s*"?(\d+)', line):
+        return int(stated[1])
+    constants = [int(number) for text in condition for number in re.findall(r" constant\((\d+)\)", text)[:1]]
     return constants[0] if len(constants) == 1 else 1
 
 
-def _bytes(types: str) -> int:
-    """The bytes of all arrays of a type, which may be a tuple."""
+def _num_bytes(types: str) -> int:
+    """Returns the bytes of all arrays of an HLO type, which may be a tuple."""
     return sum(
-        math.ceil(_bits(kind) * math.prod(int(size) for size in sizes.split(",") if size) / 8)
-        for kind, sizes in _ARRAY.findall(types)
+        math.ceil(int(bits or 8) * math.prod(int(size) for size in shape.split(",") if size) / 8)
+        for bits, shape in _ARRAY.findall(types)
     )
 
 
-def _bits(kind: str) -> int:
-    digits = re.search(r"\d+", kind)
-    return 8 if digits is None else int(digits[0])
+def _bytes_received(kind: str, size: float, members: int, *, is_async: bool) -> float:
+    """Returns the bytes that one device receives.
 
-
-def _received(kind: str, size: float, members: int, *, started: bool) -> float:
-    """Bytes that one device receives, by what the operation gives and, where it is `started`, takes."""
+    `size` is the bytes of the result. If `is_async`, it includes the inputs.
+    """
     others = members - 1
     if kind == "all-gather":
-        return (size * members / (members + 1) if started else size) * others / members
+        return (size * members / (members + 1) if is_async else size) * others / members
     if kind == "all-reduce":
         return 2 * size * others / members
     if kind == "reduce-scatter":
-        return (size / (members + 1) if started else size) * others
+        return (size / (members + 1) if is_async else size) * others
     if kind == "collective-permute":
-        return size / 2 if started else size
+        return size / 2 if is_async else size
     return size * others / members
 
 
-def _group(line: str, devices: int) -> tuple[int, ...]:
-    """The first group of devices of an operation: {{0,1},{2,3}}, [2,2]<=[4], mesh['x'=2,'y'=2] {'x'}, or pairs."""
+def _device_group(line: str, num_devices: int) -> tuple[int, ...]:
+    """Returns the first replica group: {{0,1},{2,3}}, [2,2]<=[4], mesh['x'=2,'y'=2] {'x'}, or a pair of a permute."""
     if pair := re.search(r"source_target_pairs=\{\{(\d+),(\d+)\}", line):
         return int(pair[1]), int(pair[2])
-    if plain := re.search(r"replica_groups=\{\{([\d,]+)\}", line):
-        return tuple(map(int, plain[1].split(",")))
-    if counted := re.search(r"replica_groups=\[(\d+),(\d+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", line):
-        order = np.arange(devices).reshape([int(size) for size in counted[3].split(",")])
-        order = order.transpose([int(axis) for axis in counted[4].split(",")]) if counted[4] else order
-        return tuple(order.reshape(-1, int(counted[2]))[0].tolist())
-    if named := re.search(r"replica_groups=mesh\[([^\]]*)\][^{]*\{([^}]*)\}", line):
-        sizes = {name: int(size) for name, size in re.findall(r"'([^']+)'\s*=\s*(\d+)", named[1])}
-        axes = re.findall(r"'([^']+)'", named[2])
-        whole = np.arange(devices).reshape([*sizes.values()])
-        return tuple(whole[tuple(slice(None) if name in axes else 0 for name in sizes)].reshape(-1).tolist())
-    return tuple(range(devices))
+    if listed := re.search(r"replica_groups=\{\{([\d,]+)\}", line):
+        return tuple(map(int, listed[1].split(",")))
+    if iota := re.search(r"replica_groups=\[(\d+),(\d+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", line):
+        devices = np.arange(num_devices).reshape([int(size) for size in iota[3].split(",")])
+        devices = devices.transpose([int(axis) for axis in iota[4].split(",")]) if iota[4] else devices
+        return tuple(devices.reshape(-1, int(iota[2]))[0].tolist())
+    if mesh := re.search(r"replica_groups=mesh\[([^\]]*)\][^{]*\{([^}]*)\}", line):
+        sizes = {name: int(size) for name, size in re.findall(r"'([^']+)'\s*=\s*(\d+)", mesh[1])}
+        axes = re.findall(r"'([^']+)'", mesh[2])
+        devices = np.arange(num_devices).reshape([*sizes.values()])
+        return tuple(devices[tuple(slice(None) if name in axes else 0 for name in sizes)].reshape(-1).tolist())
+    return tuple(range(num_devices))
 
 
 def total_memory(report: str) -> int | None:
-    """Bytes of a device's main memory that a program takes, arguments included, by the report on its memory.
+    """Returns the bytes of device memory that a program takes, arguments included, from its memory usage report.
 
-    None where the report is not written that far yet.
+    Returns None if the report is not complete yet.
     """
     total = re.search(r"Memory Space: default .*\nTotal bytes: (\d+)\s", report) or re.search(
         r"Total bytes used: (\d+)\s", report

@@ -1,7 +1,6 @@
-"""Which devices are there, what can each do, and how is a program compiled for it?
+"""Turns the name of a TPU slice or of a number of GPUs into devices that programs can be compiled for.
 
-One row for each kind of device. `topology` turns the name of a slice or of a number of GPUs, `v5e:4x4` or `h100:8`,
-into devices that programs can be compiled for, whether or not this machine has them.
+`v5e:4x4` is a TPU slice and `h100:8` is eight GPUs. This machine does not need to have any of them.
 """
 
 import math
@@ -13,12 +12,13 @@ from jax.experimental import topologies
 from thinkpo_jax.runtime.config import UserError, did_you_mean
 from thinkpo_jax.runtime.devices import DEVICE_SPECS, DeviceSpec, GpuCompileTarget
 
-# What can be rented: chips along each axis of the torus.
+# The slices that can be rented: chips along each axis of the torus.
 _FLAT = ("1x1", "2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")
 _DEEP = ("2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4", "4x4x8", "4x8x8", "8x8x8", "8x8x16", "8x16x16")
 SLICES = {"v4": _DEEP, "v5e": _FLAT, "v5p": _DEEP, "v6e": _FLAT, "tpu7x": _DEEP}
-GPUS_PER_HOST = 8  # GPUs
-GPU_MEMORY_FRACTION = 0.9  # of a GPU's memory that programs get with XLA_PYTHON_CLIENT_MEM_FRACTION=0.9
+GPUS_PER_HOST = 8
+_GPU_COUNTS = f"1 to {GPUS_PER_HOST}, or a multiple of {GPUS_PER_HOST}"
+GPU_MEMORY_FRACTION = 0.9  # what programs get with XLA_PYTHON_CLIENT_MEM_FRACTION=0.9
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class Topology:
 
     name: str
     device: DeviceSpec
-    shape: tuple[int, ...]  # TPU: chips along each axis; GPU: hosts, GPUs of each
+    shape: tuple[int, ...]  # TPU: chips along each axis. GPU: hosts, GPUs per host.
 
     @property
     def size(self) -> int:
@@ -36,65 +36,60 @@ class Topology:
 
     @property
     def memory(self) -> int:
-        """Bytes that a program may use of one device."""
+        """Bytes that a program may use on one device."""
         return self.device.memory if self.device.gpu is None else int(self.device.memory * GPU_MEMORY_FRACTION)
 
     def devices(self) -> list[Any]:
-        """Stand-ins for the devices, in the order of a mesh. Needs libtpu, or the plugin for CUDA."""
-        gpu, dimensions = self.device.gpu, "x".join(map(str, self.shape))
-        if gpu is not None:
-            target = _target(gpu, self.device)
-            found = topologies.get_topology_desc(platform="cuda", target_config=target, topology=f"1x{dimensions}")
-            return list(found.devices)
+        """Returns stand-ins for the devices, in the order of a mesh. Needs libtpu or the CUDA plugin."""
+        shape = "x".join(map(str, self.shape))
+        if self.device.gpu is not None:
+            target = _target_config(self.device.gpu, self.device)
+            description = topologies.get_topology_desc(platform="cuda", target_config=target, topology=f"1x{shape}")
+            return list(description.devices)
         options: dict[str, Any] = {"chip_config_name": "megacore"} if self.device.name == "v4" else {}
         if self.shape == (1, 1):
             options["chips_per_host_bounds"] = (1, 1, 1)
-        name = f"{self.device.name}:{dimensions}"
+        name = f"{self.device.name}:{shape}"
         return list(topologies.get_topology_desc(platform="tpu", topology_name=name, **options).devices)
 
 
 def parse_topology(name: str) -> Topology:
-    """The topology of a name such as `v5e:4x4` or `h100:8`. Raises `UserError` that lists those that there are."""
+    """Returns the topology of a name such as `v5e:4x4` or `h100:8`. Raises `UserError` if there is none."""
     kind, _, shape = name.lower().partition(":")
-    device = next((row for row in DEVICE_SPECS if row.name == kind), None)
-    if device is None:
-        raise UserError(
-            f"--topology {name}: no device {kind!r}{did_you_mean(kind, [row.name for row in DEVICE_SPECS])}. {describe_topologies()}"
-        )
+    device = _find_device(kind, name)
     if device.gpu is None:
         if shape not in SLICES[kind]:
-            raise UserError(
-                f"--topology {name}: {kind} has the slices {', '.join(SLICES[kind])} (chips along each axis)."
-            )
+            slices = ", ".join(SLICES[kind])
+            raise UserError(f"--topology {name}: {kind} has the slices {slices} (chips along each axis). Choose one.")
         return Topology(name.lower(), device, tuple(map(int, shape.split("x"))))
     count = int(shape) if shape.isascii() and shape.isdecimal() and len(shape) < 6 else 0
     hosts = max(1, count // GPUS_PER_HOST)
     if count < 1 or count != hosts * min(count, GPUS_PER_HOST):
-        raise UserError(
-            f"--topology {name}: give {kind} a number of GPUs: 1 to {GPUS_PER_HOST}, or a multiple of {GPUS_PER_HOST} (hosts)."
-        )
+        raise UserError(f"--topology {name}: expected {kind}:N, where N is the number of GPUs ({_GPU_COUNTS}).")
     return Topology(name.lower(), device, (hosts, count // hosts))
 
 
 def list_slices(kind: str) -> list[Topology]:
-    """All slices of a kind of device, the smallest first. Raises `UserError` where there is no such kind."""
-    if kind not in (kinds := [row.name for row in DEVICE_SPECS]):
-        raise UserError(
-            f"--topology {kind}: no such device{did_you_mean(kind, kinds)}. Choose one of {', '.join(kinds)}."
-        )
+    """Returns all slices of a kind of device, the smallest first. Raises `UserError` if there is no such kind."""
+    _find_device(kind, kind)
     names = SLICES.get(kind, tuple(str(count) for count in (1, 2, 4, 8, *range(16, 65, 8), 128, 256)))
     return [parse_topology(f"{kind}:{name}") for name in names]
 
 
-def describe_topologies() -> str:
-    """All names that `topology` knows, in words."""
-    lines = [f"{name}:{shape}" for name, shapes in SLICES.items() for shape in shapes]
-    gpus = ", ".join(f"{row.name}:N" for row in DEVICE_SPECS if row.gpu is not None)
-    return f"There are {', '.join(lines)}; {gpus} with N GPUs (1 to {GPUS_PER_HOST}, or a multiple of {GPUS_PER_HOST})."
+def _find_device(kind: str, name: str) -> DeviceSpec:
+    device = next((spec for spec in DEVICE_SPECS if spec.name == kind), None)
+    if device is not None:
+        return device
+    slices = ", ".join(f"{kind}:{shape}" for kind, shapes in SLICES.items() for shape in shapes)
+    gpus = ", ".join(f"{spec.name}:N" for spec in DEVICE_SPECS if spec.gpu is not None)
+    raise UserError(
+        f"--topology {name}: there is no device {kind!r}{did_you_mean(kind, [spec.name for spec in DEVICE_SPECS])}. "
+        f"TPU slices: {slices}. GPUs: {gpus}, where N is the number of GPUs ({_GPU_COUNTS})."
+    )
 
 
-def _target(gpu: GpuCompileTarget, device: DeviceSpec) -> str:
-    """A GPU as XLA's text form of a target describes it."""
+def _target_config(gpu: GpuCompileTarget, device: DeviceSpec) -> str:
+    """Describes a GPU in the text format of XLA's compile targets."""
     major, minor = gpu.compute_capability
     features = "" if major < 9 else " feature_extension: ACCELERATED_FEATURES"
     return (
