@@ -24,7 +24,7 @@ help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/make \1\t\2/p' Makefile | expand -t 18
 	@echo 'PYTHON=python3.13 VENV=.venv-3.13 chooses another Python; ARGS="--set seed=1" is passed on by make quickstart.'
 
-quickstart: $(STAMPS)/run ## the paper in miniature, on the CPU: train, evaluate, report (a few minutes)
+quickstart: $(STAMPS)/run ## the paper in miniature, on the CPU: train, evaluate, report (about a minute on two cores)
 	$(BIN)/python -m thinkpo_jax.train --config configs/quickstart.yaml $(ARGS)
 
 test: $(STAMPS)/test ## every property of the package, some in a short form

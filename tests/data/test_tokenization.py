@@ -112,7 +112,7 @@ def test_bad_rows_are_skipped_and_counted_by_reason(tmp_path: Path, chat: ChatTo
     bad = [b"{\n", {"prompt": "q"}, ROW | {"response": None}, ROW | {"response": 3}, ROW | {"response": "a<end>b"}]
     path = write_rows(tmp_path / "rows.jsonl", *bad, ROW, [1], ROW)
     (report,) = tokenize(SftDataConfig(path=str(path), response="response", on_bad_row="skip"), chat).reports
-    expected = {"not JSON": 1, "missing field": 1, "no text": 2, "cannot be tokenised": 1, "not an object": 1}
+    expected = {"not JSON": 1, "missing field": 1, "no text": 2, "cannot be tokenized": 1, "not an object": 1}
     assert (report.rows, report.num_used, report.dropped, report.stopping_error_by_reason) == (8, 2, expected, {})
     first_error = f"{path}, line 3, response: expected a text, found null."
     assert report.first_error_by_reason["no text"] == first_error

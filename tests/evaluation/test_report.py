@@ -129,7 +129,7 @@ def test_the_terminal_shows_aligned_columns():
     assert {line[header.index("model") :].split()[0] for line in rows} == {"base", "sft"}
 
 
-def test_a_model_has_the_same_colour_in_all_plots(full):
+def test_a_model_has_the_same_color_in_all_plots(full):
     blue = np.array([0x00, 0x72, 0xB2])
     for name in plots("loss", "accuracy", "response_length"):
         pixels = (imread(full / name)[..., :3] * 255).round()

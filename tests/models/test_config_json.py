@@ -18,7 +18,7 @@ DYNAMIC = {"type": "dynamic", "factor": 2.0}
 REFUSED_CONFIGS = {
     "family": ({"model_type": "gemma2"}, "model_type 'gemma2' is not supported; supported: qwen2, qwen3, llama"),
     "no-family": ({"model_type": None}, "model_type None is not supported"),
-    "quantised": ({"quantization_config": {"bits": 4}}, "use the unquantised one"),
+    "quantized": ({"quantization_config": {"bits": 4}}, "use the unquantized one"),
     "remote-code": ({"auto_map": {"AutoModel": "x.Y"}}, "remote code, which is never run"),
     "window": ({"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1}, "(sliding windows) are not"),
     "layers": ({"layer_types": ["full_attention", "chunked_attention"]}, "layers of chunked_attention"),

@@ -130,7 +130,7 @@ def test_a_changed_stage_that_starts_from_another_is_compiled(tmp_path: Path, mo
     assert parse_config(RunConfig, request["config"], source="test").stages == (config.stages[0], stage)
 
 
-def test_a_plan_prints_memory_collectives_flops_and_labelled_estimates(
+def test_a_plan_prints_memory_collectives_flops_and_labeled_estimates(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def compile_program(config: RunConfig, stage: StageConfig, name: str, topology: Topology) -> CompiledProgram:

@@ -191,7 +191,7 @@ def _smollm2_tensors(reader: "GGUFReader", config: dict[str, Any]) -> dict[str, 
 
 
 def _interleaved_to_halves(weight: np.ndarray, num_heads: int) -> np.ndarray:
-    """Reorders the rows of q or k, [out, in]: from GGUF's RoPE over neighbours to Hugging Face's over halves."""
+    """Reorders the rows of q or k, [out, in]: from GGUF's RoPE over neighbors to Hugging Face's over halves."""
     head_dim = weight.shape[0] // num_heads
     return weight.reshape(num_heads, head_dim // 2, 2, -1).swapaxes(1, 2).reshape(weight.shape)
 

@@ -17,7 +17,7 @@ import numpy as np
 import pydantic
 
 from thinkpo_jax.data.examples import Example
-from thinkpo_jax.runtime.config import ConfigSection, UserError
+from thinkpo_jax.runtime.config import ConfigSection, UserError, exactly_one_of
 from thinkpo_jax.runtime.context_parallel import MAX_CONTEXT_PARALLELISM
 
 ArrayT = TypeVar("ArrayT")
@@ -41,11 +41,7 @@ class BatchConfig(ConfigSection):
     pack: bool = True
     rows_per_device: int | None = pydantic.Field(default=None, ge=1)
 
-    @pydantic.model_validator(mode="after")
-    def _check_size_or_rows(self) -> "BatchConfig":
-        if (self.size is None) == (self.rows is None):
-            raise ValueError("give either `size` (examples per update) or `rows` (packed rows per update)")
-        return self
+    _one_size = exactly_one_of("size", "rows")
 
 
 class Batch(NamedTuple, Generic[ArrayT]):
@@ -175,7 +171,7 @@ class BatchPlan:
         return iter(grain.MapDataset.source(self)[start:].to_iter_dataset(options))
 
     def batches_of(self, indices: Sequence[int] | np.ndarray) -> "LazyBatches":
-        """Returns batches with each of these examples once. They have the shapes of updates, so programs are shared."""
+        """Returns batches with each of these examples once. Same shapes as training batches, so no new compilation."""
         rows = self._pack(np.asarray(indices, np.int64), (self.examples_per_row, self.loss_tokens_per_row))
         size = self.num_micro_batches * self.rows
         return LazyBatches(self._build_batch, [rows[start : start + size] for start in range(0, len(rows), size)])
@@ -251,7 +247,7 @@ def pack_best_fit(sizes: np.ndarray, limits: Sequence[int], order: np.ndarray) -
     """Packs the examples of `order` into rows by best fit, longest first. Returns the example indices of each row.
 
     `sizes` [n, k] says how much of k resources each example needs. The first one is its length, which decides the fit.
-    `limits` [k] says how much of each resource a row has. Only a row with a single example may exceed them.
+    `limits` [k] says how much of each resource a row has. An example that exceeds a limit gets a row of its own.
     Examples of equal length are packed in the order of `order`.
     """
     rows: list[list[int]] = []

@@ -69,8 +69,8 @@ class TokenizedSource:
 class TokenizedDataset(Sequence[Example]):
     """The examples that a stage reads in one epoch, source by source and in the order of their records.
 
-    The weight of a source says how often an epoch reads each of its examples. Its fractional part selects a random
-    subset, which depends on `seed` and on the examples of the source. Raises `UserError` if a weight selects none.
+    The weight of a source says how often an epoch reads each of its examples. 1.5: every example once, plus a random
+    half. The half depends on `seed` and on the examples of the source. Raises `UserError` if a weight selects none.
     """
 
     def __init__(self, sources: Sequence[TokenizedSource], weights: Sequence[float], *, seed: int) -> None:

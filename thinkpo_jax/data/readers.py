@@ -16,7 +16,7 @@ from typing import Any
 import pydantic
 
 from thinkpo_jax.data.miniature import MiniatureData
-from thinkpo_jax.runtime.config import ConfigPath, ConfigSection, UserError, did_you_mean
+from thinkpo_jax.runtime.config import ConfigPath, ConfigSection, UserError, did_you_mean, exactly_one_of
 from thinkpo_jax.runtime.console import log_warning
 
 DATA_FILE_SUFFIXES = (".jsonl", ".jsonl.gz", ".parquet")
@@ -65,10 +65,10 @@ class DataSourceConfig(ConfigSection):
     generate: MiniatureData | None = None
     limit: int | None = pydantic.Field(default=None, ge=1)
 
+    _one_source = exactly_one_of("path", "generate")
+
     @pydantic.model_validator(mode="after")
-    def _check_source(self) -> "DataSourceConfig":
-        if (self.path is None) == (self.generate is None):
-            raise ValueError("give either `path` or `generate`, one of the two")
+    def _check_selection(self) -> "DataSourceConfig":
         has_selection = self.split != "train" or self.subset is not None or self.revision is not None or self.streaming
         if has_selection and (self.path is None or has_data_file_suffix(self.path)):
             keys = "`split`, `subset`, `revision` and `streaming`"

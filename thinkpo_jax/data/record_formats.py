@@ -7,7 +7,7 @@ import pydantic
 
 from thinkpo_jax.data.chat_tokenizer import Message
 from thinkpo_jax.data.readers import DataSourceConfig, Record, RecordError, iterate_records
-from thinkpo_jax.runtime.config import ConfigSection, did_you_mean
+from thinkpo_jax.runtime.config import ConfigSection, at_most_one_of, did_you_mean
 
 ROLE_ALIASES = {"human": "user", "gpt": "assistant", "user": "user", "assistant": "assistant", "system": "system"}
 # Where the config names no column, these hold a conversation, or the answer to the column `prompt`.
@@ -40,11 +40,7 @@ class PromptSourceConfig(DataSourceConfig):
     prompt_suffix: str = ""
     on_bad_row: Literal["raise", "skip"] = "raise"
 
-    @pydantic.model_validator(mode="after")
-    def _check_system(self) -> "PromptSourceConfig":
-        if self.system is not None and self.system_column is not None:
-            raise ValueError("give either `system` (a text) or `system_column` (a column), not both")
-        return self
+    _one_system = at_most_one_of("system", "system_column")
 
 
 class ResponseSourceConfig(PromptSourceConfig):
@@ -56,11 +52,7 @@ class ResponseSourceConfig(PromptSourceConfig):
     response: str | None = None
     messages: str | None = None
 
-    @pydantic.model_validator(mode="after")
-    def _check_columns(self) -> "ResponseSourceConfig":
-        if self.messages is not None and self.response is not None:
-            raise ValueError("give either `messages` or `response`, not both")
-        return self
+    _one_column = at_most_one_of("messages", "response")
 
 
 class _TrainingDataConfig(ConfigSection):

@@ -168,7 +168,7 @@ class _SourceTokenizer:
         except RecordError as error:
             return error
         except UserError as error:  # from the tokenizer or its chat template
-            return RecordError("cannot be tokenised", f"{location}: {error}")
+            return RecordError("cannot be tokenized", f"{location}: {error}")
         lengths = [len(answer) for answer in answers]
         num_tokens = sum(map(len, prompts)) + sum(lengths)
         # The longer answer is cut first, and never below an equal share of the room for answers.

@@ -12,7 +12,7 @@ from matplotlib.ticker import MaxNLocator
 from thinkpo_jax.evaluation.results import ReportContents, ResultsByModel, StageSummary, benchmark_names
 from thinkpo_jax.evaluation.statistics import ScoresByModel
 from thinkpo_jax.runtime.console import read_metrics
-from thinkpo_jax.runtime.figures import CHOSEN_COLOUR, MARGIN_COLOUR, REJECTED_COLOUR, draw_legend, label_axes, subplots
+from thinkpo_jax.runtime.figures import CHOSEN_COLOR, MARGIN_COLOR, REJECTED_COLOR, draw_legend, label_axes, subplots
 
 Metrics = list[dict[str, float]]  # one dict per update
 _PALETTE = ("#7F7F7F", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")  # Okabe & Ito 2008
@@ -21,25 +21,25 @@ _PALETTE = ("#7F7F7F", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#
 def draw_figures(run_dir: Path, contents: ReportContents, scores: ScoresByModel) -> dict[str, Figure]:
     """Returns the figures that have data, by file name without suffix."""
     names = dict.fromkeys([*contents.results, *(stage.name for stage in contents.stages)])
-    colours = {name: _PALETTE[index % len(_PALETTE)] for index, name in enumerate(names)}
+    colors = {name: _PALETTE[index % len(_PALETTE)] for index, name in enumerate(names)}
     metrics = {s: rows for s in contents.stages if (rows := read_metrics(run_dir / s.name / "metrics.jsonl"))}
     figures: dict[str, Figure] = {}
     if metrics:
-        figures["loss"] = _draw_losses(metrics, colours)
+        figures["loss"] = _draw_losses(metrics, colors)
     if thinkpo_metrics := {stage: rows for stage, rows in metrics.items() if stage.objective == "thinkpo"}:
         figures["rewards"] = _draw_rewards(thinkpo_metrics)
     if benchmark_names(scores):
-        figures["accuracy"] = _draw_accuracies(scores, colours)
-        figures["response_length"] = _draw_response_lengths(contents.results, scores, colours)
+        figures["accuracy"] = _draw_accuracies(scores, colors)
+        figures["response_length"] = _draw_response_lengths(contents.results, scores, colors)
     return figures
 
 
-def _draw_losses(metrics: Mapping[StageSummary, Metrics], colours: Mapping[str, str]) -> Figure:
+def _draw_losses(metrics: Mapping[StageSummary, Metrics], colors: Mapping[str, str]) -> Figure:
     figure, panels = subplots(len(metrics), "Training loss by stage")
     for ax, (stage, rows) in zip(panels, metrics.items(), strict=True):
         unit = "nats per token" if stage.objective == "sft" else "nats per pair"
         label_axes(ax, f"{stage.name} (started from {stage.start})", "step", f"loss ({unit})")
-        _draw_curve(ax, rows, "loss", colours[stage.name], "loss")
+        _draw_curve(ax, rows, "loss", colors[stage.name], "loss")
         if stage.objective == "thinkpo":
             ax.axhline(math.log(2), color="black", linestyle=":", linewidth=1.2, label="ln 2 (policy = reference)")
         draw_legend(ax)
@@ -52,11 +52,11 @@ def _draw_rewards(metrics: Mapping[StageSummary, Metrics]) -> Figure:
     grid = figure.subplots(len(metrics), 2, squeeze=False)
     for (left, right), (stage, rows) in zip(grid, metrics.items(), strict=True):
         label_axes(left, f"{stage.name}: reward = beta x (log-prob - reference log-prob)", "step", "reward (nats)")
-        _draw_curve(left, rows, "rewards/margins", MARGIN_COLOUR, "margin (chosen - rejected)")
-        _draw_curve(left, rows, "rewards/chosen", CHOSEN_COLOUR, "chosen")
-        _draw_curve(left, rows, "rewards/rejected", REJECTED_COLOUR, "rejected", linestyle="--")
+        _draw_curve(left, rows, "rewards/margins", MARGIN_COLOR, "margin (chosen - rejected)")
+        _draw_curve(left, rows, "rewards/chosen", CHOSEN_COLOR, "chosen")
+        _draw_curve(left, rows, "rewards/rejected", REJECTED_COLOR, "rejected", linestyle="--")
         label_axes(right, f"{stage.name}: reward accuracy", "step", "fraction of pairs with margin > 0")
-        _draw_curve(right, rows, "rewards/accuracies", MARGIN_COLOUR, "reward accuracy")
+        _draw_curve(right, rows, "rewards/accuracies", MARGIN_COLOR, "reward accuracy")
         right.axhline(0.5, color="black", linestyle=":", linewidth=1.2, label="chance")
         right.set_ylim(-0.03, 1.03)
         draw_legend(left)
@@ -64,7 +64,7 @@ def _draw_rewards(metrics: Mapping[StageSummary, Metrics]) -> Figure:
     return figure
 
 
-def _draw_accuracies(scores: ScoresByModel, colours: Mapping[str, str]) -> Figure:
+def _draw_accuracies(scores: ScoresByModel, colors: Mapping[str, str]) -> Figure:
     benchmarks = benchmark_names(scores)
     figure, panels = subplots(len(benchmarks), "Accuracy by model (error bars: 95 % intervals)")
     for ax, benchmark in zip(panels, benchmarks, strict=True):
@@ -73,7 +73,7 @@ def _draw_accuracies(scores: ScoresByModel, colours: Mapping[str, str]) -> Figur
         label_axes(ax, f"{benchmark} ({num_questions:,} questions)", "model", "accuracy (%)")
         for x, (model, score) in enumerate(by_model.items()):
             height, low, high = (100 * value for value in (score.accuracy, *score.ci95))
-            ax.bar(x, height, width=0.62, color=colours[model])
+            ax.bar(x, height, width=0.62, color=colors[model])
             errors = [[max(0.0, height - low)], [max(0.0, high - height)]]
             ax.errorbar(x, height, yerr=errors, fmt="none", ecolor="black", elinewidth=1.3, capsize=4)
             ax.annotate(f"{height:.1f}", (x, high), (0, 3), textcoords="offset points", ha="center", fontsize=9)
@@ -86,7 +86,7 @@ def _draw_accuracies(scores: ScoresByModel, colours: Mapping[str, str]) -> Figur
     return figure
 
 
-def _draw_response_lengths(results: ResultsByModel, scores: ScoresByModel, colours: Mapping[str, str]) -> Figure:
+def _draw_response_lengths(results: ResultsByModel, scores: ScoresByModel, colors: Mapping[str, str]) -> Figure:
     """Draws one histogram per model and benchmark. The models of a benchmark share both axes."""
     benchmarks, models = benchmark_names(scores), list(scores)
     figure = Figure(figsize=(1.6 + 4.4 * len(benchmarks), 1.6 + 1.7 * len(models)), layout="constrained")
@@ -108,14 +108,14 @@ def _draw_response_lengths(results: ResultsByModel, scores: ScoresByModel, colou
                 ax.set_title(f"{model} on {benchmark}\n{means}", fontsize=10)
                 groups = [samples_N2[samples_N2[:, 1] == is_truncated, 0] for is_truncated in (False, True)]
                 weights = [np.full(len(group), 100 / len(samples_N2)) for group in groups]
-                ax.hist(groups, bins.tolist(), weights=weights, stacked=True, color=[colours[model], "black"])
+                ax.hist(groups, bins.tolist(), weights=weights, stacked=True, color=[colors[model], "black"])
                 ax.axvline(score.mean_response_tokens, color="black", linestyle="--", linewidth=1.3)
             ax.set_xscale(scale)
         column[-1].set_xlabel(f"response length (tokens{', log scale' if scale == 'log' else ''})")
     return figure
 
 
-def _draw_curve(ax: Axes, rows: Metrics, key: str, colour: str, label: str, *, linestyle: str = "-") -> None:
+def _draw_curve(ax: Axes, rows: Metrics, key: str, color: str, label: str, *, linestyle: str = "-") -> None:
     """Draws one metric against the step. A long curve is faint under its running mean. NaN values leave gaps."""
     steps, values = (np.array([row.get(name) for row in rows], dtype=float) for name in ("step", key))
     ax.xaxis.set_major_locator(MaxNLocator(nbins=7, integer=True, min_n_ticks=1))
@@ -124,9 +124,9 @@ def _draw_curve(ax: Axes, rows: Metrics, key: str, colour: str, label: str, *, l
     if not is_finite.any():
         label = f"{label} (no finite value)"
     elif window > 1:
-        ax.plot(steps, values, color=colour, alpha=0.25, linewidth=0.8)
+        ax.plot(steps, values, color=color, alpha=0.25, linewidth=0.8)
         ax.set_xlabel(f"step (bold: running mean over {window} steps)")
         sums, counts = (np.convolve(x, np.ones(window), mode="same") for x in (np.nan_to_num(values), is_finite))
         values = np.where(is_finite, sums / np.maximum(counts, 1), np.nan)
     marker = "o" if len(values) < 20 else None
-    ax.plot(steps, values, color=colour, linestyle=linestyle, linewidth=1.6, marker=marker, markersize=3, label=label)
+    ax.plot(steps, values, color=color, linestyle=linestyle, linewidth=1.6, marker=marker, markersize=3, label=label)

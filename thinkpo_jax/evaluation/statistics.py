@@ -68,8 +68,9 @@ class PairedComparison:
 def score_benchmark(results: Sequence[QuestionResult]) -> BenchmarkScore:
     """Returns the score of one model on one benchmark: means over questions of the means over samples.
 
-    The interval treats the questions as a random draw. It is for the mean over all questions of their kind. Raises
-    `ValueError` if no questions, a question without samples, or a question id that appears twice.
+    The interval is for the mean over all questions of this kind. It treats the given questions as a random sample.
+    The bootstrap adds one right and one wrong question, so the interval of a small sample never has width zero. Raises
+    `ValueError` if there are no questions, a question has no samples, or a question id appears twice.
     """
     questions = _samples_by_id(results, "results").values()
     accuracy_Q, tokens_Q, truncated_Q = _means_over_samples(questions)

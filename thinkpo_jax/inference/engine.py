@@ -70,9 +70,9 @@ def generate(
 ) -> list[Completion]:
     """Returns the completion of each prompt, in the order of the prompts. Their `text` is empty.
 
-    The random numbers of a prompt depend only on the seed and on its index, not on its batch. Rows of the embedding
-    from `vocab_size` on have no token in the tokenizer and are never sampled. After each batch, `on_progress` gets the
-    number of finished prompts.
+    The random numbers of a prompt depend only on the seed and on its index, not on its batch. Padding rows of the
+    embedding (index >= `vocab_size`) are never sampled. After each batch, `on_progress` gets the number of finished
+    prompts.
     """
     options, num_shards = (config, vocab_size, tuple(stop_token_ids)), num_data_shards(mesh)
     batch_size = math.ceil(config.batch_size / num_shards) * num_shards

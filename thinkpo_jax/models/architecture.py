@@ -92,7 +92,7 @@ def _find_blocking_problems(raw: Mapping[str, Any]) -> Iterable[str]:
 def _find_raw_problems(raw: Mapping[str, Any]) -> Iterable[str]:
     """Yields problems that are hidden once transformers has filled in its defaults."""
     if "quantization_config" in raw:
-        yield "quantization_config is not supported. The checkpoint is quantised, use the unquantised one"
+        yield "quantization_config is not supported. The checkpoint is quantized, use the unquantized one"
     if "auto_map" in raw:
         yield "auto_map asks for remote code, which is never run. Use a checkpoint of a standard architecture"
     yield from (f"{key} is missing" for key in REQUIRED_KEYS.values() if key not in raw)

@@ -22,7 +22,7 @@ class ComputeConfig(ConfigSection):
     | `projections` | outputs of projections and attention, so no product with a weight matrix is recomputed   |
     | `attention`   | the output of attention                                                                  |
     | `full`        | nothing                                                                                  |
-    | `offload`     | as `projections` without gate and up, and the input. Both are saved in memory of the host |
+    | `offload`     | in host memory: the input and the outputs of the q, k, v, o projections and of attention  |
     """
 
     dtype: Literal["float32", "bfloat16"] = "bfloat16"

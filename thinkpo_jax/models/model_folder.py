@@ -135,13 +135,13 @@ def resolve_model_source(config: ModelConfig, *, seed: int, require_weights: boo
 
 def check_model_folder(folder: Path, *, weights: bool) -> tuple[Architecture, ChatTokenizer]:
     """Reads architecture and tokenizer, and checks weights if asked to. Raises one `UserError` with all problems."""
-    with collect_errors() as attempt:
-        architecture = attempt(read_architecture, folder)
+    with collect_errors() as collector:
+        architecture = collector(read_architecture, folder)
         if weights:
-            attempt(check_weights, folder, architecture)
-        tokenizer = attempt(lambda: ChatTokenizer.from_folder(folder, stop_token_ids=read_stop_token_ids(folder)))
+            collector(check_weights, folder, architecture)
+        tokenizer = collector(lambda: ChatTokenizer.from_folder(folder, stop_token_ids=read_stop_token_ids(folder)))
         if architecture is not None and tokenizer is not None and len(tokenizer.tokenizer) > architecture.vocab_size:
-            attempt.fail(
+            collector.fail(
                 f"{folder}: the tokenizer has {len(tokenizer.tokenizer)} tokens, but the embedding has only "
                 f"{architecture.vocab_size} rows. Use the tokenizer that belongs to the weights."
             )

@@ -87,12 +87,12 @@ def _pair_lengths_figure(pairs: Sequence[PreferencePair]) -> Figure:
     figures.label_axes(left, medians, "tokens (log scale)", "pairs")
     lengths, gaps = np.maximum(1, [chosen, rejected]), chosen - rejected
     bins = np.geomspace(lengths.min() / 2, lengths.max() * 2, 41).tolist()
-    colours = (figures.CHOSEN_COLOUR, figures.REJECTED_COLOUR)
-    left.hist(list(lengths), bins, color=colours, label=("chosen", "rejected"), histtype="stepfilled", alpha=0.6)
+    colors = (figures.CHOSEN_COLOR, figures.REJECTED_COLOR)
+    left.hist(list(lengths), bins, color=colors, label=("chosen", "rejected"), histtype="stepfilled", alpha=0.6)
     left.set_xscale("log")
     figures.draw_legend(left)
     figures.label_axes(right, f"chosen - rejected: median {np.median(gaps):,.0f}", "tokens", "pairs")
-    right.hist(gaps, np.linspace(gaps.min() - 20, gaps.max() + 20, 42).tolist(), color=figures.MARGIN_COLOUR)
+    right.hist(gaps, np.linspace(gaps.min() - 20, gaps.max() + 20, 42).tolist(), color=figures.MARGIN_COLOR)
     for axis in (left.yaxis, right.yaxis, right.xaxis):
         axis.set_major_locator(MaxNLocator(nbins=6, integer=True))
     return figure

@@ -28,9 +28,9 @@ _ALIASES = pydantic.AliasChoices("max_wrong_short_fraction", "disagreeing_share"
 class PreferencePair:
     """A long (chosen) and a short (rejected) answer to one question.
 
-    The long answer comes from the location `source`, such as "long.jsonl, line 3". The later fields are empty until a
-    short answer is added. It is compared by `filter_pairs` with the reference, or with the long answer if there is no
-    reference. Without anything to compare, `short_answer_is_correct` stays None.
+    The long answer comes from the location `source`, such as "long.jsonl, line 3". The fields after it are empty until
+    the short answer is added. `filter_pairs` sets `short_answer_is_correct`. It compares the short answer with the
+    reference, or with the long answer if there is no reference. Without anything to compare, it stays None.
     """
 
     question: str

@@ -46,9 +46,9 @@ def preview_run_data(config: RunConfig) -> None:
         f"chat template: {keeps} the thinking of answers. Training does not use it for answers, so they stay whole.\n"
     )
     problems: list[str] = []
-    with collect_errors() as attempt:
+    with collect_errors() as collector:
         for stage in config.stages:
-            dataset = attempt(tokenize_stage_data, stage, tokenizer, seed=config.seed, keep_going=True)
+            dataset = collector(tokenize_stage_data, stage, tokenizer, seed=config.seed, keep_going=True)
             if dataset is None:
                 continue
             print(f"stage {stage.name} ({stage.objective})")
@@ -56,7 +56,7 @@ def preview_run_data(config: RunConfig) -> None:
                 print(f"  {line}".rstrip())
             print()
             problems += find_stage_problems(stage, dataset)
-        questions_by_name = attempt(load_all_questions, config.evaluation, tokenizer, seed=config.seed) or {}
+        questions_by_name = collector(load_all_questions, config.evaluation, tokenizer, seed=config.seed) or {}
         for name, questions in questions_by_name.items():
             lengths = [len(tokenizer.encode_prompt(question.messages).ids) for question in questions]
             print(f"benchmark {name}: {len(questions)} questions, prompts of up to {max(lengths)} tokens")
@@ -112,14 +112,14 @@ def _packing_by_length(batches: BatchPlan) -> Iterator[str]:
 
 
 def _first_example(stage: StageConfig, tokenizer: ChatTokenizer, example: Example) -> Iterator[str]:
-    has_colours = "NO_COLOR" not in os.environ and (sys.stdout.isatty() or "FORCE_COLOR" in os.environ)
-    context, trained, reset = (STYLE_CONTEXT, STYLE_TRAINED, STYLE_RESET) if has_colours else ("", "[[", "]]")
-    legend = "context is dim, trained tokens are bold green" if has_colours else "trained tokens in [[...]]"
+    has_colors = "NO_COLOR" not in os.environ and (sys.stdout.isatty() or "FORCE_COLOR" in os.environ)
+    context, trained, reset = (STYLE_CONTEXT, STYLE_TRAINED, STYLE_RESET) if has_colors else ("", "[[", "]]")
+    legend = "context is dim, trained tokens are bold green" if has_colors else "trained tokens in [[...]]"
     yield f"the first example ({legend}):"
     for name, segment in zip(answer_names(stage), example, strict=True):
         parts = (segment.token_ids[: segment.answer_start], segment.answer_ids)
         before, answer = (_shortened(tokenizer.tokenizer.decode(ids, skip_special_tokens=False)) for ids in parts)
-        before = f"{context}{before}{reset if has_colours else ''}"
+        before = f"{context}{before}{reset if has_colors else ''}"
         yield from ("", f"--- {name}", *f"{before}{trained}{answer}{reset}".split("\n"))
 
 

@@ -10,8 +10,8 @@ from thinkpo_jax.runtime.config import UserError
 from thinkpo_jax.runtime.integers import round_up
 from thinkpo_jax.runtime.sharding import constrain_sharding, split_mesh_axes
 
-# The slots for loss tokens are split like the rows, and a batch has a multiple of this many. TPUs also compute this
-# many at once.
+# The `context` axis also splits the slots for loss tokens. A row has a multiple of 128 slots, so every power of two up
+# to 128 divides them. TPUs also compute 128 slots at once.
 MAX_CONTEXT_PARALLELISM = 128
 
 

@@ -32,14 +32,14 @@ class DeviceSpec:
     peak: float  # dense bfloat16 FLOP per second
     memory: int  # bytes available to a program, as its compiler or driver reports
     bandwidth: float  # bytes per second of that memory
-    interconnect_bandwidth: float  # bytes per second that one device receives over all links to its neighbours
+    interconnect_bandwidth: float  # bytes per second that one device receives over all links to its neighbors
     compiler_options: Mapping[str, Any] = field(default_factory=dict)
     gpu: GpuCompileTarget | None = None
 
 
 # No collective matmuls (matrix products as rings of transfers), and a second pass of the scheduler that overlaps
 # transfers with computation. Source: published settings of 8B models on v6e. Those settings also fuse all-gathers with
-# neighbouring computation. libtpu 0.0.52 refuses that on all devices but v5e, and warns of wrong results.
+# neighboring computation. libtpu 0.0.52 refuses that on all devices but v5e, and warns of wrong results.
 _TPU = {"xla_jf_spmd_threshold_for_windowed_einsum_mib": 1_000_000, "xla_latency_hiding_scheduler_rerun": 2}
 # Overlap collectives with computation, and send the weights of one layer together.
 _GPU = {

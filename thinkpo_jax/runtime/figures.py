@@ -5,7 +5,7 @@ from io import BytesIO
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-CHOSEN_COLOUR, REJECTED_COLOUR, MARGIN_COLOUR = "#5B3FD6", "#882255", "#333333"  # never the colour of a model
+CHOSEN_COLOR, REJECTED_COLOR, MARGIN_COLOR = "#5B3FD6", "#882255", "#333333"  # never the color of a model
 
 
 def figure_to_png(figure: Figure) -> bytes:

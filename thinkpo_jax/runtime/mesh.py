@@ -11,14 +11,14 @@ from jax.sharding import AxisType, Mesh
 
 from thinkpo_jax.runtime.config import ConfigSection, UserError
 
-MESH_AXES = ("data", "fsdp", "context", "tensor")  # `tensor` communicates most, so its devices are neighbours
+MESH_AXES = ("data", "fsdp", "context", "tensor")  # `tensor` communicates most, so its devices are neighbors
 
 
 class MeshConfig(ConfigSection):
     """Sizes of the mesh axes. One of them may be -1: all devices that the others leave.
 
     `data` splits rows. `fsdp` splits rows and parameters. `tensor` splits attention heads, MLP and vocabulary.
-    `context` splits the tokens of a row, and parameters like `fsdp`.
+    `context` splits the tokens of a packed row. It also splits parameters and Adam moments, as `fsdp` does.
     """
 
     data: int = 1

@@ -1,4 +1,4 @@
-"""Maps logical axes to mesh axes. No other file knows this mapping.
+"""Maps logical axes to mesh axes. Only `mesh.py` repeats a part of it: the mesh axes that split the batch.
 
 A parameter carries the names of its axes as metadata: `nnx.Param(value, axes=("embed", "mlp"))`. Adam's moments keep
 that metadata, so the table below covers parameters, optimizer state, activations and batches.
@@ -31,7 +31,6 @@ LOGICAL_AXIS_RULES: dict[str, tuple[str, ...]] = {
     "length": ("context",),
     "activation_embed": (),
     "activation_heads": ("tensor",),
-    "pair": (),
 }
 BATCH_AXES = ("micro_batch", "batch")  # the leading axes of the arrays of a batch; other axes are not split
 

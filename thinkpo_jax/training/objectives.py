@@ -1,6 +1,6 @@
 """The objectives of SFT and ThinkPO.
 
-An objective maps a model and the rows of a batch to sums. So any split of the rows gives the same result.
+An objective returns sums over rows, not means. So micro-batches and devices can be added up.
 
 Letters: R rows, T row length, D hidden size, A slots for trained tokens, P examples per row, S answers per example (2
 for a pair: chosen, rejected), 3 the regions of an answer (`Batch.target_regions`).

@@ -29,7 +29,7 @@ def length_gap_sums(
     for name, low, high in zip(names, bounds[:-1], bounds[1:], strict=True):
         is_inside_RP = (gaps_RP >= low) & (gaps_RP < high)
         sums |= {f"_right/{name}": total(is_inside_RP & (margins_RP > 0)), f"_in/{name}": total(is_inside_RP)}
-    gaps_RP = gaps_RP / 1024  # squares of thousands would swallow the other terms in float32
+    gaps_RP = gaps_RP / 1024  # keeps squares small, so float32 sums stay exact enough
     moments = {"m": margins_RP, "g": gaps_RP, "mg": margins_RP * gaps_RP, "mm": margins_RP**2, "gg": gaps_RP**2}
     return sums | {f"_moment/{name}": total(values_RP) for name, values_RP in moments.items()}
 

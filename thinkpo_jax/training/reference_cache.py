@@ -1,10 +1,13 @@
-"""Caches reference log-probs on disk by example.
+"""Caches reference log-probs on disk, one record per example.
 
-Each identity has a folder below `reference_cache_folder()`. The identity is the weights, the compute dtype, the
-attention kernel, the device, the jaxlib version and the format of this cache. The folder has two files:
-`identity.json`, and `logprobs` with one record per example (its digest, its log-probs, a checksum) in the order of
-computation. The digest of the token ids stands for the row, the tokenizer, the template and the length policy. So
-another subset of the same data finds its records, and adds the missing ones.
+Log-probs depend on the weights, the compute dtype, the attention kernel, the device and the jaxlib version. These and
+the cache format are the identity of a cache. Each identity has its own folder below `reference_cache_folder()`, with:
+
+- `identity.json`
+- `logprobs`: one record per example, in the order of computation. It has a digest, the log-probs and a checksum.
+
+The digest is of the example's token ids, so it depends on the row, the tokenizer, the template and the length policy.
+Another subset of the same data reuses its records and adds the missing ones.
 """
 
 import contextlib

@@ -126,8 +126,8 @@ def check_initial_loss(
 ) -> float:
     """Returns the loss on a batch before any update. Policy and reference are the same model, so for DPO it is ln 2.
 
-    Raises `RunError` if a log-prob differs from the cached reference, or against its own log-probs the model's margins
-    are not 0 or its loss is not `expected_initial_loss`.
+    Raises `RunError` if a log-prob differs from the cached reference. The model is also compared with its own
+    log-probs. Raises `RunError` if its margins are then not 0, or its loss is not `expected_initial_loss`.
     """
 
     def check_rows(model: Transformer, rows: DeviceBatch) -> tuple[LossSums, LossSums, jax.Array, jax.Array]:

@@ -8,7 +8,7 @@ import pydantic
 from thinkpo_jax.data.batches import BatchConfig
 from thinkpo_jax.data.examples import ValidationConfig
 from thinkpo_jax.data.record_formats import PreferenceDataConfig, SftDataConfig
-from thinkpo_jax.runtime.config import ConfigSection
+from thinkpo_jax.runtime.config import ConfigSection, exactly_one_of
 from thinkpo_jax.training.checkpoints import CheckpointConfig
 from thinkpo_jax.training.objectives import PreferenceConfig
 from thinkpo_jax.training.optimizer import OptimizerConfig
@@ -46,12 +46,12 @@ class _StageConfig(ConfigSection):
     max_skipped: int = pydantic.Field(default=10, ge=1)
     checkpoint: CheckpointConfig = CheckpointConfig()
 
+    _one_length = exactly_one_of("steps", "epochs")
+
     @pydantic.model_validator(mode="after")
     def _check_keys(self) -> "_StageConfig":
         if self.on_nonfinite == "stop" and self.max_skipped != 10:
             raise ValueError("`max_skipped` has no effect without `on_nonfinite: skip`")
-        if (self.steps is None) == (self.epochs is None):
-            raise ValueError("give either `steps` or `epochs`")
         return self
 
 

@@ -1,7 +1,10 @@
 """FLOPs, MFU and tokens per second of an update.
 
-Only what the model needs is counted: tokens without padding, keys that a query may attend to (causal, within its
-segment), and the LM head for trained tokens. A multiply-add is two operations. The embedding lookup counts zero.
+Counted are tokens without padding, keys that a query may attend to (causal, within its segment), and the LM head for
+trained tokens. A multiply-add is two operations. The embedding lookup counts zero.
+
+- `mfu`: FLOPs that the model needs, divided by the peak of the device.
+- `hfu`: all computed FLOPs, with those that the backward pass recomputes, divided by the peak.
 """
 
 from typing import NamedTuple

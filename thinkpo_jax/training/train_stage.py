@@ -98,7 +98,7 @@ def train_stage(inputs: StageInputs) -> StageResult:
         start = int(state.step)
         train_step = make_train_step(objective, optimizer, mesh, state)
         metrics = StageMetrics(inputs, batches, start, stack)
-        validation = PeriodicEvaluation(inputs, batches, objective, start, stack)
+        validation = PeriodicValidation(inputs, batches, objective, start, stack)
         validation.run_if_due(start, state)
         metrics.clock = time.monotonic()
         for update, batch in enumerate(batches.prefetch_from(start), start + 1):
@@ -218,7 +218,7 @@ def _warn_if_saturated(config: StageConfig, line: Mapping[str, float]) -> None:
     log_warning(f"stage {config.name}: at its end, {share:.0%} of the pairs had almost no gradient. {advice}")
 
 
-class PeriodicEvaluation:
+class PeriodicValidation:
     """Writes loss and metrics of the held-out examples to `validation.jsonl`. Does nothing without `validation`."""
 
     def __init__(

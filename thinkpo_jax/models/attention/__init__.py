@@ -1,4 +1,4 @@
-"""Causal attention over packed rows, with one kernel per device type.
+"""Kernels for causal attention over packed rows, and their memory.
 
 `dispatch.py` selects the kernel for a device (`select_kernel`) and calls it (`packed_attention`). A token attends to
 itself and to earlier tokens of its own segment.
