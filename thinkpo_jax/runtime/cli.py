@@ -96,7 +96,7 @@ def handling(handler: Callable[[int, Any], Any], *signals: signal.Signals) -> It
 
 @contextlib.contextmanager
 def defer_interrupts() -> Iterator[Callable[[], bool]]:
-    """Delays Ctrl-C and SIGTERM, so that an update is never cut in two. Yields a function: has a signal come?
+    """Delays Ctrl-C and SIGTERM, so that an update is never cut in two. Yields a function that tells if a signal came.
 
     If one has, the end of the `with` block raises `KeyboardInterrupt`. A second signal raises it at once.
     """
