@@ -52,14 +52,14 @@ def evaluate_model(
     model: Transformer | None = None
     tokenizer, sampling = source.tokenizer, config.sampling
     for benchmark in config.benchmarks:
-        asked = questions[benchmark.name]
+        benchmark_questions = questions[benchmark.name]
         settings = {
             "benchmark": benchmark.model_dump(mode="json"),
             "sampling": sampling.model_dump(mode="json", exclude={"batch_size"}),
             "seed": seed,
             "dtype": compute.dtype,
             "model": source.quick_fingerprint(),
-            "questions": hashlib.sha256(repr(list(asked)).encode()).hexdigest()[:16],
+            "questions": hashlib.sha256(repr(list(benchmark_questions)).encode()).hexdigest()[:16],
         }
         path = folder / f"{benchmark.name}.json"
         record = read_json_record(path, "settings", "items")
@@ -67,7 +67,9 @@ def evaluate_model(
             results[benchmark.name] = read_answers(path)
             continue
         model = model or source.load(compute, mesh)
-        prompts = [tokenizer.encode_prompt(q.messages).ids for q in asked for _ in range(sampling.samples)]
+        prompts = [
+            tokenizer.encode_prompt(q.messages).ids for q in benchmark_questions for _ in range(sampling.samples)
+        ]
         with closing(ProgressReporter(f"{name} on {benchmark.name}", len(prompts), unit="answer")) as progress:
             completions = generate(
                 model,
@@ -79,7 +81,7 @@ def evaluate_model(
                 mesh=mesh,
                 on_progress=progress.update,
             )
-        items = _grade(benchmark.name, asked, completions, tokenizer)
+        items = _grade(benchmark.name, benchmark_questions, completions, tokenizer)
         record = {"settings": settings, "items": [dataclasses.asdict(item) for item in items]}
         write_atomically(path, json.dumps(record).encode())
         results[benchmark.name] = items
