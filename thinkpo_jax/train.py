@@ -30,10 +30,11 @@ def train_run(config: RunConfig) -> RunFolder:
     questions = load_all_questions(config.evaluation, run.model_source.tokenizer, seed=config.seed)
     with run.folder.locked(config):
         while loaded:
-            inputs = loaded.pop(0)  # the data of a stage is freed after it
+            inputs = loaded.pop(0)
             if not is_stage_finished(run, inputs.config):  # another process may have finished it by now
                 begin_stage(run, inputs)
                 save_stage_output(run, inputs, train_stage(inputs))
+            del inputs  # frees the data of the stage
         evaluate_run(run, questions)
     return run.folder
 

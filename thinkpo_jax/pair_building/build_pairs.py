@@ -82,8 +82,8 @@ def build_pairs(config: PairsConfig) -> Pairs:
         summary = summarize_counts(tables)
         if not pairs:
             raise RunError(f"no pair is left. {summary}. Loosen `filters`, or correct the data.")
-        log_info(summary)
         write_pair_set(folder, config.model_dump(mode="json"), pairs, tables)
+        log_info(summary)
     return pairs
 
 

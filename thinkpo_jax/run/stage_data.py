@@ -31,11 +31,10 @@ def load_stage_inputs(run: ResolvedRun, stage: StageConfig) -> StageInputs:
         raise UserError("\n".join(problems))
     for problem in problems:
         log_warning(problem)
+    check_data_unchanged(run, stage, dataset)  # all processes reach this exchange before one can fail at the split
     held_out, initial_model = held_out_indices(stage, dataset, seed=seed), run.initial_source_of(stage)
     folder = run.folder.stage(stage.name)
-    inputs = StageInputs(stage, initial_model, run.compute, run.mesh, dataset, held_out, folder, seed)
-    check_data_unchanged(run, inputs)
-    return inputs
+    return StageInputs(stage, initial_model, run.compute, run.mesh, dataset, held_out, folder, seed)
 
 
 def tokenize_stage_data(
@@ -61,9 +60,9 @@ def _naming_stage(stage: StageConfig) -> Iterator[None]:
         raise UserError(f"stage {stage.name}: {error}") from None
 
 
-def check_data_unchanged(run: ResolvedRun, inputs: StageInputs) -> None:
+def check_data_unchanged(run: ResolvedRun, stage: StageConfig, dataset: TokenizedDataset) -> None:
     """Raises `UserError` if the processes read different data, or the stage was begun with other data."""
-    name, digest = inputs.config.name, inputs.dataset.digest()
+    name, digest = stage.name, dataset.digest()
     if not is_same_on_all_processes(digest):
         raise UserError(
             f"stage {name}: this process reads other data than process 0. Give all processes the same files."
@@ -71,8 +70,8 @@ def check_data_unchanged(run: ResolvedRun, inputs: StageInputs) -> None:
     record = run.folder.read_stage_record(name)
     if record is not None and record.data_digest != digest:
         raise UserError(
-            f"stage {name} was begun with other data. Restore that data, or remove {inputs.folder.path} to train the "
-            "stage from its start."
+            f"stage {name} was begun with other data. Restore that data, or remove {run.folder.stage(name).path} to "
+            "train the stage from its start."
         )
 
 

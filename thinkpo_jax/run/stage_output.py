@@ -25,7 +25,7 @@ from thinkpo_jax.training.train_stage import StageInputs, StageResult
 def begin_stage(run: ResolvedRun, inputs: StageInputs) -> None:
     """Writes the record of a stage. Raises `UserError` if the stage was begun with other data."""
     stage = inputs.config
-    check_data_unchanged(run, inputs)
+    check_data_unchanged(run, inputs.config, inputs.dataset)
     log_info(f"{stage.name}: starts from {run.config.initial_model_of(stage)}")
     run.folder.write_stage_record(stage.name, StageRecord(run.settings_of(stage), inputs.dataset.digest()))
 
@@ -68,8 +68,8 @@ def export_checkpoint(
         model = checkpoints.restore_model(abstract, step)
     record = run.folder.read_stage_record(name)
     notes = record.summary["notes"] if record and record.summary else ["the stage is not finished"]
+    card = _model_card(run, stage, step=step, notes=notes)
     try:
-        card = _model_card(run, stage, step=step, notes=notes)
         _save_model(run, model, out, dtype=dtype, card=card)
     except OSError as error:
         raise UserError(f"--out {out} cannot be written: {error}. Choose another folder.") from None

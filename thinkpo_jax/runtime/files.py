@@ -36,13 +36,14 @@ def lock_folder(folder: Path, key: str, *, wait_message: str = "") -> Iterator[N
     lock = filelock.FileLock(folder / ".lock")
     with contextlib.ExitStack() as stack:
         try:
-            stack.enter_context(lock.acquire(blocking=False))
-        except filelock.Timeout:
-            if not wait_message:
-                message = f"{key}: another process writes to {folder}. Wait until it ends, or choose another {key}."
-                raise UserError(message) from None
-            log_info(wait_message)
-            stack.enter_context(lock.acquire())
+            try:
+                stack.enter_context(lock.acquire(blocking=False))
+            except filelock.Timeout:
+                if not wait_message:
+                    message = f"{key}: another process writes to {folder}. Wait until it ends, or choose another {key}."
+                    raise UserError(message) from None
+                log_info(wait_message)
+                stack.enter_context(lock.acquire())
         except (OSError, NotImplementedError) as error:
             log_warning(f"{folder} cannot be locked ({error}). Make sure that no other process writes there.")
         yield
