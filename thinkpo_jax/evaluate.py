@@ -12,6 +12,7 @@ from thinkpo_jax.models.model_folder import ModelConfig
 from thinkpo_jax.run.evaluate_run import evaluate_run, load_all_questions, pool_runs
 from thinkpo_jax.run.resolve import is_stage_finished, resolve_run
 from thinkpo_jax.run.run_config import load_run_config
+from thinkpo_jax.run.run_folder import RunFolder
 from thinkpo_jax.runtime.cli import add_config_arguments, run_and_exit
 from thinkpo_jax.runtime.config import UserError
 from thinkpo_jax.runtime.console import log_info
@@ -48,7 +49,7 @@ def main(arguments: Sequence[str]) -> None:
     if (parsed.model is None) != (parsed.out is None):
         raise UserError("--model and --out go together. Give the model to evaluate and the folder for its report.")
     if parsed.model is not None:
-        old_config = Path(parsed.out) / "config.yaml"
+        old_config = RunFolder(Path(parsed.out)).config
         if old_config.exists() and load_run_config(old_config).stages:
             raise UserError(f"--out {parsed.out} is the folder of a run with stages. Choose another folder.")
         changes = {"model": ModelConfig(path=parsed.model), "stages": (), "run_dir": parsed.out}

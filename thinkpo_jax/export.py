@@ -9,6 +9,7 @@ from pathlib import Path
 
 from thinkpo_jax.run.resolve import resolve_run
 from thinkpo_jax.run.run_config import load_run_config
+from thinkpo_jax.run.run_folder import RunFolder
 from thinkpo_jax.run.stage_output import export_checkpoint
 from thinkpo_jax.runtime.cli import run_and_exit
 from thinkpo_jax.runtime.config import UserError
@@ -28,9 +29,10 @@ def main(arguments: Sequence[str]) -> None:
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="the new folder, must not exist yet")
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="default: bfloat16")
     parsed = parser.parse_args(arguments)
-    if not (parsed.run / "config.yaml").is_file():
+    folder = RunFolder(parsed.run)
+    if not folder.config.is_file():
         raise UserError(f"--run {parsed.run}: no config.yaml there. Give the folder of a run.")
-    config = load_run_config(parsed.run / "config.yaml")
+    config = load_run_config(folder.config)
     # This machine may have other devices than the training, and the run folder may have been moved.
     compute = config.compute.model_copy(update={"attention": "blockwise"})
     config = config.model_copy(update={"mesh": MeshConfig(), "compute": compute, "run_dir": str(parsed.run)})

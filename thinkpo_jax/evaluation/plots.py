@@ -13,6 +13,7 @@ from thinkpo_jax.evaluation.results import ReportContents, ResultsByModel, Stage
 from thinkpo_jax.evaluation.statistics import ScoresByModel
 from thinkpo_jax.runtime.console import read_metrics
 from thinkpo_jax.runtime.figures import CHOSEN_COLOR, MARGIN_COLOR, REJECTED_COLOR, draw_legend, label_axes, subplots
+from thinkpo_jax.runtime.files import StageFolder
 
 Metrics = list[dict[str, float]]  # one dict per update
 _PALETTE = ("#7F7F7F", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")  # Okabe & Ito 2008
@@ -22,7 +23,7 @@ def draw_figures(run_dir: Path, contents: ReportContents, scores: ScoresByModel)
     """Returns the figures that have data, by file name without suffix."""
     names = dict.fromkeys([*contents.results, *(stage.name for stage in contents.stages)])
     colors = {name: _PALETTE[index % len(_PALETTE)] for index, name in enumerate(names)}
-    metrics = {s: rows for s in contents.stages if (rows := read_metrics(run_dir / s.name / "metrics.jsonl"))}
+    metrics = {s: rows for s in contents.stages if (rows := read_metrics(StageFolder(run_dir / s.name).metrics))}
     figures: dict[str, Figure] = {}
     if metrics:
         figures["loss"] = _draw_losses(metrics, colors)

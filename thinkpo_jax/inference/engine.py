@@ -4,7 +4,6 @@ Shape letters: B batch, T prompt length, D hidden size, V vocabulary, G generate
 """
 
 import functools
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -18,6 +17,7 @@ from jax.sharding import Mesh
 from thinkpo_jax.models.attention.blockwise import TokenPositions
 from thinkpo_jax.models.transformer import Transformer
 from thinkpo_jax.runtime.config import ConfigSection
+from thinkpo_jax.runtime.integers import round_up
 from thinkpo_jax.runtime.mesh import num_data_shards
 from thinkpo_jax.runtime.sharding import constrain_sharding, put_on_mesh
 
@@ -75,7 +75,7 @@ def generate(
     prompts.
     """
     options, num_shards = (config, vocab_size, tuple(stop_token_ids)), num_data_shards(mesh)
-    batch_size = math.ceil(config.batch_size / num_shards) * num_shards
+    batch_size = round_up(config.batch_size, num_shards)
     completions: dict[int, Completion] = {}
     keys = jax.vmap(lambda i: jax.random.fold_in(jax.random.key(seed), i))(np.arange(len(prompts)))
     keys = np.asarray(jax.random.key_data(keys))
@@ -84,7 +84,7 @@ def generate(
         indices = by_length[start : start + batch_size]
         padded = indices + indices[:1] * (batch_size - len(indices))
         lengths_B = np.array([len(prompts[i]) for i in padded], np.int32)
-        padded_length = math.ceil(lengths_B.max() / PROMPT_MULTIPLE) * PROMPT_MULTIPLE
+        padded_length = round_up(int(lengths_B.max()), PROMPT_MULTIPLE)
         tokens_BT = np.zeros((batch_size, padded_length), np.int32)
         for row, i in zip(tokens_BT, padded, strict=True):
             row[row.size - len(prompts[i]) :] = prompts[i]

@@ -99,7 +99,7 @@ def is_stage_finished(run: ResolvedRun, stage: StageConfig) -> bool:
             "Choose another run_dir (--set run_dir=...), or remove that folder to train the stage again."
         )
     is_finished = record is not None and record.summary is not None and folder.model.is_dir()
-    return bool(broadcast_from_primary(is_finished))
+    return broadcast_from_primary(is_finished)
 
 
 def _differences(old: Any, new: Any, path: str = "") -> list[str]:

@@ -5,6 +5,8 @@ from io import BytesIO
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from thinkpo_jax.runtime.integers import ceil_div
+
 CHOSEN_COLOR, REJECTED_COLOR, MARGIN_COLOR = "#5B3FD6", "#882255", "#333333"  # never the color of a model
 
 
@@ -16,7 +18,7 @@ def figure_to_png(figure: Figure) -> bytes:
 
 def subplots(count: int, title: str) -> tuple[Figure, list[Axes]]:
     """Returns a figure with `count` panels, up to three in a row."""
-    columns, rows = min(count, 3), -(-count // 3)
+    columns, rows = min(count, 3), ceil_div(count, 3)
     figure = Figure(figsize=(max(5.6, 4.6 * columns), 3.9 * rows), layout="constrained")
     figure.suptitle(title)
     panels = list(figure.subplots(rows, columns, squeeze=False).flat)

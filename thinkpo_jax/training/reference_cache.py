@@ -112,7 +112,7 @@ def save_stage_reference(path: Path, log_probs: np.ndarray) -> None:
 def load_stage_reference(path: Path, *, like: np.ndarray) -> np.ndarray | None:
     """Returns in all processes what process 0 reads, or None if the file is missing or damaged."""
     log_probs = _read_log_probs(path, like) if is_primary_process() else None
-    if not bool(broadcast_from_primary(np.array(log_probs is not None))):
+    if not broadcast_from_primary(log_probs is not None):
         return None
     return broadcast_from_primary(like if log_probs is None else log_probs)
 

@@ -20,6 +20,7 @@ from thinkpo_jax.data.batches import NUM_REGIONS, DeviceBatch
 from thinkpo_jax.models.attention.blockwise import TokenPositions
 from thinkpo_jax.models.transformer import Transformer
 from thinkpo_jax.runtime.context_parallel import all_gather_rows
+from thinkpo_jax.runtime.integers import ceil_div
 from thinkpo_jax.runtime.sharding import constrain_sharding, psum_or_reduce_scatter, shard_map_by_axes, split_mesh_axes
 
 MAX_BLOCK_LOGITS = 2**26  # 256 MiB in float32
@@ -34,8 +35,8 @@ LM_HEAD_AXES = (None, "vocab")
 def vocab_block_width(num_tokens: int, vocab_size: int) -> int:
     """Returns the columns of a block: at most about `MAX_BLOCK_LOGITS` logits, and blocks of about equal width."""
     widest = min(max(MAX_BLOCK_LOGITS // num_tokens, BLOCK_WIDTH_RANGE[0]), BLOCK_WIDTH_RANGE[1])
-    num_blocks = math.ceil(vocab_size / widest)
-    return min(math.ceil(vocab_size / (num_blocks * TPU_LANES)) * TPU_LANES, vocab_size)
+    num_blocks = ceil_div(vocab_size, widest)
+    return min(ceil_div(vocab_size, num_blocks * TPU_LANES) * TPU_LANES, vocab_size)
 
 
 @jax.custom_vjp

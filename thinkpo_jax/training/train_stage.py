@@ -170,7 +170,7 @@ class StageMetrics:
         self._schedule = learning_rate_schedule(inputs.config.optimizer, len(batches))
         self._file = stack.enter_context(closing(MetricsFile(inputs.folder.metrics, step=start)))
         num_skipped = sum("skipped" in line for line in read_metrics(inputs.folder.metrics))
-        self._num_skipped = int(broadcast_from_primary(np.array(num_skipped)))
+        self._num_skipped = broadcast_from_primary(num_skipped)
         progress = ProgressReporter(inputs.config.name, len(batches), done=start, unit="update")
         self._progress = stack.enter_context(closing(progress))
         self.clock = 0.0

@@ -15,6 +15,8 @@ import jax.numpy as jnp
 from jax import Array
 from jax.ad_checkpoint import checkpoint_name
 
+from thinkpo_jax.runtime.integers import ceil_div
+
 ATTENTION_OUTPUT = "attended"  # the name of attention outputs in remat policies
 BLOCK_SIZE = 256  # tokens. `packed_attention` computes rows of up to this length with `dense_attention`.
 MASKED_SCORE = -1e30  # finite, because a row of -inf would become NaN
@@ -131,7 +133,7 @@ blockwise_attention.defvjp(_forward, _backward)
 
 def query_block_starts(starts: Array, length: int) -> Array:
     """Returns the first token in the row of each of the X blocks of `length` queries. A block lies within one chunk."""
-    blocks_per_chunk = -(-length // (len(starts) * BLOCK_SIZE))
+    blocks_per_chunk = ceil_div(length, len(starts) * BLOCK_SIZE)
     return (starts[:, None] + jnp.arange(blocks_per_chunk) * BLOCK_SIZE).reshape(-1)
 
 

@@ -13,6 +13,7 @@ from thinkpo_jax.models.attention.cudnn import cudnn_attention, unsupported_jax,
 from thinkpo_jax.runtime.config import UserError
 from thinkpo_jax.runtime.console import log_info, log_warning
 from thinkpo_jax.runtime.context_parallel import all_gather_rows, local_chunk_starts, to_zigzag_order
+from thinkpo_jax.runtime.integers import round_up
 from thinkpo_jax.runtime.sharding import shard_map_by_axes
 
 SPLASH_MULTIPLE = 128  # tokens. The smallest block size of the kernel, which must divide row lengths.
@@ -61,7 +62,7 @@ def splash_unsupported_reason(device: Any, context: int, lengths: Sequence[int])
     if length := next((length for length in lengths if length % multiple), None):
         return (
             f"splash attention needs row_length to be a multiple of {multiple} on this mesh (found {length}). "
-            f"Set row_length to {-(-length // multiple) * multiple}."
+            f"Set row_length to {round_up(length, multiple)}."
         )
     return None
 
