@@ -1,8 +1,10 @@
 """`bench step` trains the same pairs with this package and with TRL. No speed is asserted."""
 
 import importlib.util
+import json
 import math
 import re
+from pathlib import Path
 
 import pytest
 from support.checkpoints import needs_trl
@@ -27,15 +29,26 @@ RESULT = bench_step.SideResult(tokens=100, seconds=1.0, first_loss=math.log(2), 
 
 @pytest.mark.slow
 @needs_trl
-def test_both_sides_do_the_same_work(capfd: pytest.CaptureFixture[str]):
+def test_both_sides_do_the_same_work(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The benchmark itself compares tokens, log-probs and first losses, and fails if they differ."""
-    bench_step.bench_step(TINY, 4, 64, row_length=128, repeats=1)
+    monkeypatch.setattr(bench, "SHAPE", TINY)
+    file = tmp_path / "results" / "step.json"
+    arguments = ["step", "--pairs", "4", "--max-length", "64", "--row-length", "128", "--repeats", "1"]
+    assert run_command(bench.main, [*arguments, "--json", str(file)]) == 0
     printed = capfd.readouterr().out
     losses = [float(loss) for loss in re.findall(r"first loss (\S+)", printed)]
     assert losses == pytest.approx([math.log(2)] * 2, abs=1e-4)
-    assert re.search(
-        r"median of 1 round\(s\): [\d.]+ times TRL's useful tokens/s, [\d.]+ times its peak memory", printed
-    )
+    result = json.loads(file.read_text())
+    (measured,) = result["rounds"]
+    ours, theirs = measured["thinkpo_jax"], measured["trl"]
+    assert ours["tokens"] == theirs["tokens"] == result["tokens"] > 0
+    assert result["speed_ratio"] == pytest.approx(theirs["seconds"] / ours["seconds"])
+    assert result["memory_ratio"] == pytest.approx(ours["peak_memory"] / theirs["peak_memory"])
+    assert result["matmul_share"] == pytest.approx(ours["hardware_flops_per_second"] / ours["matmul_flops"])
+    assert f"median of 1 round(s): {result['speed_ratio']:.2f} times TRL's useful tokens/s" in printed
+    assert result["versions"]["jax"]
 
 
 @pytest.mark.parametrize(
@@ -73,9 +86,21 @@ def test_without_trl_the_error_says_how_to_install_it(
         ["step", "--repeats", "0"],
         ["load", "--gib", "0"],
         ["growth", "--config", "missing.yaml", "--kind", "v9", "--out", "plot.png"],
+        ["device"],
+        ["device", "--out", "results", "--minutes", "0"],
+        ["device", "--out", "results", "--only", "numerics,speed"],
     ],
 )
 def test_wrong_arguments_end_with_status_2(arguments: list[str]):
     with pytest.raises(SystemExit) as raised:
         bench.main(arguments)
     assert raised.value.code == 2
+
+
+def test_a_json_file_that_cannot_be_written_is_refused_before_the_benchmark(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run_command(bench.main, ["load", "--gib", "0.001", "--json", str(tmp_path)]) == 2
+    captured = capsys.readouterr()
+    assert f"--json {tmp_path}: cannot be written: it is a folder" in captured.err
+    assert "load / read" not in captured.out

@@ -1,25 +1,42 @@
 """The command line of the benchmarks."""
 
 import argparse
+import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
+from thinkpo_jax.bench.device import PARTS, bench_device
 from thinkpo_jax.bench.growth import bench_growth
 from thinkpo_jax.bench.load import bench_load
 from thinkpo_jax.bench.step import SHAPE, bench_step
 from thinkpo_jax.run.run_config import load_run_config
 from thinkpo_jax.runtime.cli import add_config_arguments, run_and_exit
+from thinkpo_jax.runtime.config import UserError
 from thinkpo_jax.runtime.devices import DEVICE_SPECS
-from thinkpo_jax.runtime.files import software_versions
+from thinkpo_jax.runtime.files import check_writable, software_versions, write_atomically
+
+MAX_MINUTES = 600
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Parses the command line and runs one benchmark."""
+    """Parses the command line, runs one benchmark, and writes its result if `--json` names a file."""
+    parser = _parser()
+    options = parser.parse_args(arguments)
+    if options.json is not None:
+        check_writable(options.json, "--json")
+    result = _run(options, parser)
+    if options.json is not None:
+        write_atomically(options.json, (json.dumps(result, indent=1) + "\n").encode())
+
+
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m thinkpo_jax.bench",
-        description="Time two things side by side on one machine. Only their ratio is worth comparing.",
+        description="Time two things side by side on one machine, or measure an accelerator.",
         epilog="examples: python -m thinkpo_jax.bench load --gib 1; python -m thinkpo_jax.bench step --against trl; "
-        "python -m thinkpo_jax.bench growth --config FILE --kind v6e --out growth.png",
+        "python -m thinkpo_jax.bench growth --config FILE --kind v6e --out growth.png; "
+        "python -m thinkpo_jax.bench device --out results",
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="WHAT")
     load = commands.add_parser("load", help="load a checkpoint onto the devices, compared with reading its file")
@@ -36,24 +53,47 @@ def main(arguments: Sequence[str]) -> None:
     growth.add_argument("--kind", choices=[spec.name for spec in DEVICE_SPECS], default="v6e", help="(default: v6e)")
     growth.add_argument("--most", type=int, default=256, help="maximum number of devices (default: 256)")
     growth.add_argument("--out", type=Path, required=True, metavar="FILE", help="file for the plot")
-    options = parser.parse_args(arguments)
+    device = commands.add_parser("device", help="numerics, updates, TRL, generation and quality on an accelerator")
+    device.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder for device.md and device.json")
+    device.add_argument("--minutes", type=float, default=8.0, help="when to stop (default: 8)")
+    device.add_argument("--only", type=_parts, default=PARTS, metavar="PARTS", help=f"any of {','.join(PARTS)}")
+    device.add_argument("--data", type=Path, metavar="DIR", help="data and weights of the quality part (bench.pack)")
+    for command in (load, step, growth, device):
+        command.add_argument("--json", type=Path, metavar="FILE", help="also write the result to this file")
+    return parser
+
+
+def _parts(text: str) -> tuple[str, ...]:
+    names = tuple(text.split(","))
+    if unknown := [name for name in names if name not in PARTS]:
+        raise argparse.ArgumentTypeError(f"there is no part {unknown[0]!r}. Choose from {','.join(PARTS)}")
+    return names
+
+
+def _run(options: argparse.Namespace, parser: argparse.ArgumentParser) -> dict[str, Any]:
+    """Checks the options of a command, runs it and returns its result."""
     if options.command == "growth":
         config = load_run_config(options.config, options.assignments)
         if not config.stages:
             parser.error("--config needs a stage")
-        bench_growth(config, options.kind, max_devices=options.most, out=options.out)
-        return
+        return bench_growth(config, options.kind, max_devices=options.most, out=options.out)
+    if options.command == "device":
+        if not 0 < options.minutes <= MAX_MINUTES:
+            parser.error(f"--minutes must be a positive number, at most {MAX_MINUTES}")
+        if options.data is not None and not options.data.is_dir():
+            raise UserError(f"--data {options.data}: there is no such folder. docs/devices.md says how to make it.")
+        return bench_device(options.out, options.minutes, options.only, options.data)
     if options.repeats < 1 or (options.command == "load" and not 0 < options.gib < 1000):
         parser.error("--repeats must be at least 1, and --gib a positive number below 1000")
     print("; ".join(f"{name} {version}" for name, version in software_versions().items()))
     if options.command == "load":
-        bench_load(options.gib, options.repeats)
-        return
+        return bench_load(options.gib, options.repeats) | {"versions": software_versions()}
     # By default a row holds slightly more than two pairs of the maximum length: such rows fill better.
     row_length = options.row_length or 17 * options.max_length // 8
     if options.pairs < 2 or options.pairs % 2 or not 16 <= 2 * options.max_length <= row_length:
         parser.error("--pairs must be even, --max-length at least 8, --row-length at least twice --max-length")
-    bench_step(SHAPE, options.pairs, options.max_length, row_length=row_length, repeats=options.repeats)
+    result = bench_step(SHAPE, options.pairs, options.max_length, row_length=row_length, repeats=options.repeats)
+    return result | {"versions": software_versions()}
 
 
 if __name__ == "__main__":

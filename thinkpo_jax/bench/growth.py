@@ -3,9 +3,9 @@
 Each point is the update of a stage compiled for a slice, fully sharded, with one row per device. Nothing runs.
 """
 
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from matplotlib.figure import Figure
 
@@ -16,22 +16,19 @@ from thinkpo_jax.runtime.config import UserError
 from thinkpo_jax.runtime.console import log_info
 from thinkpo_jax.runtime.devices import GIB
 from thinkpo_jax.runtime.figures import figure_to_png, label_axes
-from thinkpo_jax.runtime.files import write_atomically
+from thinkpo_jax.runtime.files import check_writable, write_atomically
 from thinkpo_jax.runtime.mesh import MeshConfig
 
 DEVICES_FOR_ROW_LENGTHS = 16  # Row lengths are compared on at most this many devices.
 ROW_LENGTHS = tuple(1024 * 2**power for power in range(1, 7))  # 2k to 64k tokens
 
 
-def bench_growth(config: RunConfig, kind: str, *, max_devices: int, out: Path) -> None:
-    """Compiles updates of the first stage, prints two tables, writes a plot. Raises `UserError` before compiling."""
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=out.parent).close()
-        if out.is_dir():
-            raise IsADirectoryError("it is a folder")
-    except OSError as error:
-        raise UserError(f"--out {out}: cannot be written: {error}. Give the path of a file.") from None
+def bench_growth(config: RunConfig, kind: str, *, max_devices: int, out: Path) -> dict[str, Any]:
+    """Compiles updates of the first stage, prints two tables, writes a plot and returns the figures.
+
+    Raises `UserError` before compiling if `out` cannot be written or no slice is small enough.
+    """
+    check_writable(out, "--out")
     slices = [each for each in list_slices(kind) if each.size.bit_length() % 2 and each.size <= max_devices]
     if not slices:
         raise UserError(f"--most {max_devices}: {kind} has no slice of so few devices. Set --most to 16 or more.")
@@ -43,6 +40,15 @@ def bench_growth(config: RunConfig, kind: str, *, max_devices: int, out: Path) -
     print(f"\n{topology.name}, one row on each device\n{_table(by_length)}")
     write_atomically(out, figure_to_png(_figure(by_devices, by_length)))
     log_info(f"plot: {out}")
+    return {"kind": kind, "by_devices": _figures(by_devices), "by_row_length": _figures(by_length)}
+
+
+def _figures(programs: Sequence[CompiledProgram]) -> list[dict[str, Any]]:
+    return [
+        {"devices": each.shape.rows, "row_length": each.shape.length, **each.memory._asdict(),
+         "bytes_received": _bytes_received(each)}
+        for each in programs
+    ]  # fmt: skip
 
 
 def _compile_update(config: RunConfig, topology: Topology, row_length: int) -> CompiledProgram:

@@ -29,8 +29,11 @@ SHAPE |= {"rms_norm_eps": 1e-6, "rope_theta": 10_000.0}
 LAYER_BYTES = 31_461_376  # of this model, in bfloat16
 
 
-def bench_load(gib: float, repeats: int) -> None:
-    """Times loading a bfloat16 checkpoint onto the devices as float32, against reading its file from end to end."""
+def bench_load(gib: float, repeats: int) -> dict[str, Any]:
+    """Times loading a bfloat16 checkpoint onto the devices as float32, against reading its file from end to end.
+
+    Prints the speeds in GiB/s and returns them.
+    """
     with tempfile.TemporaryDirectory() as name:
         folder, weights = Path(name), Path(name) / WEIGHTS_FILE
         size = write_checkpoint(folder, gib) / GIB
@@ -38,12 +41,14 @@ def bench_load(gib: float, repeats: int) -> None:
         cache = "emptied before each" if hasattr(os, "posix_fadvise") else "cannot be emptied on this system"
         print(f"checkpoint: {size:.2f} GiB; the first load compiles and is not counted; page cache {cache}")
         _seconds(load, weights)
-        ratios: list[float] = []
+        rounds: list[dict[str, float]] = []
         for _ in range(repeats):
             reading, loading = _seconds(functools.partial(_read_file, weights), weights), _seconds(load, weights)
-            ratios.append(reading / loading)
-            print(f"read {size / reading:.2f} GiB/s, load {size / loading:.2f} GiB/s, load / read {ratios[-1]:.2f}")
-        print(f"median load / read: {np.median(ratios):.2f}")
+            rounds.append({"read": size / reading, "load": size / loading, "ratio": reading / loading})
+            print("read {read:.2f} GiB/s, load {load:.2f} GiB/s, load / read {ratio:.2f}".format(**rounds[-1]))
+    ratio = float(np.median([each["ratio"] for each in rounds]))
+    print(f"median load / read: {ratio:.2f}")
+    return {"gib": size, "rounds": rounds, "ratio": ratio}
 
 
 def write_checkpoint(folder: Path, gib: float) -> int:

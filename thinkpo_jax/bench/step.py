@@ -1,19 +1,13 @@
-"""Compares a ThinkPO update of this package with one of TRL: useful tokens per second, and peak memory.
+"""Compares a ThinkPO update of this package with one of TRL on the CPU: useful tokens per second, and peak memory.
 
-The sides take turns on the same pairs. Each is its own process (this file, run as a program). It trains in float32 on
-all CPU cores, about two pairs per update, with reference log-probs computed before. Useful tokens are those of prompt +
-chosen and prompt + rejected, without padding. TRL gets one pair at a time and accumulates two. Of the ways to give it
-two pairs this pads least: it was the fastest and took the least memory (BENCHMARKS.md).
+The sides take turns on the same pairs. Each is its own process. It trains in float32 on all CPU cores, about two pairs
+per update, with reference log-probs computed before. Useful tokens are those of prompt + chosen and prompt + rejected,
+without padding. The rate of plain matrix products is measured in the same process as our side.
 """
 
-import importlib.util
 import json
 import math
 import os
-import re
-import resource
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
@@ -24,11 +18,15 @@ import jax
 import numpy as np
 
 from thinkpo_jax.bench import load
+from thinkpo_jax.bench.child import run_in_child
+from thinkpo_jax.bench.machine import matmul_rate, peak_resident_memory
+from thinkpo_jax.bench.trl import BETA, LEARNING_RATE, PAIRS_FILE, check_trl_installed, measure_trl
+from thinkpo_jax.bench.updates import SEED, speed
+from thinkpo_jax.bench.workload import END_ID, REAL_PAIRS, LengthDistribution, count_tokens, draw_pairs, to_examples
 from thinkpo_jax.data.batches import BatchConfig, BatchPlan
-from thinkpo_jax.data.examples import Example, Segment
 from thinkpo_jax.models.compute_config import ComputeConfig
 from thinkpo_jax.models.weight_loading import load_model
-from thinkpo_jax.runtime.config import RunError, UserError
+from thinkpo_jax.runtime.config import RunError
 from thinkpo_jax.runtime.devices import GIB
 from thinkpo_jax.runtime.mesh import MeshConfig, make_mesh
 from thinkpo_jax.runtime.sharding import put_batch
@@ -36,15 +34,11 @@ from thinkpo_jax.training import reference_log_probs, train_step
 from thinkpo_jax.training.objectives import PreferenceConfig, make_thinkpo_objective
 from thinkpo_jax.training.optimizer import OptimizerConfig, make_optimizer
 
-END_ID = 1  # ends an answer
 SHAPE: dict[str, Any] = load.SHAPE | {"architectures": ["LlamaForCausalLM"], "vocab_size": 49_152, "hidden_size": 512}
 SHAPE |= {"num_hidden_layers": 8, "num_attention_heads": 8, "intermediate_size": 1408, "tie_word_embeddings": True}
 SHAPE |= {"pad_token_id": 0, "eos_token_id": END_ID}
-NAMES = ("prompt", "chosen", "rejected")
-Pair = dict[str, list[int]]  # token ids by name
-# Tokens of 522 real pairs with at most 2,048 tokens (README, "On real data"), in the order of NAMES.
-REAL_MAX_LENGTH, REAL_MEDIANS, REAL_LOG_SPREADS = 2048, np.array([67, 1625, 427]), np.array([0.5, 0.5, 0.6])
-BETA, LEARNING_RATE, SEED = 0.01, 1e-6, 0
+PAIRS_PER_UPDATE = 2
+REAL_MAX_LENGTH = 2048  # of the pairs that `REAL_PAIRS` describes
 REFERENCE_TOLERANCE = 1e-4  # relative, of log-probs: both sides read the same tokens with the same weights
 LOSS_TOLERANCE = 1e-3  # from ln 2 before the first update: float32 sums of thousands of log-probs
 
@@ -59,54 +53,56 @@ class SideResult(NamedTuple):
     peak_memory: int  # largest resident memory, in bytes
 
 
-def bench_step(shape: Mapping[str, Any], num_pairs: int, max_length: int, *, row_length: int, repeats: int) -> None:
-    """Prints the speed and peak memory of both sides, and the medians of their ratios.
+def bench_step(
+    shape: Mapping[str, Any], num_pairs: int, max_length: int, *, row_length: int, repeats: int
+) -> dict[str, Any]:
+    """Prints the speed and peak memory of both sides, and returns them with the medians of their ratios.
 
     Raises `UserError` if TRL is not installed, and `RunError` if a side fails or the sides did not do the same work.
     """
-    if missing := [name for name in ("torch", "trl") if importlib.util.find_spec(name) is None]:
-        raise UserError(f'{" and ".join(missing)} not installed. Run: pip install -e ".[test]"')
-    ratios: list[tuple[float, float]] = []
+    check_trl_installed()
+    rounds: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         load.write_random_model(folder, {**shape, "max_position_embeddings": max_length}, "float32")
-        tokens = _write_pairs(folder, shape["vocab_size"], num_pairs, max_length)
+        scale = max_length / REAL_MAX_LENGTH
+        lengths = LengthDistribution([scale * n for n in REAL_PAIRS.medians], REAL_PAIRS.log_spreads, [max_length] * 3)
+        options = {"max_length": max_length, "vocab_size": shape["vocab_size"], "seed": SEED}
+        pairs = draw_pairs(lengths, num_pairs, **options)
+        (folder / PAIRS_FILE).write_text(json.dumps(pairs), encoding="utf-8")
+        tokens = count_tokens(pairs)
         print(f"{num_pairs} pairs up to {max_length:,} tokens long, {tokens:,} useful tokens; model: {dict(shape)}")
         for _ in range(repeats):
-            ours, theirs = (_run_side(side, folder, row_length) for side in ("thinkpo_jax", "TRL"))
-            check_same_work(tokens, ours, theirs)
-            ratios.append((theirs.seconds / ours.seconds, ours.peak_memory / theirs.peak_memory))
-    speed, memory = np.median(ratios, axis=0)
-    print(f"median of {repeats} round(s): {speed:.2f} times TRL's useful tokens/s, {memory:.2f} times its peak memory")
+            rounds.append(_run_round(folder, tokens, row_length))
+    names = ("speed_ratio", "memory_ratio", "matmul_share")
+    medians = {name: float(np.median([each[name] for each in rounds])) for name in names}
+    print(
+        f"median of {repeats} round(s): {medians['speed_ratio']:.2f} times TRL's useful tokens/s, "
+        f"{medians['memory_ratio']:.2f} times its peak memory, {medians['matmul_share']:.0%} of the rate of plain "
+        "matrix products"
+    )
+    return {"tokens": tokens, "model": dict(shape), "rounds": rounds, **medians}
 
 
-def _write_pairs(folder: Path, vocab_size: int, num_pairs: int, max_length: int) -> int:
-    """Writes pairs of random tokens that are as long as real ones. Returns the number of useful tokens."""
-    rng = np.random.default_rng(SEED)
-    factors = np.exp(REAL_LOG_SPREADS * rng.standard_normal((num_pairs, 3))) * max_length / REAL_MAX_LENGTH
-    pairs: list[Pair] = []
-    for prompt_length, *answer_lengths in (REAL_MEDIANS * factors).round().astype(int).clip(1).tolist():
-        prompt = rng.integers(2, vocab_size, min(prompt_length, max_length - 2)).tolist()
-        room = max_length - 1 - len(prompt)
-        answers = [rng.integers(2, vocab_size, min(length, room)).tolist() for length in answer_lengths]
-        pairs.append(dict(zip(NAMES, (prompt, *([*answer, END_ID] for answer in answers)), strict=True)))
-    (folder / "pairs.json").write_text(json.dumps(pairs), encoding="utf-8")
-    return sum(len(pair[name]) for pair in pairs for name in ("prompt", *NAMES))
-
-
-def _run_side(side: str, folder: Path, row_length: int) -> SideResult:
-    """Runs one side in its own process, and prints what it measured. Raises `RunError` if it fails."""
+def _run_round(folder: Path, tokens: int, row_length: int) -> dict[str, Any]:
+    """Runs both sides once, prints what they measured, and returns it with their ratios."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     variables = {"XDG_CACHE_HOME": str(folder / "cache"), "HF_DATASETS_CACHE": str(folder / "datasets")}
     variables |= {"JAX_PLATFORMS": "cpu", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": str(cores)}
-    command = [sys.executable, "-m", "thinkpo_jax.bench.step", side, str(folder), str(row_length)]
-    process = subprocess.run(command, env=os.environ | variables, capture_output=True, text=True, check=False)
-    if process.returncode:
-        raise RunError(f"{side} ended with exit status {process.returncode}:\n{process.stderr[-2000:]}")
-    result = SideResult(**json.loads(process.stdout.splitlines()[-1]))
-    speed, peak = result.tokens / result.seconds, result.peak_memory / GIB
-    print(f"{side}: {speed:,.0f} useful tokens/s, peak {peak:.2f} GiB, first loss {result.first_loss:.4f}", flush=True)
-    return result
+    child = {"folder": folder / "child", "environment": variables}
+    measured = run_in_child(measure_thinkpo_jax, {"folder": str(folder), "row_length": row_length}, **child)
+    settings = {"folder": str(folder), "pairs_per_update": PAIRS_PER_UPDATE, "on_cpu": True}
+    trl = run_in_child(measure_trl, settings, **child)
+    ours, theirs = (SideResult(**{name: side[name] for name in SideResult._fields}) for side in (measured, trl))
+    for title, side in (("thinkpo_jax", ours), ("TRL", theirs)):
+        rate, peak = side.tokens / side.seconds, side.peak_memory / GIB
+        print(f"{title}: {rate:,.0f} useful tokens/s, peak {peak:.2f} GiB, first loss {side.first_loss:.4f}")
+    check_same_work(tokens, ours, theirs)
+    matmul, step = (measured[name] / 1e9 for name in ("matmul_flops", "hardware_flops_per_second"))
+    share = step / matmul
+    print(f"plain matrix products {matmul:.0f} GFLOP/s, our updates {step:.0f} GFLOP/s ({share:.0%})", flush=True)
+    ratios = {"speed_ratio": theirs.seconds / ours.seconds, "memory_ratio": ours.peak_memory / theirs.peak_memory}
+    return {"thinkpo_jax": measured, "trl": trl, **ratios, "matmul_share": share}
 
 
 def check_same_work(tokens: int, ours: SideResult, theirs: SideResult) -> None:
@@ -120,17 +116,19 @@ def check_same_work(tokens: int, ours: SideResult, theirs: SideResult) -> None:
         raise RunError(f"the losses before training are {losses}, but both must be ln 2 = {math.log(2):.6f}")
 
 
-def measure_thinkpo_jax(folder: Path, pairs: Sequence[Pair], row_length: int) -> SideResult:
-    """Trains with one packed row per update: one update that is not timed, then one epoch."""
-    examples: list[Example] = [
-        tuple(Segment(np.array(prompt + answer, np.int32), len(prompt)) for answer in answers)
-        for prompt, *answers in map(dict.values, pairs)
-    ]
+def measure_thinkpo_jax(folder: str, row_length: int) -> dict[str, Any]:
+    """Trains with one packed row per update: one update that is not timed, then one epoch.
+
+    Returns the fields of `SideResult`, and the rates of plain matrix products and of the updates in FLOP/s.
+    """
+    examples = to_examples(json.loads((Path(folder) / PAIRS_FILE).read_text(encoding="utf-8")))
     mesh = make_mesh(MeshConfig(fsdp=1), jax.devices()[:1])
     with jax.set_mesh(mesh):
         config = BatchConfig(rows=1, row_length=row_length)
         batches = BatchPlan(examples, config, seed=SEED, num_shards=1, num_updates=None, epochs=1)
-        model = load_model(folder, ComputeConfig(dtype="float32"), mesh)
+        compute = ComputeConfig(dtype="float32")
+        model = load_model(Path(folder), compute, mesh)
+        arch = model.arch
         batches.reference_log_probs = reference_log_probs.compute_reference(model, batches, mesh)
         settings = OptimizerConfig(learning_rate=LEARNING_RATE, schedule="constant", warmup_ratio=0.0)
         optimizer = make_optimizer(settings, len(batches))
@@ -143,61 +141,9 @@ def measure_thinkpo_jax(folder: Path, pairs: Sequence[Pair], row_length: int) ->
             state, metrics = update(state, put_batch(batches[index], mesh))
             losses.append(float(metrics["loss"]))
             ends.append(time.perf_counter())
-    reference = batches.reference_log_probs.sum(axis=-1).mean(axis=0).tolist()
     tokens = sum(len(segment.token_ids) for example in examples for segment in example)
-    return SideResult(tokens, ends[-1] - ends[0], losses[0], reference, _peak_memory())
-
-
-def measure_trl(folder: Path, pairs: Sequence[Pair]) -> SideResult:
-    """Trains the same pairs with TRL's DPOTrainer, with the settings that suit it best on a CPU.
-
-    In TRL 1.16 the others have no effect on a CPU or are refused. `padding_free` is disabled: it warns and pads. The
-    kernels of Liger and of the Hub need a GPU. Packing is for SFT only.
-    """
-    from datasets import Dataset
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, TrainerCallback
-
-    trl: Any = importlib.import_module("trl")  # It exports lazily.
-    step_ends: list[float] = []
-
-    class Clock(TrainerCallback):
-        def on_step_end(self, *_: Any, **__: Any) -> None:
-            step_ends.append(time.perf_counter())
-
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype="float32")
-    words = ["<pad>", "<end>", *(f"w{index}" for index in range(2, model.config.vocab_size))]
-    tokenizer = Tokenizer(models.WordLevel({word: index for index, word in enumerate(words)}, unk_token="<pad>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    texts = [{name: "".join(f" {words[index]}" for index in ids) for name, ids in pair.items()} for pair in pairs]
-    settings: dict[str, Any] = {"output_dir": str(folder / "trl"), "num_train_epochs": 1, "beta": BETA, "bf16": False}
-    settings |= {"max_length": None, "learning_rate": LEARNING_RATE, "lr_scheduler_type": "constant", "use_cpu": True}
-    settings |= {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 2, "gradient_checkpointing": False}
-    settings |= {"precompute_ref_log_probs": True, "precompute_ref_batch_size": 1, "logging_first_step": True}
-    settings |= {"train_sampling_strategy": "sequential", "save_strategy": "no", "report_to": "none"}
-    trainer = trl.DPOTrainer(
-        model=model,
-        args=trl.DPOConfig(**settings),
-        train_dataset=Dataset.from_list(texts[:2] + texts),
-        processing_class=PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<end>"),
-        callbacks=[Clock()],
-    )
-    trainer.train()
-    epoch, first_loss = trainer.train_dataset[2:], trainer.state.log_history[0]["loss"]
-    tokens = sum(len(ids) for name in ("prompt", *NAMES) for ids in epoch[f"{name}_ids"])
-    reference = [float(np.mean(epoch[f"ref_{name}_logps"])) for name in NAMES[1:]]
-    return SideResult(tokens, step_ends[-1] - step_ends[0], first_loss, reference, _peak_memory())
-
-
-def _peak_memory() -> int:
-    """Returns the largest resident memory of this process so far, in bytes."""
-    if sys.platform == "linux":  # There getrusage also counts the parent process.
-        return int(re.findall(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text(encoding="utf-8"))[0]) * 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-
-
-if __name__ == "__main__":
-    side, folder, row_length = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3])
-    pairs = json.loads((folder / "pairs.json").read_text(encoding="utf-8"))
-    result = measure_trl(folder, pairs) if side == "TRL" else measure_thinkpo_jax(folder, pairs, row_length)
-    print(json.dumps(result._asdict()))
+    reference = batches.reference_log_probs.sum(axis=-1).mean(axis=0).tolist()
+    seconds, peak = ends[-1] - ends[0], peak_resident_memory()  # before the matrix products add to it
+    work = [batches.count_work(batches[index]) for index in range(len(batches))]
+    result = SideResult(tokens, seconds, losses[0], reference, peak)._asdict()
+    return speed("thinkpo", arch, compute, work, seconds) | result | {"matmul_flops": matmul_rate("float32")}

@@ -8,18 +8,15 @@ from pathlib import Path
 from typing import Literal
 
 import huggingface_hub
-import jax
 from jax.sharding import Mesh
 
 from thinkpo_jax.data.chat_tokenizer import ChatTokenizer
 from thinkpo_jax.models.architecture import Architecture, read_architecture
 from thinkpo_jax.models.compute_config import ComputeConfig
 from thinkpo_jax.models.transformer import Transformer
-from thinkpo_jax.models.weight_loading import check_weights, load_model
-from thinkpo_jax.models.weight_mapping import abstract_model
+from thinkpo_jax.models.weight_loading import check_weights, init_model, load_model
 from thinkpo_jax.runtime.config import ConfigPath, ConfigSection, UserError, collect_errors
 from thinkpo_jax.runtime.files import read_json_object
-from thinkpo_jax.runtime.sharding import tree_shardings
 
 _SAMPLED_BYTES = 2**22  # read from each end of a file
 BUILTIN_MODELS_FOLDER = Path(__file__).parent / "builtin"
@@ -105,9 +102,7 @@ class ModelSource:
         """Loads or initializes the weights, sharded over the mesh."""
         if self.random_seed is None:
             return load_model(self.folder, compute, mesh)
-        arch, key = self.architecture, jax.random.key(self.random_seed)
-        shardings = tree_shardings(abstract_model(arch, compute), mesh)
-        return jax.jit(lambda key: Transformer(arch, compute, key), out_shardings=shardings)(key)
+        return init_model(self.architecture, compute, mesh, seed=self.random_seed)
 
     def quick_fingerprint(self) -> str | None:
         """Returns `quick_fingerprint` of the folder."""

@@ -139,13 +139,15 @@ class DecoderLayers(nnx.Module):
     ) -> tuple[jax.Array, tuple[jax.Array, ...] | None]:
         axes, dtype, eps = ("batch", _length_axis(cache), "activation_embed"), x_BTD.dtype, self.arch.norm_eps
         x_BTD = checkpoint_name(x_BTD, LAYER_INPUT)
-        h_BTD = rms_norm(x_BTD, self.attention_norm, eps)
-        attended_BTD, cache = self._attention(h_BTD, queries, keys, cache)
-        x_BTD = constrain_sharding(x_BTD + attended_BTD, axes)
-        h_BTD = rms_norm(x_BTD, self.mlp_norm, eps)
-        projected = [linear(h_BTD, weight[...].astype(dtype)) for weight in (self.gate, self.up)]
-        gate_BTF, up_BTF = checkpoint_name(projected, MLP_PROJECTION_OUTPUT)
-        x_BTD = x_BTD + linear(jax.nn.silu(gate_BTF) * up_BTF, self.down[...].astype(dtype))
+        with jax.named_scope("projections"):
+            h_BTD = rms_norm(x_BTD, self.attention_norm, eps)
+            attended_BTD, cache = self._attention(h_BTD, queries, keys, cache)
+            x_BTD = constrain_sharding(x_BTD + attended_BTD, axes)
+        with jax.named_scope("feed_forward"):
+            h_BTD = rms_norm(x_BTD, self.mlp_norm, eps)
+            projected = [linear(h_BTD, weight[...].astype(dtype)) for weight in (self.gate, self.up)]
+            gate_BTF, up_BTF = checkpoint_name(projected, MLP_PROJECTION_OUTPUT)
+            x_BTD = x_BTD + linear(jax.nn.silu(gate_BTF) * up_BTF, self.down[...].astype(dtype))
         return constrain_sharding(x_BTD, axes), cache
 
     def _attention(
@@ -166,7 +168,8 @@ class DecoderLayers(nnx.Module):
         k_BTKH = norm_and_rotate(project(self.k, self.k_bias), self.k_norm)
         v_BTKH = project(self.v, self.v_bias)
         if cache is None:
-            out_BTNH = packed_attention(q_BTNH, k_BTKH, v_BTKH, keys, self.attention)
+            with jax.named_scope("attention"):
+                out_BTNH = packed_attention(q_BTNH, k_BTKH, v_BTKH, keys, self.attention)
         else:
             k_BSKH, v_BSKH, next_slot = cache
             k_BSKH = jax.lax.dynamic_update_slice(k_BSKH, k_BTKH, (0, next_slot, 0, 0))
@@ -205,9 +208,10 @@ class Transformer(nnx.Module):
         else:
             at = (0, cache.next_slot)
             keys = jax.tree.map(lambda old, new: jax.lax.dynamic_update_slice(old, new, at), cache.positions, queries)
-        # Gathered before the look-up: XLA would otherwise rematerialise the whole table for each use.
-        table_VD = constrain_sharding(self.embedding[...].astype(dtype), (None, None))
-        x_BTD = constrain_sharding(table_VD[token_ids_BT], ("batch", _length_axis(cache), "activation_embed"))
+        with jax.named_scope("embedding"):
+            # Gathered before the look-up: XLA would otherwise rematerialise the whole table for each use.
+            table_VD = constrain_sharding(self.embedding[...].astype(dtype), (None, None))
+            x_BTD = constrain_sharding(table_VD[token_ids_BT], ("batch", _length_axis(cache), "activation_embed"))
 
         def layer(x_BTD: jax.Array, xs: tuple) -> tuple:
             block, cached = xs

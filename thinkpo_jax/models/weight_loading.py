@@ -18,7 +18,7 @@ from thinkpo_jax.models.transformer import Transformer
 from thinkpo_jax.models.weight_mapping import abstract_model, flatten_by_name, mappings_by_hf_name
 from thinkpo_jax.runtime.config import UserError, collect_errors
 from thinkpo_jax.runtime.console import log_warning
-from thinkpo_jax.runtime.sharding import abstract_with_shardings
+from thinkpo_jax.runtime.sharding import abstract_with_shardings, tree_shardings
 
 PREFETCH_TENSORS = 8  # Tensors that are read before they are used.
 
@@ -59,6 +59,13 @@ def load_model(folder: Path, compute: ComputeConfig, mesh: Mesh) -> Transformer:
     if broken := [name for name, check in nan_checks.items() if np.isnan(check)]:
         log_warning(f"{folder}: NaN or infinite weights in {len(broken)} tensor(s): {join_first(broken)}.")
     return jax.tree.unflatten(jax.tree.structure(abstract), [parameters[path] for path in targets])
+
+
+def init_model(arch: Architecture, compute: ComputeConfig, mesh: Mesh, *, seed: int) -> Transformer:
+    """Returns a model with random weights on the mesh. The seed gives the weights, on any mesh."""
+    shardings = tree_shardings(abstract_model(arch, compute), mesh)
+    build = jax.jit(lambda key: Transformer(arch, compute, key), out_shardings=shardings)
+    return build(jax.random.key(seed))
 
 
 def _prefetch_tensors(order: Sequence[str], tensors: Mapping[str, TensorLocation]) -> Iterator[str]:

@@ -34,7 +34,7 @@ def find_collectives(program: str, num_devices: int) -> list[Collective]:
     A loop counts as one iteration if its length depends on data. Every branch of a conditional counts.
     TPU fusions repeat one collective on one channel, which counts once. Different collectives may share a channel.
     """
-    bodies, entry = _split_computations(program)
+    bodies, entry = split_computations(program)
     collectives: dict[tuple[str, str, float], Collective] = {}
 
     def visit(computation: str, num_executions: int) -> None:
@@ -54,7 +54,7 @@ def find_collectives(program: str, num_devices: int) -> list[Collective]:
     return [collective for collective in collectives.values() if len(collective.device_group) > 1]
 
 
-def _split_computations(program: str) -> tuple[dict[str, list[str]], str]:
+def split_computations(program: str) -> tuple[dict[str, list[str]], str]:
     """Returns the lines of each computation, and the name of the entry computation."""
     bodies: dict[str, list[str]] = {}
     entry = name = ""

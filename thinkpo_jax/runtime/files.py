@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -66,6 +67,17 @@ def token_cache_folder() -> Path:
     """Returns the folder of cached tokens, below XDG_CACHE_HOME (default: ~/.cache)."""
     home = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
     return Path(home).expanduser() / "thinkpo_jax" / "tokens"
+
+
+def check_writable(path: Path, option: str) -> None:
+    """Raises `UserError`, which names the option, if a file cannot be written. Makes its folder."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=path.parent).close()
+        if path.is_dir():
+            raise IsADirectoryError("it is a folder")
+    except OSError as error:
+        raise UserError(f"{option} {path}: cannot be written: {error}. Give the path of a file.") from None
 
 
 def write_atomically(path: Path, content: bytes) -> None:

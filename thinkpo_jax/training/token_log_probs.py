@@ -146,7 +146,8 @@ def answer_token_log_probs(model: Transformer, batch: DeviceBatch) -> jax.Array:
         gather = shard_map_by_axes(
             lambda hidden, indices: _gather(all_gather_rows(hidden), indices), (HIDDEN_AXES, TOKEN_AXES), HIDDEN_AXES
         )
-    log_probs_RA = token_log_probs(gather(hidden_RTD, batch.loss_positions), model.lm_head(), batch.target_ids)
+    with jax.named_scope("head"):
+        log_probs_RA = token_log_probs(gather(hidden_RTD, batch.loss_positions), model.lm_head(), batch.target_ids)
     return jnp.where(batch.target_regions > 0, constrain_sharding(log_probs_RA, ("batch", None)), 0.0)
 
 

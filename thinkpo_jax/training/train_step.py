@@ -63,13 +63,14 @@ def make_train_step(
     def step(state: TrainState, batch: DeviceBatch) -> tuple[TrainState, Metrics]:
         gradients, sums = _accumulate(objective, state.model, batch)
         weight = jnp.maximum(sums.weight, 1.0)
-        gradients = jax.tree.map(lambda gradient: gradient / weight, gradients)
-        norm = optax.tree.norm(gradients)
-        updates, moments = optimizer.update(gradients, state.optimizer, state.model)  # pyright: ignore[reportArgumentType] -- a Module is a pytree
-        is_finite = jnp.isfinite(sums.loss) & jnp.isfinite(norm)
-        updated = (optax.apply_updates(state.model, updates), moments)  # pyright: ignore[reportArgumentType] -- a Module is a pytree
-        unchanged = (state.model, state.optimizer)
-        model, moments = jax.tree.map(lambda new, old: jnp.where(is_finite, new, old), updated, unchanged)
+        with jax.named_scope("optimizer"):
+            gradients = jax.tree.map(lambda gradient: gradient / weight, gradients)
+            norm = optax.tree.norm(gradients)
+            updates, moments = optimizer.update(gradients, state.optimizer, state.model)  # pyright: ignore[reportArgumentType] -- a Module is a pytree
+            is_finite = jnp.isfinite(sums.loss) & jnp.isfinite(norm)
+            updated = (optax.apply_updates(state.model, updates), moments)  # pyright: ignore[reportArgumentType] -- a Module is a pytree
+            unchanged = (state.model, state.optimizer)
+            model, moments = jax.tree.map(lambda new, old: jnp.where(is_finite, new, old), updated, unchanged)
         metrics = {name: value / weight for name, value in sums.metrics.items()}
         metrics |= {"loss": sums.loss / weight, "grad_norm": norm, "weight": sums.weight, "finite": is_finite}
         return TrainState(model, moments, state.step + 1), metrics
