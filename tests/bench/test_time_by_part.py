@@ -1,5 +1,6 @@
 """Shares of time by part: from made-up profiles of a GPU and a TPU, and from a real profile on the CPU."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,20 +34,14 @@ metadata={op_name="jit(step)/projections/while"}
 """
 
 
-def _profile(plane: str, line: str, events: list[tuple[str, str | None, int, int]]) -> Any:
+def _profile(plane: str, line: str, events: Sequence[tuple[str, str | None, int, int]]) -> Any:
     """Returns a profile with events (name, HLO operation, start, duration), in microseconds."""
     names = sorted({name for name, *_ in events})
-    operations = sorted({operation for _, operation, *_ in events if operation})
-    text = "".join(
-        "events { metadata_id: %d offset_ps: %d duration_ps: %d %s }"
-        % (
-            1 + names.index(name),
-            start * 10**6,
-            duration * 10**6,
-            f'stats {{ metadata_id: 1 str_value: "{operation}" }}' if operation in operations else "",
-        )
-        for name, operation, start, duration in events
-    )
+    text = ""
+    for name, operation, start, duration in events:
+        stat = f'stats {{ metadata_id: 1 str_value: "{operation}" }}' if operation else ""
+        times = f"offset_ps: {start * 10**6} duration_ps: {duration * 10**6}"
+        text += f"events {{ metadata_id: {1 + names.index(name)} {times} {stat} }}"
     known = "".join(
         f'event_metadata {{ key: {i} value {{ id: {i} name: "{name}" }} }}' for i, name in enumerate(names, 1)
     )
@@ -104,7 +99,7 @@ def test_a_real_profile_on_the_cpu(tmp_path: Path) -> None:
 
     x = jnp.ones((400, 400))
     compiled = function.lower(x).compile()
-    result = profile_updates(lambda: jax.block_until_ready(compiled(x)), compiled.as_text(), tmp_path)
+    result = profile_updates(lambda: jax.block_until_ready(compiled(x)), str(compiled.as_text()), tmp_path)
     assert result["shares"]["head"] > 0
     assert result["shares"]["optimizer"] > 0
     assert sum(result["shares"].values()) == pytest.approx(1)

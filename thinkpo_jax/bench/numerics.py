@@ -4,11 +4,12 @@ An error is the norm of the difference divided by the norm of the float32 result
 first, so both sides read the same numbers. The limits are about four times what blockwise attention has on a CPU.
 """
 
+import functools
 import itertools
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -45,7 +46,7 @@ NUM_UPDATES = 10
 class AttentionCase:
     """One comparison of an attention kernel with float32."""
 
-    kernel: str
+    kernel: AttentionKernel
     dtype: str
     num_heads: int
     num_kv_heads: int
@@ -61,30 +62,28 @@ class AttentionCase:
 def measure_numerics(folder: str, seconds: float, *, small: bool = False) -> dict[str, Any]:
     """Returns every comparison as a row: what, error, limit, and whether it is within.
 
-    Comparisons that do not start within `seconds` seconds are counted in `num_skipped`. `kernel` names the kernel of
+    Comparisons that do not end within `seconds` seconds are counted in `num_skipped`. `kernel` names the kernel of
     the device, and `kernel_problem` says why there is none. `folder` gets the config.json of the trained model.
     """
     end = time.monotonic() + seconds
     kernel, problem = device_kernel()
     cases = list(attention_cases(kernel, small=small))
-    with ThreadPoolExecutor(4) as pool:  # XLA compiles several programs at once
-        compiled = [pool.submit(compile_attention, case) for case in cases]
+    with ThreadPoolExecutor(8) as pool:  # XLA compiles several programs at once
+        compared = [pool.submit(compare_attention, case) for case in cases]
         rows = [*compare_updates(kernel or "blockwise", Path(folder), small=small), *compare_log_probs(small=small)]
-        num_skipped = 0
-        for case, future in zip(cases, compiled, strict=True):
-            if time.monotonic() > end:
-                num_skipped += future.cancel() or 1
-                continue
-            try:
-                errors = future.result()()
-            except Exception as error:  # a kernel that fails is a result
-                problem = f"{type(error).__name__}: {error}".splitlines()[0][:300]
-                rows.append({"what": case.title, "problem": problem, "within": False})
-                continue
-            limit = ATTENTION_LIMITS[case.dtype]
-            within = all(error <= limit for error in errors.values())
-            rows.append({"what": case.title, "errors": errors, "limit": limit, "within": within, **asdict(case)})
+        wait(compared, timeout=max(0.0, end - time.monotonic()))
+        rows += [_attention_row(*both) for both in zip(cases, compared, strict=True) if both[1].done()]
+        num_skipped = sum(not future.done() for future in compared)
+        pool.shutdown(cancel_futures=True)
     return {"kernel": kernel, "kernel_problem": problem, "rows": rows, "num_skipped": num_skipped}
+
+
+def _attention_row(case: AttentionCase, future: Future[dict[str, float]]) -> dict[str, Any]:
+    row = {"what": case.title, **asdict(case)}
+    if error := future.exception():  # a kernel that fails is a result
+        return row | {"problem": f"{type(error).__name__}: {error}".splitlines()[0][:300], "within": False}
+    errors, limit = future.result(), ATTENTION_LIMITS[case.dtype]
+    return row | {"errors": errors, "limit": limit, "within": all(error <= limit for error in errors.values())}
 
 
 def device_kernel() -> tuple[AttentionKernel | None, str]:
@@ -129,33 +128,28 @@ def packed_rows(length: int) -> TokenPositions:
     return TokenPositions(*map(jnp.asarray, (segment_ids, positions, lengths)))
 
 
-def compile_attention(case: AttentionCase) -> Callable[[], dict[str, float]]:
-    """Compiles the case and its reference. Returns the function that runs both and compares them."""
+@functools.partial(jax.jit, static_argnames="kernel")
+def _attend(arrays: tuple[jax.Array, ...], rows: TokenPositions, *, kernel: AttentionKernel) -> tuple[jax.Array, ...]:
+    """Returns output, dq, dk and dv, given q, k, v and the gradient of the output."""
+    *inputs, dout = arrays
+    out, pull = jax.vjp(lambda q, k, v: packed_attention(q, k, v, rows, kernel), *inputs)
+    return out, *pull(dout)
+
+
+def compare_attention(case: AttentionCase) -> dict[str, float]:
+    """Returns the errors of output, dq, dk and dv."""
     rows = packed_rows(case.length)
     is_real = rows.segment_ids > 0
     keys = jax.random.split(jax.random.key(case.head_dim + case.num_heads), 4)
     heads = (case.num_heads, case.num_kv_heads, case.num_kv_heads, case.num_heads)
     shapes = [(len(is_real), case.length, count, case.head_dim) for count in heads]
     q, k, v, dout = (jax.random.normal(key, shape).astype(case.dtype) for key, shape in zip(keys, shapes, strict=True))
-    dout = jnp.where(is_real[..., None, None], dout, 0)
-
-    def attend(kernel: Any, arrays: Sequence[jax.Array]) -> tuple[jax.Array, ...]:
-        *inputs, dout = arrays
-        out, pull = jax.vjp(lambda q, k, v: packed_attention(q, k, v, rows, kernel), *inputs)
-        return out, *pull(dout)
-
-    arrays = (q, k, v, dout)
-    tested = jax.jit(lambda arrays: attend(case.kernel, arrays)).lower(arrays).compile()
+    arrays = (q, k, v, jnp.where(is_real[..., None, None], dout, 0))
+    tested = _attend(arrays, rows, kernel=case.kernel)
     with jax.default_matmul_precision("highest"):
-        exact = [array.astype(jnp.float32) for array in arrays]
-        reference = jax.jit(lambda arrays: attend("reference", arrays)).lower(exact).compile()
-
-    def compare() -> dict[str, float]:
-        names = ("output", "dq", "dk", "dv")
-        pairs = zip(tested(arrays), reference(exact), strict=True)
-        return {name: relative_error(*pair, is_real) for name, pair in zip(names, pairs, strict=True)}
-
-    return compare
+        exact = _attend(tuple(array.astype(jnp.float32) for array in arrays), rows, kernel="reference")
+    pairs = zip(("output", "dq", "dk", "dv"), tested, exact, strict=True)
+    return {name: relative_error(a, b, is_real) for name, a, b in pairs}
 
 
 def relative_error(tested: jax.Array, exact: jax.Array, is_real: jax.Array) -> float:
