@@ -19,12 +19,11 @@ import safetensors.numpy
 from filelock import FileLock
 from support.paths import ROOT
 from support.quickstart import quickstart_arguments, train_quickstart
+from support.stages import TIME_METRICS
 
 from thinkpo_jax import evaluate, export
 from thinkpo_jax.runtime.cli import run_command
 from thinkpo_jax.runtime.console import read_metrics
-
-TIME_METRICS = {"seconds", "tokens_per_second", "padded_tokens_per_second", "tflops_per_device"}
 
 
 def _weights(folder: Path, stage: str) -> dict[str, np.ndarray]:

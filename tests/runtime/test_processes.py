@@ -24,7 +24,12 @@ from thinkpo_jax.data.batches import Batch
 from thinkpo_jax.runtime.cli import run_command
 from thinkpo_jax.runtime.config import UserError
 from thinkpo_jax.runtime.console import read_metrics
-from thinkpo_jax.runtime.processes import add_distributed_arguments, broadcast_from_primary, detect_cluster
+from thinkpo_jax.runtime.processes import (
+    DelayedVote,
+    add_distributed_arguments,
+    broadcast_from_primary,
+    detect_cluster,
+)
 
 DEVICES, STEPS = 8, 5
 STEP = {"SLURM_STEP_NODELIST": "node[1-2]", "SLURM_STEP_NUM_NODES": "2"}
@@ -235,6 +240,8 @@ values = [index == 0, index == 1, 2**40 + index, -1 - index]
 print("scalars", [processes.broadcast_from_primary(value) for value in values])
 print("array", processes.broadcast_from_primary(np.arange(3, dtype=np.int32) + index).tolist())
 print("any", processes.any_process(index == 1), processes.any_process(False))
+vote = processes.DelayedVote(jax.make_mesh((2, 4), ("data", "tensor"), axis_types=(jax.sharding.AxisType.Auto,) * 2))
+print("vote", [vote(flag) for flag in (False, index == 1, False, False)])
 processes.barrier("end")
 processes.shutdown_distributed()
 """
@@ -249,6 +256,12 @@ def test_all_processes_receive_the_value_of_the_primary_process() -> None:
         assert f"scalars [True, False, {2**40}, -1]" in output
         assert "array [0, 1, 2]" in output
         assert "any True False" in output
+        assert "vote [False, False, True, False]" in output
+
+
+def test_a_vote_of_one_process_is_not_delayed() -> None:
+    vote = DelayedVote(small.mesh())
+    assert [vote(flag) for flag in (True, False)] == [True, False]
 
 
 @pytest.mark.parametrize("value", [True, False, 0, 7, -3, 2**40])

@@ -9,38 +9,15 @@ import numpy as np
 import pytest
 import safetensors.numpy
 import yaml
+from support.stages import ROWS, STAGE, make_update_nonfinite, stage_inputs
 
-from thinkpo_jax.data.examples import split_held_out
-from thinkpo_jax.data.record_formats import PreferenceDataConfig
-from thinkpo_jax.data.tokenization import tokenize_sources
-from thinkpo_jax.models.compute_config import ComputeConfig
-from thinkpo_jax.models.model_folder import ModelConfig, resolve_model_folder, resolve_model_source
+from thinkpo_jax.models.model_folder import resolve_model_folder
 from thinkpo_jax.models.weight_saving import save_model
 from thinkpo_jax.runtime.cli import run_command
-from thinkpo_jax.runtime.config import parse_config
 from thinkpo_jax.runtime.console import read_metrics
-from thinkpo_jax.runtime.files import StageFolder
-from thinkpo_jax.runtime.mesh import MeshConfig, make_mesh
 from thinkpo_jax.train import main
 from thinkpo_jax.training import train_stage as train
-from thinkpo_jax.training.stage_config import ThinkpoStage
-from thinkpo_jax.training.train_stage import StageInputs, train_stage
-
-STAGE: dict[str, Any] = {
-    "name": "thinkpo",
-    "objective": "thinkpo",
-    "data": {"path": "pairs.jsonl"},
-    "batch": {"size": 6, "row_length": 64},
-    "steps": 6,
-    "beta": 0.1,
-    "optimizer": {"learning_rate": 1e-3, "schedule": "constant", "warmup_ratio": 0.0},
-    "checkpoint": {"every": 1},
-}
-ROWS = [
-    {"prompt": f"{a}{b}{a}{b}?", "chosen": f"{a}+{b}={a + b};#{a + b}", "rejected": f"#{b}"}
-    for a in range(6)
-    for b in range(4)
-]
+from thinkpo_jax.training.train_stage import train_stage
 
 
 def _config(folder: Path, *, run: str = "run", compute: dict[str, Any] | None = None, **stage: Any) -> str:
@@ -100,26 +77,10 @@ def test_validation_does_not_change_the_weights(tmp_path: Path) -> None:
         np.testing.assert_array_equal(array, rare[name], err_msg=name)
 
 
-def _make_update_nonfinite(monkeypatch: pytest.MonkeyPatch, *, update: int) -> None:
-    """Makes the loss of one update NaN.
-
-    The reference of one of its examples becomes NaN. The first update does not read that example.
-    """
-    load_or_compute = train.load_or_compute_reference
-
-    def load_with_nan(model: Any, batches: Any, *args: Any, **kwargs: Any) -> np.ndarray:
-        log_probs = load_or_compute(model, batches, *args, **kwargs)
-        examples = batches[update - 1].example_ids
-        log_probs[examples[examples >= 0][0]] = np.nan
-        return log_probs
-
-    monkeypatch.setattr(train, "load_or_compute_reference", load_with_nan)
-
-
 def test_a_nonfinite_update_stops_the_run_and_the_last_good_checkpoint_remains(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    _make_update_nonfinite(monkeypatch, update=3)
+    make_update_nonfinite(monkeypatch, update=3)
     assert _run(_config(tmp_path)) == 1
     error = capsys.readouterr().err
     assert (
@@ -143,7 +104,7 @@ def test_a_nonfinite_update_stops_the_run_and_the_last_good_checkpoint_remains(
 def test_nonfinite_updates_are_skipped_and_counted(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    _make_update_nonfinite(monkeypatch, update=3)
+    make_update_nonfinite(monkeypatch, update=3)
     assert _run(_config(tmp_path, on_nonfinite="skip")) == 0
     messages = capsys.readouterr().err
     assert "warning: stage thinkpo, update 3: the loss is nan" in messages
@@ -167,7 +128,7 @@ def test_too_many_skips_stop_the_run(tmp_path: Path, capsys: pytest.CaptureFixtu
 
 
 def test_skipped_updates_do_not_advance_the_schedule(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    _make_update_nonfinite(monkeypatch, update=3)
+    make_update_nonfinite(monkeypatch, update=3)
     linear = {"learning_rate": 1e-3, "schedule": "linear", "warmup_ratio": 0.0}
     assert _run(_config(tmp_path, optimizer=linear, on_nonfinite="skip")) == 0
     rates = [line["learning_rate"] for line in read_metrics(tmp_path / "run" / "thinkpo" / "metrics.jsonl")]
@@ -256,28 +217,12 @@ def test_a_learning_rate_of_1e_7_moves_the_weights_in_bfloat16_compute(tmp_path:
 def test_a_stage_can_be_trained_as_a_library_call(tmp_path: Path) -> None:
     """The call needs no YAML file and accepts any folder. It gives the same weights as the command, and resumes."""
     assert _run(_config(tmp_path, steps=3, validation={"share": 0.25, "every": 2})) == 0
-    data = PreferenceDataConfig(path=str(tmp_path / "pairs.jsonl"))
-    stage = parse_config(
-        ThinkpoStage, STAGE | {"data": data, "steps": 3, "validation": {"share": 0.25, "every": 2}}, source="test"
-    )
-    mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
-    initial_model = resolve_model_source(ModelConfig(path="builtin:miniature"), seed=0)
-    dataset = tokenize_sources(stage.data, initial_model.tokenizer, row_length=stage.batch.row_length, seed=0)
-    inputs = StageInputs(
-        config=stage,
-        initial_model=initial_model,
-        compute=ComputeConfig(dtype="float32", attention="blockwise"),
-        mesh=mesh,
-        dataset=dataset,
-        held_out=split_held_out(dataset, 0.25, seed=0),
-        folder=StageFolder(tmp_path / "anywhere"),
-        seed=0,
-    )
+    inputs = stage_inputs(tmp_path, steps=3, validation={"share": 0.25, "every": 2})
     result = train_stage(inputs)
     assert (result.num_updates, len(read_metrics(inputs.folder.metrics))) == (3, 3)
     assert [line["step"] for line in read_metrics(inputs.folder.validation)] == [0, 2, 3]
     save_model(
-        result.state.model, tmp_path / "model", template_folder=initial_model.folder, dtype="float32",
+        result.state.model, tmp_path / "model", template_folder=inputs.initial_model.folder, dtype="float32",
         stop_token_ids=[1], model_card="",
     )  # fmt: skip
     expected = _weights(tmp_path)

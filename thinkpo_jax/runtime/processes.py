@@ -13,8 +13,10 @@ from collections.abc import Mapping
 from typing import Any, TypeVar
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from thinkpo_jax.runtime.config import UserError
 
@@ -167,6 +169,32 @@ def broadcast_from_primary(value: ValueT) -> ValueT:
 def any_process(flag: bool) -> bool:
     """Whether the flag is set in at least one process."""
     return bool(np.any(multihost_utils.process_allgather(np.array(flag)))) if is_distributed() else flag
+
+
+class DelayedVote:
+    """Tells whether a flag is set in any process, without waiting for the programs that the devices run now.
+
+    The devices collect the flags of a call after all programs that were launched before it. So with several processes a
+    call returns the answer of the call before it. A single process gets the answer at once.
+    """
+
+    def __init__(self, mesh: Mesh) -> None:
+        """Compiles the program that collects the flags. All processes must create and call the vote together."""
+        self._mesh = mesh
+        self._answer = self._collect(False) if is_distributed() else None
+
+    def __call__(self, flag: bool) -> bool:
+        """Returns whether a process has set its flag. It is the flag of the call before if there are several."""
+        if self._answer is None:
+            return flag
+        answer, self._answer = self._answer, self._collect(flag)
+        return bool(answer)
+
+    def _collect(self, flag: bool) -> jax.Array:
+        shape, spec = self._mesh.devices.shape, PartitionSpec(*self._mesh.axis_names)
+        own_flag = np.full((1,) * len(shape), flag)
+        flags = jax.make_array_from_callback(shape, NamedSharding(self._mesh, spec), lambda _: own_flag)
+        return jax.jit(jnp.any, out_shardings=NamedSharding(self._mesh, PartitionSpec()))(flags)
 
 
 def gather_to_host(array: jax.Array) -> np.ndarray:

@@ -34,6 +34,9 @@ class CheckpointStore:
     def __init__(self, folder: Path, *, keep: int = 1, read_only: bool = False) -> None:
         """With `read_only` it does not touch what a running training writes."""
         absl.logging.set_verbosity(absl.logging.ERROR)  # Orbax warns about options that it sets itself for readers
+        # One replica writes an array. Otherwise the first save compiles a slice for each shape and device.
+        handler = ocp.type_handlers.ArrayHandler(use_replica_parallel=False)
+        ocp.type_handlers.register_type_handler(jax.Array, handler, override=True)
         options = ocp.CheckpointManagerOptions(
             max_to_keep=None if read_only else keep, cleanup_tmp_directories=not read_only, read_only=read_only
         )
@@ -56,9 +59,12 @@ class CheckpointStore:
         """Returns the last step that was saved completely, or None."""
         return self._manager.latest_step()
 
-    def save(self, state: TrainState) -> None:
-        """Saves the state in the background, unless its step is saved already. Raises `RunError` if it cannot."""
-        step = int(state.step)
+    def save(self, state: TrainState, step: int) -> None:
+        """Saves the state after `step` updates, unless that step is saved already.
+
+        Returns once the state is copied to the host, and writes the files in the background. It first waits for a save
+        that is still being written. Raises `RunError` if the state cannot be saved.
+        """
         if step not in self._manager.all_steps():
             items = {"model": state.model, "training": (state.optimizer, state.step)}
             args = {name: ocp.args.StandardSave(flatten_by_name(item, "/")) for name, item in items.items()}

@@ -11,9 +11,10 @@ from typing import Any
 
 import jax
 import numpy as np
+import optax
 from jax.sharding import Mesh
 
-from thinkpo_jax.data.batches import BatchPlan, HostBatch
+from thinkpo_jax.data.batches import BatchPlan
 from thinkpo_jax.data.examples import TokenizedDataset
 from thinkpo_jax.models.compute_config import ComputeConfig
 from thinkpo_jax.models.model_folder import ModelSource
@@ -23,17 +24,18 @@ from thinkpo_jax.runtime.config import RunError
 from thinkpo_jax.runtime.console import MetricsFile, ProgressReporter, log_info, log_warning, read_metrics
 from thinkpo_jax.runtime.files import StageFolder
 from thinkpo_jax.runtime.mesh import local_data_shards, num_data_shards
-from thinkpo_jax.runtime.processes import any_process, broadcast_from_primary
+from thinkpo_jax.runtime.processes import DelayedVote, any_process, broadcast_from_primary
 from thinkpo_jax.runtime.sharding import put_batch
 from thinkpo_jax.training.checkpoints import CheckpointStore
 from thinkpo_jax.training.objectives import Objective, make_preference_loss, make_thinkpo_objective, sft_objective
 from thinkpo_jax.training.optimizer import learning_rate_schedule, make_optimizer
+from thinkpo_jax.training.pipeline import PlacedBatch, place_ahead
 from thinkpo_jax.training.preference_metrics import finalize_metrics, headline_metrics
 from thinkpo_jax.training.reference_cache import load_stage_reference, save_stage_reference
 from thinkpo_jax.training.reference_log_probs import check_initial_loss, load_or_compute_reference
 from thinkpo_jax.training.stage_config import StageConfig, ThinkpoStage
 from thinkpo_jax.training.throughput import throughput_metrics
-from thinkpo_jax.training.train_step import TrainState, init_train_state, make_eval_step, make_train_step
+from thinkpo_jax.training.train_step import TrainState, TrainStepFn, init_train_state, make_eval_step, make_train_step
 
 
 @dataclass(frozen=True)
@@ -61,7 +63,7 @@ class StageResult:
 
     state: TrainState
     num_updates: int
-    seconds: float  # of training, over all resumed parts, without validation
+    seconds: float  # of training, over all resumed parts, without compilation and validation
     notes: tuple[str, ...]
 
 
@@ -91,29 +93,49 @@ def train_stage(inputs: StageInputs) -> StageResult:
         state = init_train_state(model, optimizer, mesh)
         del model  # the state holds it now, and the update donates its memory
         checkpoints = stack.enter_context(CheckpointStore(inputs.folder.checkpoints, keep=config.checkpoint.keep))
-        stop_requested = stack.enter_context(defer_interrupts())
-        if checkpoints.latest_step() is not None:
+        stop_requested, stop_vote = stack.enter_context(defer_interrupts()), DelayedVote(mesh)
+        start = checkpoints.latest_step() or 0
+        if start:
             state = checkpoints.restore(state)
-            log_info(f"{config.name}: resuming from update {int(state.step)}")
-        start = int(state.step)
-        train_step = make_train_step(objective, optimizer, mesh, state)
-        metrics = StageMetrics(inputs, batches, start, stack)
-        validation = PeriodicValidation(inputs, batches, objective, start, stack)
+            log_info(f"{config.name}: resuming from update {start}")
+        train_step = compile_train_step(inputs, batches, objective, optimizer, state)
+        validation = PeriodicValidation(inputs, batches, objective, state, start, stack)
         validation.run_if_due(start, state)
-        metrics.clock = time.monotonic()
-        for update, batch in enumerate(batches.prefetch_from(start), start + 1):
-            state, step_metrics = train_step(state, put_batch(batch, mesh))
-            metrics.log_update(update, jax.device_get(step_metrics), batch)
-            should_stop = any_process(stop_requested())
-            metrics.clock += validation.run_if_due(update, state)
-            if should_stop or update == len(batches) or update % config.checkpoint.every == 0:
-                checkpoints.save(state)
+        metrics = StageMetrics(inputs, batches, start, stack)
+        for update, batch in enumerate(place_ahead(batches.prefetch_from(start), mesh), start + 1):
+            state, step_metrics = train_step(state, batch.device)
+            metrics.add(update, step_metrics, batch)  # waits for the update before this one
+            should_stop = stop_vote(stop_requested())
+            should_save = should_stop or update == len(batches) or update % config.checkpoint.every == 0
+            if should_save or validation.is_due(update):
+                metrics.drain()
+                metrics.clock += validation.run_if_due(update, state)
+            if should_save:
+                checkpoints.save(state, update)
             if should_stop:
                 raise KeyboardInterrupt
+        if any_process(stop_requested()):  # a vote of the last update may still be open
+            raise KeyboardInterrupt
     lines = read_metrics(inputs.folder.metrics)
     _warn_if_saturated(config, lines[-1] if lines else {})
     notes = (*inputs.dataset.describe_sources(), f"{len(inputs.dataset)} examples", batches.describe())
     return StageResult(state, len(batches), sum(line["seconds"] for line in lines), notes)
+
+
+def compile_train_step(
+    inputs: StageInputs,
+    batches: BatchPlan,
+    objective: Objective,
+    optimizer: optax.GradientTransformation,
+    state: TrainState,
+) -> TrainStepFn:
+    """Returns the compiled update of a stage. Compiled before the loop, its time does not count as training."""
+    log_info(f"{inputs.config.name}: compiling the train step")
+    began = time.monotonic()
+    train_step: Any = make_train_step(objective, optimizer, inputs.mesh, state)
+    compiled = train_step.lower(state, put_batch(batches[0], inputs.mesh)).compile()
+    log_info(f"{inputs.config.name}: the train step was compiled in {time.monotonic() - began:.1f} s")
+    return compiled
 
 
 def make_stage_objective(inputs: StageInputs, batches: BatchPlan, model: Transformer) -> Objective:
@@ -160,39 +182,57 @@ def _reference_log_probs(inputs: StageInputs, batches: BatchPlan, model: Transfo
 class StageMetrics:
     """Writes one line of `metrics.jsonl` for each update, and shows progress.
 
-    `clock` is when the time of the next update starts, in seconds. The caller starts it, and adds the seconds of
-    validation. Reading batches and saving count as training.
+    It reads the metrics of an update after the next one was launched. So the devices never wait for the host.
+    `clock` is when the time of the next update starts, in seconds. The caller adds the seconds of validation. Waiting
+    for batches and saving count as training.
     """
 
     def __init__(self, inputs: StageInputs, batches: BatchPlan, start: int, stack: ExitStack) -> None:
-        """Removes the lines of updates after `start`, which an interrupted run may have left."""
+        """Removes the lines of updates after `start`, which an interrupted run may have left. Starts the clock."""
         self._inputs, self._batches = inputs, batches
-        self._schedule = learning_rate_schedule(inputs.config.optimizer, len(batches))
+        schedule = learning_rate_schedule(inputs.config.optimizer, len(batches))
+        self._learning_rates = np.asarray(schedule(np.arange(len(batches))))
         self._file = stack.enter_context(closing(MetricsFile(inputs.folder.metrics, step=start)))
         num_skipped = sum("skipped" in line for line in read_metrics(inputs.folder.metrics))
         self._num_skipped = broadcast_from_primary(num_skipped)
         progress = ProgressReporter(inputs.config.name, len(batches), done=start, unit="update")
         self._progress = stack.enter_context(closing(progress))
-        self.clock = 0.0
+        self._pending: tuple[int, Mapping[str, jax.Array], PlacedBatch] | None = None
+        self.clock = time.monotonic()
 
-    def log_update(self, update: int, metrics: Mapping[str, Any], batch: HostBatch) -> None:
-        """Logs one update, counted from 1. Raises `RunError` if it is not finite and the stage stops at it."""
+    def add(self, update: int, metrics: Mapping[str, jax.Array], batch: PlacedBatch) -> None:
+        """Takes the metrics of an update that was launched, counted from 1. Logs the update before it.
+
+        Raises `RunError` if the update before it is not finite and the stage stops at it.
+        """
+        self.drain()
+        self._pending = (update, metrics, batch)
+
+    def drain(self) -> None:
+        """Waits for the last update that was added, and logs it. Raises like `add`."""
+        if self._pending is not None:
+            (update, metrics, batch), self._pending = self._pending, None
+            self._log_update(update, jax.device_get(metrics), batch)
+
+    def _log_update(self, update: int, metrics: Mapping[str, Any], batch: PlacedBatch) -> None:
         inputs, batches = self._inputs, self._batches
-        seconds = time.monotonic() - self.clock
+        now = time.monotonic()
+        seconds, self.clock = now - self.clock, now
         line: dict[str, float] = {"step": update, "epoch": update / batches.updates_per_epoch}
         line |= finalize_metrics({name: float(value) for name, value in metrics.items()})
         # A skipped update does not move the counter of the optimizer, so its schedule stays behind.
-        line["learning_rate"] = np.asarray(self._schedule(update - 1 - self._num_skipped)).item()
-        work, architecture = batches.count_work(batch), inputs.initial_model.architecture
+        line["learning_rate"] = self._learning_rates[update - 1 - self._num_skipped].item()
+        work, architecture = batches.count_work(batch.host), inputs.initial_model.architecture
         line |= throughput_metrics(work, batches.tokens_per_update(), architecture, inputs.compute, seconds)
+        line["data_seconds"] = round(batch.data_seconds, 4)
         if not line.pop("finite"):
             self._num_skipped += 1
-            names = inputs.dataset.describe_examples(batch.example_ids[batch.example_ids >= 0].tolist())
+            example_ids = batch.host.example_ids
+            names = inputs.dataset.describe_examples(example_ids[example_ids >= 0].tolist())
             handle_nonfinite_update(inputs.config, line, self._num_skipped, names)
             line = {name: value for name, value in line.items() if math.isfinite(value)} | {"skipped": 1}
         self._file.write(line)
         self._progress.update(update, headline_metrics(line) | {"tok/s": f"{line['tokens_per_second']:,.0f}"})
-        self.clock = time.monotonic()
 
 
 def handle_nonfinite_update(config: StageConfig, line: Mapping[str, float], num_skipped: int, names: str) -> None:
@@ -222,22 +262,36 @@ class PeriodicValidation:
     """Writes loss and metrics of the held-out examples to `validation.jsonl`. Does nothing without `validation`."""
 
     def __init__(
-        self, inputs: StageInputs, batches: BatchPlan, objective: Objective, start: int, stack: ExitStack
+        self,
+        inputs: StageInputs,
+        batches: BatchPlan,
+        objective: Objective,
+        state: TrainState,
+        start: int,
+        stack: ExitStack,
     ) -> None:
-        """Removes the lines of updates after `start`, which an interrupted run may have left."""
-        validation, path = inputs.config.validation, inputs.folder.validation
-        self._mesh, self._last, self._every = inputs.mesh, len(batches), validation and validation.every
+        """Compiles the evaluation. Removes the lines of updates after `start`, which a stopped run may have left."""
+        validation, path, mesh = inputs.config.validation, inputs.folder.validation, inputs.mesh
+        self._mesh, self._last, self._every = mesh, len(batches), validation and validation.every
         if self._every is None:
             return
-        self._eval_step, self._batches = make_eval_step(objective, inputs.mesh), batches.batches_of(batches.held_out)
+        eval_step: Any = make_eval_step(objective, mesh)
+        self._eval_step = eval_step.lower(state.model, put_batch(batches[0], mesh)).compile()
+        self._batches = batches.batches_of(batches.held_out)
         self._file = stack.enter_context(closing(MetricsFile(path, step=start)))
         is_done = np.zeros(self._last + 1, bool)
         is_done[[int(line["step"]) for line in read_metrics(path)]] = True
         self._is_done = broadcast_from_primary(is_done)
 
+    def is_due(self, update: int) -> bool:
+        """Returns whether an evaluation is due after `update` updates and not written yet."""
+        if self._every is None or self._is_done[update]:
+            return False
+        return update % self._every == 0 or update == self._last
+
     def run_if_due(self, update: int, state: TrainState) -> float:
-        """Evaluates if an evaluation is due after `update` updates and not written yet. Returns the seconds it took."""
-        if self._every is None or self._is_done[update] or (update % self._every and update != self._last):
+        """Evaluates if an evaluation is due after `update` updates. Returns the seconds it took."""
+        if not self.is_due(update):
             return 0.0
         began = time.monotonic()
         sums = [jax.device_get(self._eval_step(state.model, put_batch(batch, self._mesh))) for batch in self._batches]
