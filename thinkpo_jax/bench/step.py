@@ -126,7 +126,7 @@ def measure_thinkpo_jax(folder: str, row_length: int) -> dict[str, Any]:
     with jax.set_mesh(mesh):
         config = BatchConfig(rows=1, row_length=row_length)
         batches = BatchPlan(examples, config, seed=SEED, num_shards=1, num_updates=None, epochs=1)
-        compute = ComputeConfig(dtype="float32")
+        compute = ComputeConfig(dtype="float32", remat="projections")  # recomputes no product with a weight matrix
         model = load_model(Path(folder), compute, mesh)
         arch = model.arch
         batches.reference_log_probs = reference_log_probs.compute_reference(model, batches, mesh)
