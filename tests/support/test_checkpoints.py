@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 from support.checkpoints import (
-    SMOLLM2_FILES,
     needs_data,
     smollm2_folder,
     tiny_checkpoint,
@@ -17,6 +16,9 @@ from support.checkpoints import (
     torch_model,
 )
 from support.paths import DATA
+
+from thinkpo_jax.bench.smollm2 import SMOLLM2_FILES, write_smollm2
+from thinkpo_jax.runtime.config import UserError
 
 # Plain English, written for this test. It has 105 tokens.
 PASSAGE = (
@@ -122,8 +124,18 @@ def test_smollm2_folder_is_written_once_and_never_over_other_files(smollm2: Path
     assert smollm2_folder(smollm2) == smollm2
     assert {name: (smollm2 / name).stat().st_mtime_ns for name in SMOLLM2_FILES} == before
     (tmp_path / "config.json").write_text("{}")
-    with pytest.raises(FileExistsError, match="remove it or name another"):
+    with pytest.raises(UserError, match="remove it or name another"):
         smollm2_folder(tmp_path)
+
+
+def test_a_file_that_is_not_gguf_is_a_user_error_and_leaves_no_folder(tmp_path: Path) -> None:
+    pytest.importorskip("gguf")
+    with pytest.raises(UserError, match="no such file"):
+        write_smollm2(tmp_path / "missing.gguf", tmp_path / "out")
+    (tmp_path / "text.gguf").write_bytes(b"no GGUF file" * 10)
+    with pytest.raises(UserError, match=r"text\.gguf: not a GGUF file"):
+        write_smollm2(tmp_path / "text.gguf", tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["text.gguf"]
 
 
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
