@@ -1,5 +1,11 @@
-"""Benchmarks of loading, of a training step against TRL, and of how cost grows with devices and row length.
+"""Benchmarks, and the kit that measures an accelerator. `python -m thinkpo_jax.bench` runs them.
 
-`python -m thinkpo_jax.bench` runs them: `load.bench_load`, `step.bench_step` and `growth.bench_growth`. Tests of other
-folders also use `load.write_checkpoint`, which writes a random model of a given size.
+| file | measures |
+|---|---|
+| `load.py` | loading a checkpoint, compared with reading its file |
+| `step.py` | a ThinkPO update on the CPU, compared with TRL's |
+| `growth.py` | memory and traffic by number of devices and row length, compiled |
+| `device.py` | an accelerator, with `numerics.py`, `updates.py`, `trl.py`, `generation.py` and `quality.py` |
+
+`pack.py` builds what `device.py` needs on a machine without a network. It runs before the packages of others are there.
 """

@@ -43,6 +43,7 @@ WHEELS = {
     "gguf==0.19.0": "gguf",
     "grain==0.2.18": "grain",
     "latex2sympy2-extended==1.11.0": "latex2sympy2_extended",
+    "liger-kernel==0.8.5": "liger_kernel",
     "math-verify==0.9.0": "math_verify",
     "multiprocess==0.70.19": "multiprocess",
     "pebble==5.2.3": "pebble",

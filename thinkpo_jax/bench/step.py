@@ -91,18 +91,23 @@ def _run_round(folder: Path, tokens: int, row_length: int) -> dict[str, Any]:
     variables |= {"JAX_PLATFORMS": "cpu", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": str(cores)}
     child = {"folder": folder / "child", "environment": variables}
     measured = run_in_child(measure_thinkpo_jax, {"folder": str(folder), "row_length": row_length}, **child)
+    ours = _print_side("thinkpo_jax", measured)
     settings = {"folder": str(folder), "pairs_per_update": PAIRS_PER_UPDATE, "on_cpu": True}
     trl = run_in_child(measure_trl, settings, **child)
-    ours, theirs = (SideResult(**{name: side[name] for name in SideResult._fields}) for side in (measured, trl))
-    for title, side in (("thinkpo_jax", ours), ("TRL", theirs)):
-        rate, peak = side.tokens / side.seconds, side.peak_memory / GIB
-        print(f"{title}: {rate:,.0f} useful tokens/s, peak {peak:.2f} GiB, first loss {side.first_loss:.4f}")
+    theirs = _print_side("TRL", trl)
     check_same_work(tokens, ours, theirs)
     matmul, step = (measured[name] / 1e9 for name in ("matmul_flops", "hardware_flops_per_second"))
     share = step / matmul
     print(f"plain matrix products {matmul:.0f} GFLOP/s, our updates {step:.0f} GFLOP/s ({share:.0%})", flush=True)
     ratios = {"speed_ratio": theirs.seconds / ours.seconds, "memory_ratio": ours.peak_memory / theirs.peak_memory}
     return {"thinkpo_jax": measured, "trl": trl, **ratios, "matmul_share": share}
+
+
+def _print_side(title: str, measured: Mapping[str, Any]) -> SideResult:
+    side = SideResult(**{name: measured[name] for name in SideResult._fields})
+    rate, peak = side.tokens / side.seconds, side.peak_memory / GIB
+    print(f"{title}: {rate:,.0f} useful tokens/s, peak {peak:.2f} GiB, first loss {side.first_loss:.4f}", flush=True)
+    return side
 
 
 def check_same_work(tokens: int, ours: SideResult, theirs: SideResult) -> None:
