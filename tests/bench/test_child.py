@@ -4,12 +4,13 @@ import os
 import re
 import signal
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from thinkpo_jax.bench.child import run_in_child
+from thinkpo_jax.bench.child import INTERRUPTED, run_in_child
 from thinkpo_jax.runtime.config import RunError, UserError
 
 
@@ -29,6 +30,15 @@ def raise_error() -> None:
     raise ValueError("not a number\nsecond line")
 
 
+def count(steps: int, ending: str) -> Iterator[dict[str, int]]:
+    for step in range(1, steps + 1):
+        yield {"step": step}
+    if ending == "crash":
+        crash()
+    if ending == "sleep":
+        time.sleep(100)
+
+
 def crash() -> None:
     os.kill(os.getpid(), signal.SIGSEGV)
 
@@ -46,7 +56,7 @@ def _importable(monkeypatch: pytest.MonkeyPatch) -> None:
     """The process imports this file by its name."""
     folder = str(Path(__file__).parent)
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(filter(None, (folder, os.environ.get("PYTHONPATH", "")))))
-    for function in (double, refuse, fail, raise_error, crash, sleep):
+    for function in (double, refuse, fail, raise_error, count, crash, sleep):
         monkeypatch.setattr(function, "__module__", Path(__file__).stem)
 
 
@@ -75,6 +85,15 @@ def test_a_process_that_takes_too_long_is_ended_with_its_children(tmp_path: Path
     file.unlink()  # It exists only if the process got that far.
     time.sleep(0.5)
     assert not file.exists()
+
+
+def test_what_was_yielded_before_a_crash_or_the_time_limit_is_kept(tmp_path: Path) -> None:
+    assert run_in_child(count, {"steps": 3, "ending": ""}, folder=tmp_path) == {"step": 3}
+    crashed = run_in_child(count, {"steps": 2, "ending": "crash"}, folder=tmp_path)
+    assert crashed == {"step": 2, INTERRUPTED: crashed[INTERRUPTED]}
+    assert f"signal {signal.SIGSEGV.value}" in crashed[INTERRUPTED]
+    stopped = run_in_child(count, {"steps": 1, "ending": "sleep"}, folder=tmp_path, seconds=10)
+    assert stopped == {"step": 1, INTERRUPTED: "stopped after 10 s, the time that it had"}
 
 
 def test_an_old_result_is_never_returned(tmp_path: Path) -> None:

@@ -51,18 +51,18 @@ def test_a_number_that_is_not_finite_is_an_infinite_error() -> None:
 
 
 def test_log_probs_that_are_rounded_exceed_their_limit(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert all(row["within"] for row in numerics.compare_log_probs(small=True))
+    assert all(row["within"] for row in numerics.compare_log_probs(is_small=True))
 
     def rounded(*arguments: Any) -> jax.Array:
         return token_log_probs(*arguments).astype(jnp.bfloat16).astype(jnp.float32)
 
     monkeypatch.setattr(numerics, "token_log_probs", rounded)
-    assert not numerics.compare_log_probs(small=True)[0]["within"]
+    assert not numerics.compare_log_probs(is_small=True)[0]["within"]
 
 
 @pytest.mark.slow
 def test_updates_with_another_learning_rate_exceed_their_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    rows = numerics.compare_updates("blockwise", tmp_path, small=True)
+    rows = numerics.compare_updates("blockwise", tmp_path, is_small=True)
     assert all(row["within"] for row in rows)
     losses = rows[0]["losses"]
     assert losses[0] == pytest.approx(math.log(2), abs=1e-4)
@@ -75,7 +75,7 @@ def test_updates_with_another_learning_rate_exceed_their_limit(tmp_path: Path, m
         return make_optimizer(config.model_copy(update={"learning_rate": next(rates)}), num_updates)
 
     monkeypatch.setattr(numerics, "make_optimizer", with_other_rate)
-    first, updates = numerics.compare_updates("blockwise", tmp_path, small=True)
+    first, updates = numerics.compare_updates("blockwise", tmp_path, is_small=True)
     assert first["within"]
     assert not updates["within"]
 
@@ -89,7 +89,7 @@ def test_a_kernel_that_fails_is_a_row(tmp_path: Path, monkeypatch: pytest.Monkey
     monkeypatch.setattr(numerics, "compare_attention", compare_attention)
     monkeypatch.setattr(numerics, "compare_updates", lambda *_, **__: [])
     monkeypatch.setattr(numerics, "compare_log_probs", lambda **_: [])
-    result = numerics.measure_numerics(str(tmp_path), 100, small=True)
+    *_, result = numerics.measure_numerics(str(tmp_path), 100, is_small=True)
     assert [row["within"] for row in result["rows"]] == [False] * 4
     assert result["rows"][2]["problem"] == "NotImplementedError: no kernel"
     assert result["num_skipped"] == 0
@@ -106,6 +106,20 @@ def test_comparisons_that_take_too_long_are_counted(tmp_path: Path, monkeypatch:
     monkeypatch.setattr(numerics, "compare_attention", compare_attention)
     monkeypatch.setattr(numerics, "compare_updates", lambda *_, **__: [])
     monkeypatch.setattr(numerics, "compare_log_probs", lambda **_: [])
-    result = numerics.measure_numerics(str(tmp_path), 0.2, small=True)
-    assert result["num_skipped"] == 2
-    assert [row["within"] for row in result["rows"]] == [True, True]
+    *_, at_the_limit, last = numerics.measure_numerics(str(tmp_path), 0.2, is_small=True)
+    assert at_the_limit["num_skipped"] == 2
+    assert [row["within"] for row in at_the_limit["rows"]] == [True, True]
+    assert last["num_skipped"] == 0  # those that had started have ended since
+
+
+def test_a_failing_comparison_costs_no_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: Any, **__: Any) -> Any:
+        raise RuntimeError("out of memory")
+
+    zeros = dict.fromkeys(("output", "dq", "dk", "dv"), 0.0)
+    monkeypatch.setattr(numerics, "compare_attention", lambda case: zeros)
+    monkeypatch.setattr(numerics, "compare_updates", fail)
+    monkeypatch.setattr(numerics, "compare_log_probs", fail)
+    *_, result = numerics.measure_numerics(str(tmp_path), 100, is_small=True)
+    assert [row["within"] for row in result["rows"]] == [False, False, True, True, True, True]
+    assert result["rows"][0]["problem"] == "RuntimeError: out of memory"

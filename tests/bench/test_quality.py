@@ -255,7 +255,7 @@ def test_the_small_form_trains_real_weights_on_real_questions(tmp_path: Path) ->
         from pathlib import Path
         from jax._src import xla_bridge
         from thinkpo_jax.bench.quality import measure_quality
-        result = measure_quality(Path(sys.argv[1]), Path(sys.argv[2]), seconds=600, small=True)
+        result = measure_quality(Path(sys.argv[1]), Path(sys.argv[2]), seconds=600, is_small=True)
         assert not xla_bridge._backends, "the process uses a device"
         print(json.dumps(result))
         """)

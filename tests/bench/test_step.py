@@ -88,6 +88,7 @@ def test_without_trl_the_error_says_how_to_install_it(
         ["growth", "--config", "missing.yaml", "--kind", "v9", "--out", "plot.png"],
         ["device"],
         ["device", "--out", "results", "--minutes", "0"],
+        ["device", "--out", "results", "--minutes", "nan"],
         ["device", "--out", "results", "--only", "numerics,speed"],
     ],
 )

@@ -16,7 +16,7 @@ from thinkpo_jax.runtime.config import UserError
 from thinkpo_jax.runtime.devices import DEVICE_SPECS
 from thinkpo_jax.runtime.files import check_writable, software_versions, write_atomically
 
-MAX_MINUTES = 600
+MIN_MINUTES, MAX_MINUTES = 1, 600
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -78,8 +78,8 @@ def _run(options: argparse.Namespace, parser: argparse.ArgumentParser) -> dict[s
             parser.error("--config needs a stage")
         return bench_growth(config, options.kind, max_devices=options.most, out=options.out)
     if options.command == "device":
-        if not 0 < options.minutes <= MAX_MINUTES:
-            parser.error(f"--minutes must be a positive number, at most {MAX_MINUTES}")
+        if not MIN_MINUTES <= options.minutes <= MAX_MINUTES:
+            parser.error(f"--minutes must be a number from {MIN_MINUTES} to {MAX_MINUTES}")
         if options.data is not None and not options.data.is_dir():
             raise UserError(f"--data {options.data}: there is no such folder. docs/devices.md says how to make it.")
         return bench_device(options.out, options.minutes, options.only, options.data)

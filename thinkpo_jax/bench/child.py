@@ -1,6 +1,7 @@
 """Runs a measurement in its own process, so that its peak memory is its own and a crash ends nothing else.
 
-This file, run as a program, is that process. It imports a function, calls it and writes what it returns.
+This file, run as a program, is that process. It imports a function, calls it and writes what it returns. A function
+that yields has its result written again after each step, so a crash costs only what came after the last one.
 """
 
 import contextlib
@@ -11,14 +12,81 @@ import re
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from thinkpo_jax.runtime.cli import handling, run_and_exit
+from thinkpo_jax.runtime.cli import describe_exit_status, handling, last_error, run_and_exit
 from thinkpo_jax.runtime.config import RunError, UserError
+from thinkpo_jax.runtime.files import write_atomically
 
-OUTPUT_TAIL = 2000  # characters of a failed process that its error repeats
+INTERRUPTED = "interrupted"  # the key of a result that is not complete
+END_SECONDS = 30  # until a killed process must be gone
+
+
+class Child:
+    """A public function of a module that runs in a process of its own. Arguments and result are JSON objects."""
+
+    def __init__(
+        self,
+        function: Callable[..., Any],
+        arguments: Mapping[str, Any],
+        *,
+        folder: Path,
+        environment: Mapping[str, str],
+    ) -> None:
+        """Starts the process. `folder` gets the request, the result and the log."""
+        name = function.__name__
+        self._result, self.log = folder / f"{name}.result.json", folder / f"{name}.log"
+        folder.mkdir(parents=True, exist_ok=True)
+        self._result.unlink(missing_ok=True)
+        (folder / f"{name}.request.json").write_text(json.dumps(dict(arguments)), encoding="utf-8")
+        command = [sys.executable, "-m", "thinkpo_jax.bench.child", function.__module__, name, str(folder)]
+        variables = os.environ | environment
+        with self.log.open("wb") as output:
+            self._process = subprocess.Popen(
+                command, stdout=output, stderr=output, env=variables, start_new_session=True
+            )
+
+    def result(self) -> dict[str, Any] | None:
+        """Returns what was written so far, or None."""
+        return json.loads(self._result.read_text(encoding="utf-8")) if self._result.exists() else None
+
+    def is_running(self) -> bool:
+        """Whether the process has not ended yet."""
+        return self._process.poll() is None
+
+    def kill(self) -> None:
+        """Ends the process and all that it started."""
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self._process.pid, signal.SIGKILL)
+        with contextlib.suppress(subprocess.TimeoutExpired):  # a process can be stuck in a driver
+            self._process.wait(END_SECONDS)
+
+    def wait(self, seconds: float | None = None) -> dict[str, Any]:
+        """Waits until the process ends, kills it after `seconds`, and returns its result.
+
+        An incomplete result has the reason under `INTERRUPTED`. Without any result, raises `UserError` if the function
+        did, and `RunError` if it failed in another way or took too long.
+        """
+        status: int | None = None
+        try:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                status = self._process.wait(seconds)
+        finally:  # also after Ctrl-C
+            self.kill()
+        result = self.result()
+        if status == 0 and result is not None:
+            return result
+        text = self.log.read_text(encoding="utf-8", errors="replace")
+        errors = "\n".join(re.findall(r"(?m)^error: (.*)$", text))
+        if status is None:
+            reason = f"stopped after {seconds:.0f} s, the time that it had"
+        else:
+            reason = errors or f"ended with {describe_exit_status(status)}: {last_error(text)}"
+        if result is not None:
+            return result | {INTERRUPTED: reason}
+        raise (UserError if status == 2 and errors else RunError)(reason)
 
 
 def run_in_child(
@@ -29,45 +97,9 @@ def run_in_child(
     environment: Mapping[str, str] | None = None,
     seconds: float | None = None,
 ) -> dict[str, Any]:
-    """Returns what a public function of a module returns in a process of its own. Arguments and result are JSON.
-
-    `folder` gets the request, the result and the log `NAME.log`. Raises `UserError` if the function does, and
-    `RunError` if it fails in another way or takes longer than `seconds`. The processes that it started end with it.
-    """
-    name = function.__name__
-    request, result, log = (folder / f"{name}.{suffix}" for suffix in ("request.json", "result.json", "log"))
-    folder.mkdir(parents=True, exist_ok=True)
-    result.unlink(missing_ok=True)
-    request.write_text(json.dumps(dict(arguments)), encoding="utf-8")
-    command = [sys.executable, "-m", "thinkpo_jax.bench.child", function.__module__, name, str(folder)]
-    variables = os.environ | (environment or {})
-    with handling(signal.default_int_handler, signal.SIGTERM), log.open("wb") as output:
-        process = subprocess.Popen(command, stdout=output, stderr=output, env=variables, start_new_session=True)
-        try:
-            status = process.wait(seconds)
-        except subprocess.TimeoutExpired:
-            raise RunError(f"stopped after {seconds:.0f} s, the time that was left") from None
-        finally:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
-    if status == 0:
-        return json.loads(result.read_text(encoding="utf-8"))
-    text = log.read_text(encoding="utf-8", errors="replace")
-    errors = "\n".join(re.findall(r"(?m)^error: (.*)$", text))
-    if status == 2 and errors:
-        raise UserError(errors)
-    raise RunError(errors or f"ended with {_ending(status)}: {_last_error(text)}")
-
-
-def _ending(status: int) -> str:
-    return f"signal {-status}" if status < 0 else f"exit status {status}"
-
-
-def _last_error(text: str) -> str:
-    """Returns the last exception of a log, or its end."""
-    *before, last = re.split(r"(?m)^(?=[\w.]+(?:Error|Exception)\b)", text)
-    return last.strip()[:OUTPUT_TAIL] if before else text[-OUTPUT_TAIL:].strip()
+    """Runs a function in a process of its own, for at most `seconds`. Returns and raises as `Child.wait` does."""
+    with handling(signal.default_int_handler, signal.SIGTERM):
+        return Child(function, arguments, folder=folder, environment=environment or {}).wait(seconds)
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -76,7 +108,8 @@ def main(arguments: Sequence[str]) -> None:
     folder = Path(folder_name)
     request = json.loads((folder / f"{name}.request.json").read_text(encoding="utf-8"))
     result = getattr(importlib.import_module(module), name)(**request)
-    (folder / f"{name}.result.json").write_text(json.dumps(result), encoding="utf-8")
+    for step in result if isinstance(result, Iterator) else (result,):
+        write_atomically(folder / f"{name}.result.json", json.dumps(step).encode())
 
 
 if __name__ == "__main__":

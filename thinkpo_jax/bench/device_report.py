@@ -3,13 +3,14 @@
 import dataclasses
 import datetime
 import json
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from thinkpo_jax.bench.quality import quality_table
-from thinkpo_jax.bench.time_by_part import IDLE, OTHER, PARTS
+from thinkpo_jax.bench.time_by_part import IDLE, OTHER, SCOPES
 from thinkpo_jax.runtime.devices import GIB
 from thinkpo_jax.runtime.files import write_atomically
 
@@ -37,8 +38,22 @@ def write_device_report(
     """Writes `device.json` and `device.md` into `out`, each atomically."""
     contents = {"date": datetime.date.today().isoformat(), "seconds": seconds, "is_small": is_small}
     contents |= {"machine": dict(machine), "outcomes": [dataclasses.asdict(outcome) for outcome in outcomes]}
-    write_atomically(out / "device.json", (json.dumps(contents, indent=1) + "\n").encode())
-    write_atomically(out / "device.md", to_markdown(contents).encode())
+    contents = _without_infinities(contents)
+    write_atomically(out / "device.json", (json.dumps(contents, indent=1, allow_nan=False) + "\n").encode())
+    try:
+        text = to_markdown(contents)
+    except Exception as error:  # the figures are safe in device.json
+        text = f"device.md cannot be written: {type(error).__name__}: {error}. See device.json.\n"
+    write_atomically(out / "device.md", text.encode())
+
+
+def _without_infinities(value: Any) -> Any:
+    """Returns JSON data in which numbers that are not finite are None."""
+    if isinstance(value, dict):
+        return {key: _without_infinities(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_without_infinities(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def to_markdown(contents: Mapping[str, Any]) -> str:
@@ -67,7 +82,7 @@ def to_markdown(contents: Mapping[str, Any]) -> str:
 
 def _machine_lines(machine: Mapping[str, Any]) -> list[str]:
     limit, peak, matmul = (machine[key] for key in ("limit_bytes", "peak_flops", "matmul_flops"))
-    rows = [("device", f"{machine['device_kind']} (1 of {machine['num_devices']})"), ("driver", machine["driver"])]
+    rows = [("device", machine["device_kind"]), ("driver, memory, clock", _one_line(machine["driver"]))]
     rows += [("memory for programs", _gib(limit)), ("peak", f"{peak / 1e12:.0f} TFLOP/s" if peak else "-")]
     rows += [("plain matrix products", f"{matmul / 1e12:.3g} TFLOP/s")]
     rows += [(name, version) for name, version in machine["versions"].items() if name != "devices"]
@@ -81,13 +96,15 @@ def _numerics(results: list[Any], _: Mapping[str, Any]) -> list[str]:
     for row in result["rows"]:
         within = "yes" if row["within"] else "**no**"
         if "problem" in row:
-            attention.append((row["what"], *("-",) * 4, "-", f"{within}: {_one_line(row['problem'])}"))
+            is_attention = "kernel" in row
+            cells = [row["what"], *("-",) * (5 if is_attention else 2), f"{within}: {_one_line(row['problem'])}"]
+            (attention if is_attention else others).append(cells)
         elif "output" in row["errors"]:
-            cells = [f"{row['errors'][name]:.1e}" for name in names]
+            cells = [_error(row["errors"][name]) for name in names]
             attention.append((row["what"], *cells, f"{row['limit']:.1e}", within))
         else:
             ((name, error),) = row["errors"].items()
-            others.append((f"{row['what']}: {name}", f"{error:.1e}", f"{row['limit']:.1e}", within))
+            others.append((f"{row['what']}: {name}", _error(error), f"{row['limit']:.1e}", within))
     kernel = result["kernel"] or f"none, {result['kernel_problem']}"
     lines = [f"Attention kernel of the device: {kernel}. Errors are relative to float32 unless a unit is given.", ""]
     lines += _table(("comparison", "error", "limit", "within"), others)
@@ -98,7 +115,7 @@ def _numerics(results: list[Any], _: Mapping[str, Any]) -> list[str]:
 def _updates(results: list[Any], contents: Mapping[str, Any]) -> list[str]:
     rows = []
     for each in results:
-        goal = None if contents["is_small"] else MFU_GOALS.get((each["objective"], each["row_length"]))
+        goal = MFU_GOALS.get((each["objective"], each["row_length"])) if _has_goals(contents) else None
         mfu = "-" if each["mfu"] is None else f"{each['mfu']:.1%}"
         rows.append((
             each["title"], each["attention"], each["remat"], f"{each['tokens_per_second']:,.0f}", mfu,
@@ -107,7 +124,7 @@ def _updates(results: list[Any], contents: Mapping[str, Any]) -> list[str]:
         ))  # fmt: skip
     header = ("update", "attention", "remat", "useful tokens/s", "MFU", "goal", "peak memory", "planned memory")
     lines = _table((*header, "seconds", "compile, s", "packing"), rows)
-    names = (*PARTS, OTHER, IDLE)
+    names = (*SCOPES, OTHER, IDLE)
     shares = [
         (each["title"], *(f"{each['profile']['shares'][name]:.1%}" for name in names))
         if "shares" in each["profile"]
@@ -115,7 +132,9 @@ def _updates(results: list[Any], contents: Mapping[str, Any]) -> list[str]:
         for each in results
     ]
     lines += ["", "Share of time by part:", "", *_table(("update", *names), shares)]
-    lines += ["", "MFU counts causal attention within segments and no padding."]
+    lines += ["", "MFU counts causal attention within segments and no padding. Planned memory is for full rows."]
+    lines += ["Other is outside of all scopes: slices of layer weights, saved activations and the sum of gradients."]
+    lines += ["A profile can run without CUDA graphs, so idle can be larger than in training."]
     longest = [
         (each["title"], operation["name"], operation["part"], f"{operation['share']:.1%}")
         for each in results
@@ -127,15 +146,20 @@ def _updates(results: list[Any], contents: Mapping[str, Any]) -> list[str]:
 def _trl(results: list[Any], contents: Mapping[str, Any]) -> list[str]:
     theirs = results[0]
     speed = theirs["tokens"] / theirs["seconds"]
-    ours = next((each["result"] for each in contents["outcomes"] if each["part"] == "step" and each["result"]), None)
-    kernels = "with Liger's kernels" if theirs["liger"] else f"without Liger: {_one_line(theirs['liger_problem'])}"
+    outcomes = {each["title"]: each for each in contents["outcomes"]}
+    title = next(title for title, each in outcomes.items() if each["part"] == "trl")
+    ours = outcomes.get(title.removeprefix("TRL: "), {}).get("result")
+    kernels = "with Liger's kernels" if theirs["use_liger"] else f"without Liger: {_one_line(theirs['liger_problem'])}"
     rows = [("TRL", f"{speed:,.0f}", _gib(theirs["peak_memory"]))]
-    lines = [f"TRL's DPOTrainer on the same pairs, {kernels}. Versions: {theirs['versions']}.", ""]
+    versions = ", ".join(f"{name} {version}" for name, version in theirs["versions"].items())
+    lines = [f"TRL's DPOTrainer on the first of the same pairs, {kernels}. Versions: {versions}."]
+    lines += ["On a GPU: bfloat16 autocast over float32 weights, gradient checkpointing, SDPA attention.", ""]
     if ours is not None:
         rows.append(("thinkpo_jax", f"{ours['tokens_per_second']:,.0f}", _gib(ours["peak_bytes"])))
     lines += _table(("side", "useful tokens/s", "peak memory"), rows)
     if ours is not None:
-        lines += ["", f"Ratio: {ours['tokens_per_second'] / speed:.2f} (goal: {TRL_GOAL:g})."]
+        goal = f" (goal: {TRL_GOAL:g})" if _has_goals(contents) else ""
+        lines += ["", f"Ratio: {ours['tokens_per_second'] / speed:.2f}{goal}."]
     return lines
 
 
@@ -154,6 +178,15 @@ def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
     cells = [[str(cell).replace("|", "\\|") for cell in row] for row in (header, *rows)]
     lines = ["| " + " | ".join(row) + " |" for row in cells]
     return [lines[0], "|" + "---|" * len(header), *lines[1:]]
+
+
+def _has_goals(contents: Mapping[str, Any]) -> bool:
+    """Whether the goals are for this device."""
+    return any(name in contents["machine"].get("device_kind", "") for name in ("H100", "H200"))
+
+
+def _error(error: float | None) -> str:
+    return "not finite" if error is None else f"{error:.1e}"
 
 
 def _gib(size: float | None) -> str:

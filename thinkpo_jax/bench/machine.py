@@ -16,40 +16,41 @@ from thinkpo_jax.runtime.files import software_versions
 
 MATMUL_SIZES = {"cpu": 2048}  # of square matrices, by platform
 DEFAULT_MATMUL_SIZE = 8192
-_GPU_QUERY = ("nvidia-smi", "--query-gpu=name,driver_version,memory.total,clocks.max.sm", "--format=csv,noheader")
+PRODUCTS_AT_ONCE = 10  # launched before the device is waited for
+_GPU_QUERY = ("nvidia-smi", "--query-gpu=driver_version,memory.total,clocks.max.sm", "--format=csv,noheader")
 
 
-def describe_machine(dtype: str = "bfloat16") -> dict[str, Any]:
-    """Returns the first device, the driver, the versions, and the rate of matrix products of this dtype."""
+def describe_machine() -> dict[str, Any]:
+    """Returns the first device, the driver, the versions, and the rate of bfloat16 matrix products."""
     device = jax.devices()[0]
     driver = "unknown"
     with suppress(OSError, subprocess.SubprocessError):
-        driver = subprocess.run(_GPU_QUERY, capture_output=True, text=True, timeout=20, check=True).stdout.strip()
+        gpus = subprocess.run(_GPU_QUERY, capture_output=True, text=True, timeout=20, check=True).stdout.splitlines()
+        driver = "; ".join(sorted(set(gpus)))  # GPUs of one kind have one line
     return {
         "platform": device.platform,
         "device_kind": device.device_kind,
-        "num_devices": len(jax.devices()),
         "driver": driver,
         "limit_bytes": device_memory()["limit_bytes"],
         "peak_flops": peak_flops(device.device_kind),
-        "matmul_flops": matmul_rate(dtype),
+        "matmul_flops": matmul_rate("bfloat16"),
         "versions": software_versions(),
     }
 
 
 def matmul_rate(dtype: str) -> float:
-    """Returns FLOP/s of the product of two square matrices on the first device: the median of several."""
+    """Returns FLOP/s of products of two square matrices on the first device: the median of several rounds."""
     size = MATMUL_SIZES.get(jax.devices()[0].platform, DEFAULT_MATMUL_SIZE)
     keys = jax.random.split(jax.random.key(0))
     left, right = (jax.random.normal(key, (size, size), dtype) for key in keys)
     multiply = jax.jit(lambda a, b: a @ b)
     jax.block_until_ready(multiply(left, right))
     seconds = []
-    for _ in range(7):
+    for _ in range(5):
         start = time.perf_counter()
-        jax.block_until_ready(multiply(left, right))
+        jax.block_until_ready([multiply(left, right) for _ in range(PRODUCTS_AT_ONCE)])
         seconds.append(time.perf_counter() - start)
-    return 2 * size**3 / sorted(seconds)[len(seconds) // 2]
+    return PRODUCTS_AT_ONCE * 2 * size**3 / sorted(seconds)[len(seconds) // 2]
 
 
 def device_memory() -> dict[str, int | None]:

@@ -59,31 +59,50 @@ class AttentionCase:
         return f"{self.kernel}, heads {self.num_heads}/{self.num_kv_heads} of width {self.head_dim}, {self.dtype}"
 
 
-def measure_numerics(folder: str, seconds: float, *, small: bool = False) -> dict[str, Any]:
-    """Returns every comparison as a row: what, error, limit, and whether it is within.
+def measure_numerics(folder: str, seconds: float, *, is_small: bool = False) -> Iterator[dict[str, Any]]:
+    """Yields all comparisons so far as rows: what, error, limit, and whether it is within.
 
-    Comparisons that do not end within `seconds` seconds are counted in `num_skipped`. `kernel` names the kernel of
+    Attention that is not compared within `seconds` seconds is counted in `num_skipped`. `kernel` names the kernel of
     the device, and `kernel_problem` says why there is none. `folder` gets the config.json of the trained model.
     """
     end = time.monotonic() + seconds
     kernel, problem = device_kernel()
-    cases = list(attention_cases(kernel, small=small))
+    cases = list(attention_cases(kernel, is_small=is_small))
+    rows: list[dict[str, Any]] = []
     with ThreadPoolExecutor(8) as pool:  # XLA compiles several programs at once
         compared = [pool.submit(compare_attention, case) for case in cases]
-        rows = [*compare_updates(kernel or "blockwise", Path(folder), small=small), *compare_log_probs(small=small)]
+
+        def result() -> dict[str, Any]:
+            done = [each for each in zip(cases, compared, strict=True) if each[1].done() and not each[1].cancelled()]
+            known = {"kernel": kernel, "kernel_problem": problem, "num_skipped": len(cases) - len(done)}
+            return known | {"rows": rows + [_attention_row(*each) for each in done]}
+
+        updates = functools.partial(compare_updates, kernel or "blockwise", Path(folder), is_small=is_small)
+        for name, compare in (
+            ("ThinkPO updates", updates),
+            ("log-probs", functools.partial(compare_log_probs, is_small=is_small)),
+        ):
+            try:
+                rows += compare()
+            except Exception as error:  # a failure is a result
+                rows.append({"what": name, **_problem(error)})
+            yield result()
         wait(compared, timeout=max(0.0, end - time.monotonic()))
-        rows += [_attention_row(*both) for both in zip(cases, compared, strict=True) if both[1].done()]
-        num_skipped = sum(not future.done() for future in compared)
+        yield result()
         pool.shutdown(cancel_futures=True)
-    return {"kernel": kernel, "kernel_problem": problem, "rows": rows, "num_skipped": num_skipped}
+    yield result()
 
 
 def _attention_row(case: AttentionCase, future: Future[dict[str, float]]) -> dict[str, Any]:
     row = {"what": case.title, **asdict(case)}
-    if error := future.exception():  # a kernel that fails is a result
-        return row | {"problem": f"{type(error).__name__}: {error}".splitlines()[0][:300], "within": False}
+    if error := future.exception():
+        return row | _problem(error)
     errors, limit = future.result(), ATTENTION_LIMITS[case.dtype]
     return row | {"errors": errors, "limit": limit, "within": all(error <= limit for error in errors.values())}
+
+
+def _problem(error: BaseException) -> dict[str, Any]:
+    return {"problem": f"{type(error).__name__}: {error}".splitlines()[0][:300], "within": False}
 
 
 def device_kernel() -> tuple[AttentionKernel | None, str]:
@@ -94,9 +113,9 @@ def device_kernel() -> tuple[AttentionKernel | None, str]:
     return (kernel, "") if not reason else (None, reason)
 
 
-def attention_cases(kernel: AttentionKernel | None, *, small: bool) -> Iterator[AttentionCase]:
+def attention_cases(kernel: AttentionKernel | None, *, is_small: bool) -> Iterator[AttentionCase]:
     """Yields the comparisons in order of value: the device's kernel in bfloat16, then in float16, then blockwise."""
-    length, heads = (384, HEADS[3:4]) if small else (1024, HEADS)
+    length, heads = (384, HEADS[3:4]) if is_small else (1024, HEADS)
     dtypes = ("bfloat16",) if kernel == "splash" else ("bfloat16", "float16")  # a TPU computes nothing in float16
     for name, dtype in itertools.product((kernel, "blockwise"), dtypes):
         if name is not None:
@@ -161,9 +180,9 @@ def relative_error(tested: jax.Array, exact: jax.Array, is_real: jax.Array) -> f
     return float(jnp.linalg.norm((tested - exact).ravel()) / jnp.linalg.norm(exact.ravel()))
 
 
-def compare_log_probs(*, small: bool) -> list[dict[str, Any]]:
+def compare_log_probs(*, is_small: bool) -> list[dict[str, Any]]:
     """Compares bfloat16 log-probs without logits, and their gradients, with float32 logits of the same inputs."""
-    tokens, hidden, vocab = (64, 64, 5_003) if small else (2048, 1536, 151_936)
+    tokens, hidden, vocab = (64, 64, 5_003) if is_small else (2048, 1536, 151_936)
     keys = jax.random.split(jax.random.key(1), 4)
     x = jax.random.normal(keys[0], (1, tokens, hidden)).astype(jnp.bfloat16)
     head = (0.02 * jax.random.normal(keys[1], (hidden, vocab))).astype(jnp.bfloat16)
@@ -192,9 +211,11 @@ def compare_log_probs(*, small: bool) -> list[dict[str, Any]]:
     ]
 
 
-def compare_updates(kernel: AttentionKernel, folder: Path, *, small: bool) -> list[dict[str, Any]]:
+def compare_updates(kernel: AttentionKernel, folder: Path, *, is_small: bool) -> list[dict[str, Any]]:
     """Compares the losses of ten ThinkPO updates in bfloat16 with float32, and the first one with ln 2."""
-    arch, length = (write_model_config("tiny", folder), 320) if small else (write_model_config("small", folder), 2048)
+    arch, length = (
+        (write_model_config("tiny", folder), 320) if is_small else (write_model_config("small", folder), 2048)
+    )
     tested = _losses(arch, ComputeConfig(dtype="bfloat16", attention=kernel), length)
     with jax.default_matmul_precision("highest"):
         exact = _losses(arch, ComputeConfig(dtype="float32", attention="blockwise"), length)

@@ -77,13 +77,20 @@ SMALL = QualitySettings(
 
 
 def measure_quality(
-    data: Path, work: Path, *, seconds: float, seeds: Sequence[int] = (0, 1, 2), at_once: int = 1, small: bool = False
+    data: Path,
+    work: Path,
+    *,
+    seconds: float,
+    seeds: Sequence[int] = (0, 1, 2),
+    at_once: int = 1,
+    environment: Mapping[str, str] | None = None,
+    is_small: bool = False,
 ) -> dict[str, Any]:
     """Trains and evaluates each seed, and stops after `seconds`. Touches no device in this process.
 
     `data` has gsm8k/train.jsonl, gsm8k/test.jsonl and smollm2.gguf. `work` is a folder for models and runs, about 7 GB
-    per seed. `at_once` seeds share the device. By the planner, each needs about 20 GiB of its memory.
-    `small` is for CPUs: one seed, 2 rows and 2 updates per stage.
+    per seed. `at_once` seeds share the device. By the planner, each needs about 20 GiB of its memory. `environment` has
+    further variables of the child processes. `is_small` is for CPUs: one seed, 2 rows and 2 updates per stage.
 
     Returns a JSON object. Accuracies and rates are fractions of 1, lengths are tokens:
 
@@ -96,7 +103,7 @@ def measure_quality(
         UserError: data, weights or the package gguf are missing.
     """
     start = time.monotonic()
-    settings, seeds = (SMALL, seeds[:1]) if small else (FULL, seeds)
+    settings, seeds = (SMALL, seeds[:1]) if is_small else (FULL, seeds)
     settings = replace(settings, batch_size=max(1, settings.batch_size // at_once))
     train, test = (data / BENCHMARK / f"{split}.jsonl" for split in ("train", "test"))
     for path in (train, test, data / WEIGHTS):
@@ -110,7 +117,12 @@ def measure_quality(
     config = make_run_config(settings, rows, work, model=model, test=test.resolve())
     (work / "config.yaml").write_text(yaml.safe_dump(config, sort_keys=False), encoding="utf-8")
     remaining = seconds - (time.monotonic() - start)
-    unfinished = run_seeds(work, seeds, seconds=remaining, at_once=at_once, cache_programs=not small)
+    variables = {"XDG_CACHE_HOME": str(work / "cache"), "HF_HUB_OFFLINE": "1", **(environment or {})}
+    if not is_small:  # The seeds compile the same programs.
+        variables["JAX_COMPILATION_CACHE_DIR"] = str(work / "programs")
+    if at_once > 1:
+        variables["XLA_PYTHON_CLIENT_MEM_FRACTION"] = f"{0.9 / at_once:.2f}"
+    unfinished = run_seeds(work, seeds, seconds=remaining, at_once=at_once, environment=variables)
     runs = {seed: work / f"seed{seed}" for seed in seeds if seed not in unfinished}
     return {
         "settings": asdict(settings),
@@ -204,18 +216,13 @@ def make_run_config(
 
 
 def run_seeds(
-    work: Path, seeds: Sequence[int], *, seconds: float, at_once: int = 1, cache_programs: bool = True
+    work: Path, seeds: Sequence[int], *, seconds: float, at_once: int = 1, environment: Mapping[str, str] | None = None
 ) -> dict[int, str]:
     """Runs `train` on `work`/config.yaml for each seed. Returns the reason for each seed that did not finish.
 
     A seed has the run folder `work`/seedN and the log `work`/seedN.log. After `seconds`, all processes are killed.
     """
     deadline, pending = time.monotonic() + seconds, list(seeds)
-    variables = {"XDG_CACHE_HOME": str(work / "cache"), "HF_HUB_OFFLINE": "1"}
-    if cache_programs:  # The seeds compile the same programs.
-        variables["JAX_COMPILATION_CACHE_DIR"] = str(work / "programs")
-    if at_once > 1:
-        variables["XLA_PYTHON_CLIENT_MEM_FRACTION"] = f"{0.9 / at_once:.2f}"
     running: dict[int, subprocess.Popen[bytes]] = {}
     unfinished: dict[int, str] = {}
     with contextlib.ExitStack() as stack:
@@ -223,7 +230,7 @@ def run_seeds(
         stack.enter_context(handling(signal.default_int_handler, signal.SIGTERM))  # so that the stack is left
         while (pending or running) and time.monotonic() < deadline:
             while pending and len(running) < at_once:
-                running[pending[0]] = _start_seed(work, pending[0], os.environ | variables)
+                running[pending[0]] = _start_seed(work, pending[0], os.environ | (environment or {}))
                 pending.pop(0)
             for seed in [seed for seed, process in running.items() if process.poll() is not None]:
                 if status := running.pop(seed).returncode:

@@ -92,7 +92,7 @@ def _run_round(folder: Path, tokens: int, row_length: int) -> dict[str, Any]:
     child = {"folder": folder / "child", "environment": variables}
     measured = run_in_child(measure_thinkpo_jax, {"folder": str(folder), "row_length": row_length}, **child)
     ours = _print_side("thinkpo_jax", measured)
-    settings = {"folder": str(folder), "pairs_per_update": PAIRS_PER_UPDATE, "on_cpu": True}
+    settings = {"folder": str(folder), "pairs_per_update": PAIRS_PER_UPDATE, "is_on_cpu": True}
     trl = run_in_child(measure_trl, settings, **child)
     theirs = _print_side("TRL", trl)
     check_same_work(tokens, ours, theirs)

@@ -15,10 +15,10 @@ import jax
 
 from thinkpo_jax.planning.hlo import split_computations
 
-PARTS = ("attention", "projections", "feed_forward", "head", "embedding", "optimizer")
+SCOPES = ("attention", "projections", "feed_forward", "head", "embedding", "optimizer")
 OTHER, IDLE = "other", "idle"
 NUM_TOP_OPERATIONS = 12
-_SCOPE = re.compile(rf"(?<!\w)({'|'.join(PARTS)})(?!\w)")
+_SCOPE = re.compile(rf"(?<!\w)({'|'.join(SCOPES)})(?!\w)")
 _INSTRUCTION = re.compile(r"(?:ROOT )?%?([\w.-]+) = (.*)")
 _OPCODE = re.compile(r"(?:^|[\s})\]])([a-z][\w-]*)\(")
 _CONTROL_FLOW = ("while", "conditional", "call", "async-start", "async-done")  # they contain operations
@@ -50,11 +50,12 @@ def profile_updates(run: Callable[[], object], program: str, folder: Path) -> di
 def time_by_part(profile: Any, program: str) -> dict[str, Any]:
     """Returns `shares` of the profiled time by part, with `other` and `idle`, and the longest operations.
 
-    Idle is the time between the first and the last operation in which none runs. Shares of parallel operations are
-    scaled so that all shares sum to 1.
+    Idle is the time between the first and the last operation in which none runs. Other is the time of operations
+    outside of all scopes: slices of layer weights, saved activations and the sum of gradients. Shares of parallel
+    operations are scaled so that all shares sum to 1.
     """
     parts = operation_parts(program)
-    seconds: dict[str, float] = dict.fromkeys((*PARTS, OTHER), 0.0)
+    seconds: dict[str, float] = dict.fromkeys((*SCOPES, OTHER), 0.0)
     operations: dict[tuple[str, str], float] = {}
     intervals: list[tuple[float, float]] = []
     for name, start, duration in _device_events(profile):
@@ -68,7 +69,7 @@ def time_by_part(profile: Any, program: str) -> dict[str, Any]:
         return {"problem": "the profile has no operation of the device"}
     busy, span = _covered(intervals), max(end for _, end in intervals) - min(start for start, _ in intervals)
     total, busy_share = sum(seconds.values()), busy / span if span else 1.0
-    shares = {part: seconds[part] / total * busy_share for part in (*PARTS, OTHER)} | {IDLE: 1 - busy_share}
+    shares = {part: seconds[part] / total * busy_share for part in (*SCOPES, OTHER)} | {IDLE: 1 - busy_share}
     top = sorted(operations.items(), key=lambda item: -item[1])[:NUM_TOP_OPERATIONS]
     return {
         "shares": shares,
@@ -83,6 +84,8 @@ def _device_events(profile: Any) -> Iterator[tuple[str, float, float]]:
     """
     planes = list(profile.planes)
     devices = [plane for plane in planes if plane.name.startswith(_DEVICE_PLANE)]
+    if not devices and jax.default_backend() != "cpu":
+        return  # events of the host are no events of the device
     for plane in devices[:1] or planes:
         for line in plane.lines:
             if devices and not re.match(r"Stream|XLA Ops", line.name):

@@ -7,6 +7,7 @@ fastest and took the least memory (BENCHMARKS.md).
 import importlib
 import importlib.util
 import json
+import math
 import time
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from thinkpo_jax.runtime.config import RunError, UserError
 
 PAIRS_FILE = "pairs.json"
 BETA, LEARNING_RATE = 0.01, 1e-6  # of both sides
+LOSS_TOLERANCE = 1e-2  # from ln 2 before the first update, also in bfloat16
 
 
 def check_trl_installed() -> None:
@@ -29,39 +31,41 @@ def check_trl_installed() -> None:
 
 
 def measure_trl(
-    folder: str, *, pairs_per_update: int, on_cpu: bool, liger: bool = False, seconds: float = float("inf")
+    folder: str, *, pairs_per_update: int, is_on_cpu: bool, use_liger: bool = False, seconds: float = float("inf")
 ) -> dict[str, Any]:
     """Trains the pairs of `folder` with the settings that suit TRL best, and returns what it measured.
 
     The model is that of `folder`, with random weights if it has none. The first update is not timed. Training ends
     after `seconds` seconds of timed updates. In TRL 1.16 further settings have no effect or are refused: `padding_free`
-    is disabled and pads, packing is for SFT only, and Liger's loss excludes a precomputed reference. So `liger` only
-    replaces the layers by Liger's kernels. Raises `UserError` if TRL, torch or a GPU is missing, and `RunError` if TRL
-    read other tokens.
+    is disabled and pads, packing is for SFT only, and Liger's loss excludes a precomputed reference. So `use_liger`
+    only replaces the layers by Liger's kernels. Raises `UserError` if TRL, torch or a GPU is missing. Raises `RunError`
+    if TRL read other tokens, or its first loss is not ln 2.
     """
     check_trl_installed()
     pairs: list[Pair] = json.loads((Path(folder) / PAIRS_FILE).read_text(encoding="utf-8"))
     import torch
 
-    if not on_cpu and not torch.cuda.is_available():
+    if not is_on_cpu and not torch.cuda.is_available():
         raise UserError("torch finds no GPU")
-    if liger:
+    if use_liger:
         _use_liger_kernels()
     ends: list[float] = []
-    trainer = _make_trainer(Path(folder), pairs, pairs_per_update, on_cpu=on_cpu, clock=_clock(ends, seconds))
+    trainer = _make_trainer(Path(folder), pairs, pairs_per_update, is_on_cpu=is_on_cpu, clock=_clock(ends, seconds))
     trainer.train()
     log, timed = trainer.state.log_history, len(ends) - 1
     epoch = trainer.train_dataset[pairs_per_update : (timed + 1) * pairs_per_update]
     tokens = sum(len(ids) for name in ("prompt", *NAMES) for ids in epoch[f"{name}_ids"])
     if tokens != (expected := count_tokens(pairs[: timed * pairs_per_update])):
         raise RunError(f"TRL read {tokens} tokens, but its pairs have {expected}")
+    if abs((loss := log[0]["loss"]) - math.log(2)) > LOSS_TOLERANCE:
+        raise RunError(f"TRL's loss before training is {loss:.6f}, but must be ln 2")
     return {
         "tokens": tokens,
         "num_updates": timed,
         "seconds": ends[-1] - ends[0],
-        "first_loss": log[0]["loss"],
+        "first_loss": loss,
         "reference": [float(np.mean(epoch[f"ref_{name}_logps"])) for name in NAMES[1:]],
-        "peak_memory": peak_resident_memory() if on_cpu else torch.cuda.max_memory_allocated(),
+        "peak_memory": peak_resident_memory() if is_on_cpu else torch.cuda.max_memory_allocated(),
         "versions": {name: importlib.import_module(name).__version__ for name in ("torch", "trl", "transformers")},
     }
 
@@ -83,7 +87,8 @@ def _clock(step_ends: list[float], seconds: float) -> Any:
     return Clock()
 
 
-def _make_trainer(folder: Path, pairs: list[Pair], pairs_per_update: int, *, on_cpu: bool, clock: Any) -> Any:
+def _make_trainer(folder: Path, pairs: list[Pair], pairs_per_update: int, *, is_on_cpu: bool, clock: Any) -> Any:
+    import torch
     from datasets import Dataset
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -92,14 +97,15 @@ def _make_trainer(folder: Path, pairs: list[Pair], pairs_per_update: int, *, on_
     if (folder / WEIGHTS_FILE).exists():
         model = AutoModelForCausalLM.from_pretrained(folder, **options)
     else:
-        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder), **options)
+        with torch.device("cpu" if is_on_cpu else "cuda"):  # a GPU draws random weights much faster
+            model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder), **options)
     words = ["<pad>", "<end>", *(f"w{index}" for index in range(2, model.config.vocab_size))]
     texts = [{name: "".join(f" {words[index]}" for index in ids) for name, ids in pair.items()} for pair in pairs]
     settings: dict[str, Any] = {"output_dir": str(folder / "trl"), "num_train_epochs": 1, "beta": BETA}
     settings |= {"max_length": None, "learning_rate": LEARNING_RATE, "lr_scheduler_type": "constant"}
-    settings |= {"use_cpu": on_cpu, "bf16": not on_cpu}
+    settings |= {"use_cpu": is_on_cpu, "bf16": not is_on_cpu}
     settings |= {"per_device_train_batch_size": 1, "gradient_accumulation_steps": pairs_per_update}
-    settings |= {"gradient_checkpointing": not on_cpu, "gradient_checkpointing_kwargs": {"use_reentrant": False}}
+    settings |= {"gradient_checkpointing": not is_on_cpu, "gradient_checkpointing_kwargs": {"use_reentrant": False}}
     settings |= {"precompute_ref_log_probs": True, "precompute_ref_batch_size": 1, "logging_first_step": True}
     settings |= {"train_sampling_strategy": "sequential", "save_strategy": "no", "report_to": "none"}
     return trl.DPOTrainer(

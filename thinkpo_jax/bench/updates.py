@@ -5,12 +5,13 @@ Nothing is written but the model's config.json and a profile. The weights are ra
 
 import dataclasses
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from thinkpo_jax.bench.machine import device_memory
@@ -31,7 +32,7 @@ from thinkpo_jax.models.architecture import Architecture
 from thinkpo_jax.models.compute_config import ComputeConfig, resolve_attention_kernel
 from thinkpo_jax.models.weight_loading import init_model
 from thinkpo_jax.run.run_config import RunConfig
-from thinkpo_jax.runtime.config import parse_config
+from thinkpo_jax.runtime.config import RunError, parse_config
 from thinkpo_jax.runtime.devices import peak_flops
 from thinkpo_jax.runtime.mesh import MeshConfig, make_mesh
 from thinkpo_jax.runtime.sharding import put_batch
@@ -57,7 +58,7 @@ class UpdateCase:
     rows: int
     remat: str
     moment_dtype: str = "float32"
-    dtype: str = "bfloat16"
+    attention: str = "auto"
 
     @property
     def title(self) -> str:
@@ -72,7 +73,7 @@ class UpdateCase:
         stage["batch"] = {"rows": self.rows, "row_length": self.row_length, "rows_per_device": 1}
         stage["optimizer"] = {"learning_rate": 1e-6, "schedule": "constant", "moment_dtype": self.moment_dtype}
         config = {"run_dir": str(folder), "model": {"path": str(folder), "weights": "random"}, "stages": [stage]}
-        config |= {"compute": {"dtype": self.dtype, "remat": self.remat}, "mesh": {"fsdp": 1}}
+        config |= {"compute": {"attention": self.attention, "remat": self.remat}, "mesh": {"fsdp": 1}}
         return parse_config(RunConfig, config, source=self.title)
 
     def draw_pairs(self) -> list[Pair]:
@@ -85,10 +86,11 @@ class UpdateCase:
         return pairs
 
 
-def measure_updates(case: Mapping[str, Any], folder: str, seconds: float) -> dict[str, Any]:
+def measure_updates(case: Mapping[str, Any], folder: str, seconds: float) -> Iterator[dict[str, Any]]:
     """Measures the updates of an `UpdateCase`, given as its fields, for about `seconds` seconds after compilation.
 
-    Returns speeds, MFU, memory in bytes, compile time and the shares of time by part. `folder` gets the profile.
+    Yields speeds, MFU, memory in bytes and compile time, then the same with the shares of time by part. `folder` gets
+    the profile. Raises `RunError` if an update is not finite.
     """
     parsed = UpdateCase(**case)
     config = parsed.run_config(Path(folder))
@@ -107,13 +109,15 @@ def measure_updates(case: Mapping[str, Any], folder: str, seconds: float) -> dic
         timed = [put_batch(batches[index], mesh) for index in range(1, 1 + count)]
         elapsed = _timed(update, timed)
         work = [batches.count_work(batches[index]) for index in range(1, 1 + count)]
+        update.check_finite()
+        result = {**dataclasses.asdict(parsed), "title": parsed.title, "attention": compute.attention}
+        result |= {"num_updates": count, "seconds_per_update": elapsed / count, "compile_seconds": compile_seconds}
+        result |= speed(parsed.objective, arch, compute, work, elapsed)
+        result["packing_efficiency"] = sum(each.tokens for each in work) / (count * batches.tokens_per_update())
+        result |= device_memory() | {"compiled_bytes": update.compiled_bytes()}
+        yield result | {"profile": {"problem": "the process ended in the profiler"}}
         profile = profile_updates(lambda: _timed(update, timed[:PROFILED_UPDATES]), update.program_text(), Path(folder))
-    result = {**dataclasses.asdict(parsed), "title": parsed.title, "attention": compute.attention}
-    result |= {"num_updates": count, "seconds_per_update": elapsed / count, "compile_seconds": compile_seconds}
-    result |= speed(parsed.objective, arch, compute, work, elapsed)
-    result["packing_efficiency"] = sum(each.tokens for each in work) / (count * batches.tokens_per_update())
-    result |= device_memory() | {"compiled_bytes": update.compiled_bytes(), "metrics": update.metrics()}
-    return result | {"profile": profile}
+        yield result | {"profile": profile}
 
 
 def _timed(update: "_Update", batches: Sequence[Any]) -> float:
@@ -159,10 +163,10 @@ class _Update:
         """Waits until the device has finished."""
         jax.block_until_ready((self._state, self._output))
 
-    def metrics(self) -> dict[str, float]:
-        """Returns loss and gradient norm of the last update."""
-        names = () if self._is_reference else ("loss", "grad_norm", "finite")
-        return {name: float(self._output[name]) for name in names}
+    def check_finite(self) -> None:
+        """Raises `RunError` if the last update is not finite."""
+        if not (bool(jnp.isfinite(self._output).all()) if self._is_reference else bool(self._output["finite"])):
+            raise RunError("the last update is not finite")
 
     def program_text(self) -> str:
         """Returns the optimized program as HLO text."""

@@ -33,7 +33,7 @@ from thinkpo_jax.planning.estimates import BatchShape, DeviceMemory, TimeBounds
 from thinkpo_jax.planning.hlo import Collective, find_collectives, total_memory
 from thinkpo_jax.planning.topology import Topology, parse_topology
 from thinkpo_jax.run.run_config import RunConfig
-from thinkpo_jax.runtime.cli import handling, run_and_exit
+from thinkpo_jax.runtime.cli import describe_exit_status, handling, last_error, run_and_exit
 from thinkpo_jax.runtime.config import UserError, parse_config
 from thinkpo_jax.runtime.context_parallel import check_row_divides_context
 from thinkpo_jax.runtime.files import read_json_object
@@ -164,11 +164,9 @@ def _compile_error(output_path: Path, status: int, topology: Topology) -> UserEr
         return UserError("\n".join(user_errors))
     with tempfile.NamedTemporaryFile(prefix="thinkpo_compile_", suffix=".log", delete=False) as log:
         log.write(output_path.read_bytes())
-    *before, last = re.split(r"(?m)^(?=[\w.]+Error\b)", output)
-    cause = last.strip()[:2000] if before else output[-2000:].strip()  # the last exception, or the end of a crash
-    ending = f"signal {-status}" if status < 0 else f"exit status {status}"
     return UserError(
-        f"compiling for {topology.name} failed ({ending}), so its memory use is unknown:\n{cause}\n"
+        f"compiling for {topology.name} failed ({describe_exit_status(status)}), so its memory use is unknown:\n"
+        f"{last_error(output)}\n"
         f"Fix the cause and run the same command again. The compiler's log: {log.name}"
     )
 

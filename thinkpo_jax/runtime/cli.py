@@ -64,6 +64,17 @@ def run_command(main: Callable[[Sequence[str]], None], arguments: Sequence[str] 
     return status
 
 
+def describe_exit_status(status: int) -> str:
+    """Returns how a process ended, from its return code in Python."""
+    return f"signal {-status}" if status < 0 else f"exit status {status}"
+
+
+def last_error(output: str) -> str:
+    """Returns the last exception in the output of a process, or its end. At most 2,000 characters."""
+    *before, last = re.split(r"(?m)^(?=[\w.]+(?:Error|Exception)\b)", output)
+    return last.strip()[:2000] if before else output[-2000:].strip()
+
+
 def run_and_exit(main: Callable[[Sequence[str]], None]) -> NoReturn:
     """Runs a command, then ends this Python process with the command's exit status."""
     try:
@@ -106,7 +117,7 @@ def defer_interrupts() -> Iterator[Callable[[], bool]]:
         if received:
             raise KeyboardInterrupt
         received.append(number)
-        print("\nStopping after this update. Press Ctrl-C again to stop at once.", file=sys.stderr)
+        print("\nStopping after the updates that are launched. Press Ctrl-C again to stop at once.", file=sys.stderr)
 
     with handling(handle, signal.SIGINT, signal.SIGTERM):
         yield lambda: bool(received)

@@ -21,6 +21,13 @@ from thinkpo_jax.training.train_step import TrainState
 TreeT = TypeVar("TreeT")
 
 
+# One replica writes an array. Otherwise the first save compiles a slice for each shape and device. It holds for the
+# whole process.
+ocp.type_handlers.register_type_handler(
+    jax.Array, ocp.type_handlers.ArrayHandler(use_replica_parallel=False), override=True
+)
+
+
 class CheckpointConfig(ConfigSection):
     """Saves every `every` updates and at the end of the stage, and keeps the last `keep` checkpoints."""
 
@@ -34,9 +41,6 @@ class CheckpointStore:
     def __init__(self, folder: Path, *, keep: int = 1, read_only: bool = False) -> None:
         """With `read_only` it does not touch what a running training writes."""
         absl.logging.set_verbosity(absl.logging.ERROR)  # Orbax warns about options that it sets itself for readers
-        # One replica writes an array. Otherwise the first save compiles a slice for each shape and device.
-        handler = ocp.type_handlers.ArrayHandler(use_replica_parallel=False)
-        ocp.type_handlers.register_type_handler(jax.Array, handler, override=True)
         options = ocp.CheckpointManagerOptions(
             max_to_keep=None if read_only else keep, cleanup_tmp_directories=not read_only, read_only=read_only
         )
