@@ -26,6 +26,7 @@ from thinkpo_jax.bench.updates import UpdateCase
 from thinkpo_jax.runtime.cli import run_command
 from thinkpo_jax.runtime.config import RunError, UserError
 from thinkpo_jax.runtime.devices import GIB
+from thinkpo_jax.runtime.files import lock_folder
 
 CPU = {"platform": "cpu", "device_kind": "cpu", "driver": "one\ntwo", "limit_bytes": None}
 CPU |= {"peak_flops": None, "matmul_flops": 1e11, "versions": {"jax": "0.10.2"}}
@@ -281,7 +282,7 @@ def test_an_unknown_device_has_no_plans(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGKILL])
 def test_a_signal_leaves_the_report_and_no_process(tmp_path: Path, number: signal.Signals) -> None:
     out, marker = tmp_path / "results", f"marker_{number.name}"
     command = [sys.executable, "-m", "thinkpo_jax.bench", "device", "--out", str(out), "--only", "numerics"]
@@ -294,11 +295,16 @@ def test_a_signal_leaves_the_report_and_no_process(tmp_path: Path, number: signa
     time.sleep(1)
     assert _processes_with(marker) > {process.pid}
     process.send_signal(number)
-    process.communicate(timeout=60)
-    assert process.returncode == 130
+    printed = process.communicate(timeout=60)[1]
+    assert process.returncode == (-number if number == signal.SIGKILL else 130)
+    deadline = time.monotonic() + 20
+    while _processes_with(marker) and number == signal.SIGKILL and time.monotonic() < deadline:
+        time.sleep(0.1)  # the children look for their parent once a second
     assert not _processes_with(marker)
     assert json.loads((out / "device.json").read_text())["machine"]["platform"] == "cpu"
-    assert not list(tmp_path.glob("thinkpo_device_*"))
+    if number != signal.SIGKILL:
+        assert f"Stopped. Results so far: {out / 'device.md'}" in printed
+        assert not list(tmp_path.glob("thinkpo_device_*"))
 
 
 def _processes_with(marker: str) -> set[int]:
@@ -314,7 +320,7 @@ def _processes_with(marker: str) -> set[int]:
 def test_an_out_folder_that_cannot_be_written_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "file").write_text("")
     assert run_command(bench.main, ["device", "--out", str(tmp_path / "file")]) == 2
-    assert "Choose another folder" in capsys.readouterr().err
+    assert "Set --out to a folder that can be made" in capsys.readouterr().err
     assert run_command(bench.main, ["device", "--out", str(tmp_path / "out"), "--data", str(tmp_path / "none")]) == 2
     assert "there is no such folder" in capsys.readouterr().err
     (tmp_path / "old").mkdir()
@@ -322,6 +328,9 @@ def test_an_out_folder_that_cannot_be_written_is_refused(tmp_path: Path, capsys:
     assert run_command(bench.main, ["device", "--out", str(tmp_path / "old")]) == 2
     assert "it has results already" in capsys.readouterr().err
     assert (tmp_path / "old" / "device.json").read_text() == "{}"
+    with lock_folder(tmp_path / "used", "--out"):
+        assert run_command(bench.main, ["device", "--out", str(tmp_path / "used")]) == 2
+    assert "another process writes to" in capsys.readouterr().err
 
 
 def test_a_report_without_any_measurement_is_a_report() -> None:

@@ -228,7 +228,7 @@ def test_an_interrupted_join_can_be_repeated(
 
 def test_a_wheel_that_pip_rejects_is_an_error_with_its_reason(sources: dict[str, Any], tmp_path: Path) -> None:
     (sources["wheels"] / "packed_two-2.0-py3-none-any.whl").rename(
-        sources["wheels"] / "packed_two-2.0-cp27-cp27m-win32.whl"
+        sources["wheels"] / "packed_two-2.0-py3-none-win32.whl"
     )
     build_pack(tmp_path / "pack", **sources)
     with pytest.raises(PackError, match=r"cannot be installed: ERROR: packed_two.*not a supported wheel"):
@@ -308,3 +308,55 @@ def test_the_packed_versions_satisfy_the_requirements_of_the_package() -> None:
     shared = needed.keys() & packed.keys()
     assert {"pydantic", "datasets", "grain", "math-verify", "pebble", "trl", "gguf"} == shared
     assert all(needed[name].contains(packed[name]) for name in shared)
+
+
+def test_a_wheel_for_another_python_is_an_error(sources: dict[str, Any], tmp_path: Path) -> None:
+    (wheel,) = sources["wheels"].glob("packed_one*")
+    wheel.rename(wheel.with_name("packed_one-1.0-cp39-cp39-manylinux2014_x86_64.whl"))
+    with pytest.raises(PackError, match=f"packed_one-1.0-cp39-.* is not for Python {PYTHON}"):
+        build_pack(tmp_path / "pack", **sources)
+
+
+def test_an_incomplete_site_is_repaired(pack: Path, tmp_path: Path) -> None:
+    join_pack(pack, tmp_path / "out")
+    (tmp_path / "out" / "site" / "packed_one.py").unlink()
+    join_pack(pack, tmp_path / "out")
+    assert (tmp_path / "out" / "site" / "packed_one.py").exists()
+
+
+def test_join_never_overwrites_files_of_others(pack: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "smollm2.gguf").write_text("mine")
+    with pytest.raises(PackError, match="is not empty, and no pack is in it"):
+        join_pack(pack, out)
+    assert (out / "smollm2.gguf").read_text() == "mine"
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda manifest: manifest.update(files=[]),
+        lambda manifest: manifest.update(weights=None),
+        lambda manifest: manifest["weights"].update(parts=["../victim"]),
+        lambda manifest: manifest["modules"].update({"../../wheel.whl": "module"}),
+    ],
+)
+def test_a_signed_manifest_of_another_form_is_an_error(
+    pack: Path, tmp_path: Path, change: Callable[[dict[str, Any]], object]
+) -> None:
+    (tmp_path / "victim").write_text("mine")
+    for number in "123":
+        _edit_manifest(pack / number / "manifest.json", change, sign=True)
+    with pytest.raises(PackError, match="is damaged"):
+        join_pack(pack, tmp_path / "out")
+    assert (tmp_path / "victim").read_text() == "mine"
+
+
+def test_joined_weights_are_compared_with_their_digest(pack: Path, tmp_path: Path) -> None:
+    for number in "123":
+        path = pack / number / "manifest.json"
+        _edit_manifest(path, lambda manifest: manifest["weights"].update(sha256="0" * 64), sign=True)
+    with pytest.raises(PackError, match="differs from the manifest"):
+        join_pack(pack, tmp_path / "out")
+    assert not (tmp_path / "out" / "smollm2.gguf").exists()

@@ -64,7 +64,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _parts(text: str) -> tuple[str, ...]:
-    names = tuple(text.split(","))
+    names = tuple(name.strip() for name in text.split(","))
     if unknown := [name for name in names if name not in PARTS]:
         raise argparse.ArgumentTypeError(f"there is no part {unknown[0]!r}. Choose from {','.join(PARTS)}")
     return names

@@ -12,6 +12,8 @@ import re
 import signal
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -107,9 +109,17 @@ def main(arguments: Sequence[str]) -> None:
     module, name, folder_name = arguments
     folder = Path(folder_name)
     request = json.loads((folder / f"{name}.request.json").read_text(encoding="utf-8"))
+    threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
     result = getattr(importlib.import_module(module), name)(**request)
     for step in result if isinstance(result, Iterator) else (result,):
         write_atomically(folder / f"{name}.result.json", json.dumps(step).encode())
+
+
+def _end_with(parent: int) -> None:
+    """Ends this process and all that it started when its parent is gone, for example after `kill -9`."""
+    while os.getppid() == parent:
+        time.sleep(1)
+    os.killpg(os.getpgrp(), signal.SIGKILL)
 
 
 if __name__ == "__main__":

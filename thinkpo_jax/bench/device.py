@@ -9,6 +9,7 @@ import dataclasses
 import importlib.util
 import json
 import os
+import shutil
 import signal
 import tempfile
 import time
@@ -34,6 +35,7 @@ from thinkpo_jax.runtime.cli import handling
 from thinkpo_jax.runtime.config import RunError, UserError
 from thinkpo_jax.runtime.console import log_info
 from thinkpo_jax.runtime.devices import GIB
+from thinkpo_jax.runtime.files import lock_folder
 
 PARTS = ("numerics", "step", "trl", "generate", "quality")
 # Seconds that a measurement of each part may take. The quality part gets what is left.
@@ -43,6 +45,7 @@ DEFAULT_MIN_SECONDS = 45
 MARGIN_SECONDS = 20  # between the time that a measurement is told and the time at which it is ended
 PLAN_SECONDS = 60  # that an update waits for its plan
 SEED_BYTES, MAX_SEEDS_AT_ONCE = 30 * GIB, 3  # memory of a seed of the quality part, and how many share the device
+QUALITY_BYTES = 21 * GIB  # of disk, for models and checkpoints of three seeds
 TRL_PAIRS_PER_UPDATE, TRL_UPDATES = 8, 4
 OUT_OF_MEMORY = ("RESOURCE_EXHAUSTED", "OUT_OF_MEMORY", "ALLOC_FAILED")  # of XLA, CUDA and cuDNN
 
@@ -85,17 +88,25 @@ def bench_device(out: Path, minutes: float, only: Sequence[str], data: Path | No
     """Measures the first device for about `minutes` minutes. Writes `out`/device.md and device.json, and returns them.
 
     `only` names the parts to run. `data` is a folder that `bench.pack join` has made, for the quality part. Raises
-    `UserError` if `out` cannot be written or has results, and `RunError` if no measurement of `only` succeeded.
+    `UserError` if `out` cannot be written, has results or is in use. Raises `RunError` if nothing was measured.
     """
     with ExitStack() as stack:
-        stack.enter_context(handling(signal.default_int_handler, signal.SIGTERM))  # so that the stack is left
+        # So that the stack is left, also if a terminal is closed.
+        stack.enter_context(handling(signal.default_int_handler, signal.SIGTERM, signal.SIGHUP))
+        if (out / "device.json").exists():
+            raise UserError(f"--out {out}: it has results already. Choose another folder.")
+        stack.enter_context(lock_folder(out, "--out"))
         work = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="thinkpo_device_")))
         kit = _Kit(out, minutes, work, data)
         stack.callback(kit.kill_children)
-        kit.start(only)
-        for part, title, run in kit.measurements():
-            if part in only:
-                kit.measure(part, title, run)
+        try:
+            kit.start(only)
+            for part, title, run in kit.measurements():
+                if part in only:
+                    kit.measure(part, title, run)
+        except KeyboardInterrupt:
+            results = out / "device.md"
+            raise KeyboardInterrupt(f"Stopped. Results so far: {results}. Another call needs another --out.") from None
         return kit.finish()
 
 
@@ -117,14 +128,14 @@ class _Kit:
 
     def start(self, only: Sequence[str]) -> None:
         """Describes the machine, and starts to plan updates. A wrong `out` fails before any measurement."""
-        if (self.out / "device.json").exists():
-            raise UserError(f"--out {self.out}: it has results already. Choose another folder.")
         try:
-            self.out.mkdir(parents=True, exist_ok=True)
             self.write()
         except OSError as error:
             raise UserError(f"--out {self.out}: cannot be written: {error}. Choose another folder.") from None
-        self.machine = self.child("machine", describe_machine, {})
+        try:
+            self.machine = self.child("machine", describe_machine, {})
+        except RunError as error:
+            raise RunError(f"the device cannot be described: {error}") from None
         if self.machine["platform"] == "cpu":
             log_info("JAX finds no accelerator. The small form only shows that the kit works.")
             self.scale = SMALL
@@ -275,6 +286,11 @@ class _Kit:
         if self.data is None:
             raise UserError("--data is not given. docs/devices.md says how to make the folder.")
         at_once = min(MAX_SEEDS_AT_ONCE, max(1, (self.machine["limit_bytes"] or 0) // SEED_BYTES))
+        free, needed = shutil.disk_usage(self.work).free, 1 if self.scale.is_small else QUALITY_BYTES
+        if free < needed:
+            raise UserError(
+                f"{self.work} has {free / GIB:.0f} GiB free, but models need {needed / GIB:.0f}. Set TMPDIR."
+            )
         options = {"seconds": self.seconds_left() - MARGIN_SECONDS, "is_small": self.scale.is_small}
         options |= {"at_once": at_once, "environment": self.environment}
         result = measure_quality(self.data, self.work / "quality", **options)

@@ -19,6 +19,7 @@ import importlib.machinery
 import importlib.util
 import json
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -73,7 +74,7 @@ def build_pack(out: Path, *, data: Path, wheels: Path, gguf: Path, python: str) 
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{out.name}-", dir=out.parent) as name:
         partial = Path(name) / "pack"
-        modules = _copy_wheels(wheels, partial / "1" / "wheels")
+        modules = _copy_wheels(wheels, partial / "1" / "wheels", python)
         for file in DATA_FILES:
             if not (data / file).is_file():
                 raise PackError(f"{data / file}: there is no such file. Give the folder that has it with --data.")
@@ -87,9 +88,11 @@ def build_pack(out: Path, *, data: Path, wheels: Path, gguf: Path, python: str) 
     return [f"{out / folder}: {size / MIB:.1f} MiB" for folder, size in sizes.items()]
 
 
-def _copy_wheels(wheels: Path, out: Path) -> dict[str, str]:
+def _copy_wheels(wheels: Path, out: Path, python: str) -> dict[str, str]:
     """Copies the wheels of `WHEELS`. Returns the module of each file."""
     modules: dict[str, str] = {}
+    digits = python.replace(".", "")
+    supported = {"py3", f"py{digits}", f"cp{digits}", "abi3"}
     out.mkdir(parents=True)
     for requirement, module in WHEELS.items():
         name, _, version = requirement.partition("==")
@@ -97,6 +100,9 @@ def _copy_wheels(wheels: Path, out: Path) -> dict[str, str]:
         if len(matches) != 1:
             names = ", ".join(path.name for path in matches) or "none"
             raise PackError(f"{wheels}: expected one wheel of {requirement}, found {names}. Download the wheels again.")
+        tags, abi = matches[0].stem.split("-")[-3:-1]
+        if not supported & {*tags.split("."), abi}:
+            raise PackError(f"{matches[0]} is not for Python {python}. Download the wheels again, or change --python.")
         shutil.copyfile(matches[0], out / matches[0].name)
         modules[f"wheels/{matches[0].name}"] = module
     return modules
@@ -204,6 +210,11 @@ def join_pack(pack: Path, out: Path) -> list[str]:
     if not set(pending_parts) & set(missing):
         if pending_parts:
             _write_file(out / WEIGHTS, b"".join((out / name).read_bytes() for name in pending_parts))
+            if not _is_intact(out / WEIGHTS, manifest["weights"]):
+                (out / WEIGHTS).unlink()
+                raise PackError(
+                    f"{WEIGHTS} differs from the manifest after its parts were joined. Build the pack again."
+                )
         for name in parts:
             (out / name).unlink(missing_ok=True)
     return [f"{name} (folder {records[name]['folder']})" for name in missing]
@@ -215,8 +226,12 @@ def _read_manifest(path: Path) -> dict[str, Any]:
     manifest: Any = None
     with contextlib.suppress(ValueError, RecursionError):  # ValueError: not UTF-8 or not JSON
         manifest = json.loads(path.read_text(encoding="utf-8"))
-    is_object = isinstance(manifest, dict)
-    if not is_object or manifest.get("digest") != _manifest_digest(manifest) or manifest.get("format") != FORMAT:
+    try:
+        is_valid = manifest["digest"] == _manifest_digest(manifest) and manifest["format"] == FORMAT
+        is_valid = is_valid and {*manifest["weights"]["parts"], *manifest["modules"]} <= manifest["files"].keys()
+    except (KeyError, TypeError, AttributeError):  # not the object that `build` writes
+        is_valid = False
+    if not is_valid:
         raise PackError(f"{path} is damaged, or another version of this program wrote it. {remedy}")
     if outside := [name for name in manifest["files"] if name.startswith("/") or ".." in PurePosixPath(name).parts]:
         raise PackError(f"{path} names a file outside the pack: {outside[0]}. {remedy}")
@@ -231,6 +246,8 @@ def _store_manifest(path: Path, out: Path) -> None:
         problem = f"{path.parent} is for Python {manifest['python']}, but this is Python {version}."
         raise PackError(f"{problem} Build the pack with --python {version}, or run this command with the other Python.")
     stored = out / MANIFEST
+    if not stored.exists() and out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise PackError(f"{out} is not empty, and no pack is in it. Choose another --out.")
     if stored.exists() and _read_manifest(stored)["digest"] != manifest["digest"]:
         raise PackError(f"{out} holds another pack than {path.parent}. Remove {out}, or choose another --out.")
     _write_file(stored, path.read_bytes())
@@ -262,16 +279,18 @@ def _install_wheels(modules: Mapping[str, str], out: Path) -> None:
     """Installs the wheels whose modules this Python lacks into `out`/site. A crash leaves no incomplete `site`."""
     site, partial = out / SITE, out / f".{SITE}.partial"
     wheels = [str(out / name) for name, module in modules.items() if not _is_importable(module)]
-    if site.exists() or not wheels:
+    lacking = [module for module in modules.values() if not _is_importable(module, str(site))]
+    if not wheels or not lacking:
         return
     shutil.rmtree(partial, ignore_errors=True)
     options = ["--quiet", "--no-index", "--no-deps", "--no-compile", "--no-cache-dir", "--target", str(partial)]
     _run_pip(["install", *options, *wheels], problem="the wheels cannot be installed")
+    shutil.rmtree(site, ignore_errors=True)
     partial.replace(site)
 
 
-def _is_importable(module: str) -> bool:
-    spec = importlib.machinery.PathFinder.find_spec(module)
+def _is_importable(module: str, *folders: str) -> bool:
+    spec = importlib.machinery.PathFinder.find_spec(module, [*folders, *sys.path])
     return spec is not None and spec.origin is not None  # a folder without `__init__.py` has no origin
 
 
@@ -317,6 +336,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return _join_and_report(options.pack, options.out)
         with tempfile.TemporaryDirectory() as name:
             wheels, gguf = options.wheels or Path(name), options.gguf or find_gguf()
+            if missing := [path for path in (options.data, gguf) if not path.exists()]:
+                raise PackError(f"{missing[0]}: there is no such file or folder.")
             if options.wheels is None:
                 download_wheels(wheels, python=options.python)
             print(
@@ -336,7 +357,7 @@ def _join_and_report(pack: Path, out: Path) -> int:
     if (out / SITE).exists():
         for line in unmet_requirements(out):
             print(f"warning: {line}", file=sys.stderr)
-        print(f"export PYTHONPATH={(out / SITE).resolve()}${{PYTHONPATH:+:$PYTHONPATH}}")
+        print(f"export PYTHONPATH={shlex.quote(str((out / SITE).resolve()))}${{PYTHONPATH:+:$PYTHONPATH}}")
     if not missing:
         print(f"{out} is complete.", file=sys.stderr)
     return int(any(not name.startswith(WEIGHTS) for name in missing))

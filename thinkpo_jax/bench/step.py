@@ -20,6 +20,7 @@ import numpy as np
 from thinkpo_jax.bench import load
 from thinkpo_jax.bench.child import run_in_child
 from thinkpo_jax.bench.machine import matmul_rate, peak_resident_memory
+from thinkpo_jax.bench.time_by_part import profile_updates
 from thinkpo_jax.bench.trl import BETA, LEARNING_RATE, PAIRS_FILE, check_trl_installed, measure_trl
 from thinkpo_jax.bench.updates import SEED, speed
 from thinkpo_jax.bench.workload import END_ID, REAL_PAIRS, LengthDistribution, count_tokens, draw_pairs, to_examples
@@ -99,6 +100,9 @@ def _run_round(folder: Path, tokens: int, row_length: int) -> dict[str, Any]:
     matmul, step = (measured[name] / 1e9 for name in ("matmul_flops", "hardware_flops_per_second"))
     share = step / matmul
     print(f"plain matrix products {matmul:.0f} GFLOP/s, our updates {step:.0f} GFLOP/s ({share:.0%})", flush=True)
+    shares = measured["profile"].get("shares", {})
+    parts = ", ".join(f"{name} {part:.0%}" for name, part in shares.items())
+    print(f"packing efficiency {measured['packing_efficiency']:.1%}; time by part: {parts}", flush=True)
     ratios = {"speed_ratio": theirs.seconds / ours.seconds, "memory_ratio": ours.peak_memory / theirs.peak_memory}
     return {"thinkpo_jax": measured, "trl": trl, **ratios, "matmul_share": share}
 
@@ -124,7 +128,8 @@ def check_same_work(tokens: int, ours: SideResult, theirs: SideResult) -> None:
 def measure_thinkpo_jax(folder: str, row_length: int) -> dict[str, Any]:
     """Trains with one packed row per update: one update that is not timed, then one epoch.
 
-    Returns the fields of `SideResult`, and the rates of plain matrix products and of the updates in FLOP/s.
+    Returns the fields of `SideResult`, the rates of plain matrix products and of the updates in FLOP/s, the packing
+    efficiency, and the shares of time by part.
     """
     examples = to_examples(json.loads((Path(folder) / PAIRS_FILE).read_text(encoding="utf-8")))
     mesh = make_mesh(MeshConfig(fsdp=1), jax.devices()[:1])
@@ -140,15 +145,22 @@ def measure_thinkpo_jax(folder: str, row_length: int) -> dict[str, Any]:
         state = train_step.init_train_state(model, optimizer, mesh)
         del model
         objective = make_thinkpo_objective(PreferenceConfig(beta=BETA), end_of_turn_id=END_ID)
-        update = train_step.make_train_step(objective, optimizer, mesh, state)
+        function: Any = train_step.make_train_step(objective, optimizer, mesh, state)
+        update = function.lower(state, put_batch(batches[0], mesh)).compile()
         losses, ends = [], []
         for index in (0, *range(len(batches))):
             state, metrics = update(state, put_batch(batches[index], mesh))
             losses.append(float(metrics["loss"]))
             ends.append(time.perf_counter())
+        peak = peak_resident_memory()  # before the profile and the matrix products add to it
+        profile = profile_updates(
+            lambda: jax.block_until_ready(update(state, put_batch(batches[0], mesh))), update.as_text(), Path(folder)
+        )
     tokens = sum(len(segment.token_ids) for example in examples for segment in example)
     reference = batches.reference_log_probs.sum(axis=-1).mean(axis=0).tolist()
-    seconds, peak = ends[-1] - ends[0], peak_resident_memory()  # before the matrix products add to it
+    seconds = ends[-1] - ends[0]
     work = [batches.count_work(batches[index]) for index in range(len(batches))]
     result = SideResult(tokens, seconds, losses[0], reference, peak)._asdict()
-    return speed("thinkpo", arch, compute, work, seconds) | result | {"matmul_flops": matmul_rate("float32")}
+    result |= {"matmul_flops": matmul_rate("float32"), "profile": profile}
+    result["packing_efficiency"] = batches.packing_efficiency()
+    return speed("thinkpo", arch, compute, work, seconds) | result

@@ -56,8 +56,9 @@ def run_command(main: Callable[[Sequence[str]], None], arguments: Sequence[str] 
             "a computation with the other processes failed: one of them has probably ended. Read its last lines, then "
             f"start all processes again to resume. ({str(error).splitlines()[0]})"
         )
-    except KeyboardInterrupt:
-        print("\nStopped. Rerun the same command to resume: it goes on from what is saved.", file=sys.stderr)
+    except KeyboardInterrupt as interrupt:
+        resume = "Stopped. Rerun the same command to resume: it goes on from what is saved."
+        print(f"\n{interrupt or resume}", file=sys.stderr)  # a command that does not resume says so itself
         return EXIT_STATUS_INTERRUPTED
     prefix = f"process {jax.process_index()}: error: " if is_distributed() else "error: "
     print(re.sub(r"(?m)^", prefix, message), file=sys.stderr)

@@ -242,7 +242,10 @@ def handle_nonfinite_update(config: StageConfig, line: Mapping[str, float], num_
         f"{line['grad_norm']}. The update was not applied. Its examples, counted among the rows used of {names}."
     )
     if config.on_nonfinite == "stop":
-        raise RunError(f"{problem} Lower the learning rate, or set `on_nonfinite: skip` to skip such updates.")
+        raise RunError(
+            f"{problem} Lower the learning rate and choose another run_dir, or set `on_nonfinite: skip` to skip such "
+            "updates."
+        )
     if num_skipped > config.max_skipped:
         raise RunError(f"{problem} More than `max_skipped: {config.max_skipped}` updates are skipped.")
     log_warning(f"{problem} {num_skipped} of at most {config.max_skipped} updates are skipped.")
