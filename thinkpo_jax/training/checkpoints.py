@@ -4,6 +4,7 @@ A checkpoint holds two items, `model` and `training` (optimizer state and step).
 a parameter to its array. The step itself is the position in the data, see `BatchPlan`.
 """
 
+import functools
 from pathlib import Path
 from typing import TypeVar
 
@@ -21,13 +22,6 @@ from thinkpo_jax.training.train_step import TrainState
 TreeT = TypeVar("TreeT")
 
 
-# One replica writes an array. Otherwise the first save compiles a slice for each shape and device. It holds for the
-# whole process.
-ocp.type_handlers.register_type_handler(
-    jax.Array, ocp.type_handlers.ArrayHandler(use_replica_parallel=False), override=True
-)
-
-
 class CheckpointConfig(ConfigSection):
     """Saves every `every` updates and at the end of the stage, and keeps the last `keep` checkpoints."""
 
@@ -41,6 +35,7 @@ class CheckpointStore:
     def __init__(self, folder: Path, *, keep: int = 1, read_only: bool = False) -> None:
         """With `read_only` it does not touch what a running training writes."""
         absl.logging.set_verbosity(absl.logging.ERROR)  # Orbax warns about options that it sets itself for readers
+        _let_one_replica_write()
         options = ocp.CheckpointManagerOptions(
             max_to_keep=None if read_only else keep, cleanup_tmp_directories=not read_only, read_only=read_only
         )
@@ -103,6 +98,13 @@ class CheckpointStore:
                 "damaged, move that folder away. Training then resumes from an earlier checkpoint or from the start."
             ) from None
         return jax.tree.unflatten(jax.tree.structure(like), list(restored[item].values()))
+
+
+@functools.cache
+def _let_one_replica_write() -> None:
+    """Lets one replica write an array, in this whole process. Otherwise the first save compiles slices of arrays."""
+    handler = ocp.type_handlers.ArrayHandler(use_replica_parallel=False)
+    ocp.type_handlers.register_type_handler(jax.Array, handler, override=True)
 
 
 def _raise_if_process_died(error: Exception) -> None:
