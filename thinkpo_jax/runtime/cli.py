@@ -58,7 +58,7 @@ def run_command(main: Callable[[Sequence[str]], None], arguments: Sequence[str] 
         )
     except KeyboardInterrupt as interrupt:
         resume = "Stopped. Rerun the same command to resume: it goes on from what is saved."
-        print(f"\n{interrupt or resume}", file=sys.stderr)  # a command that does not resume says so itself
+        print(f"\n{str(interrupt) or resume}", file=sys.stderr)  # a command that does not resume says so itself
         return EXIT_STATUS_INTERRUPTED
     prefix = f"process {jax.process_index()}: error: " if is_distributed() else "error: "
     print(re.sub(r"(?m)^", prefix, message), file=sys.stderr)
