@@ -91,8 +91,10 @@ def bench_device(out: Path, minutes: float, only: Sequence[str], data: Path | No
     `UserError` if `out` cannot be written, has results or is in use. Raises `RunError` if nothing was measured.
     """
     with ExitStack() as stack:
-        # So that the stack is left, also if a terminal is closed.
-        stack.enter_context(handling(signal.default_int_handler, signal.SIGTERM, signal.SIGHUP))
+        # So that the stack is left, also if a terminal is closed. Under nohup that is ignored.
+        is_nohup = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+        signals = (signal.SIGTERM,) if is_nohup else (signal.SIGTERM, signal.SIGHUP)
+        stack.enter_context(handling(signal.default_int_handler, *signals))
         if (out / "device.json").exists():
             raise UserError(f"--out {out}: it has results already. Choose another folder.")
         stack.enter_context(lock_folder(out, "--out"))
@@ -304,7 +306,8 @@ class _Kit:
         write_device_report(self.out, self.machine, self.outcomes, seconds=seconds, is_small=self.scale.is_small)
 
     def finish(self) -> dict[str, Any]:
-        """Returns the report. Raises `RunError` if nothing was measured."""
+        """Prints the report and returns it. Raises `RunError` if nothing was measured."""
+        print((self.out / "device.md").read_text(encoding="utf-8"), flush=True)
         log_info(f"results: {self.out / 'device.md'}")
         if not any(outcome.status == "measured" for outcome in self.outcomes):
             reasons = "\n".join(f"{each.title}: {each.status}: {each.reason}" for each in self.outcomes)
