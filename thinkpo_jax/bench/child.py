@@ -36,6 +36,7 @@ class Child:
         *,
         folder: Path,
         environment: Mapping[str, str],
+        niceness: int = 0,
     ) -> None:
         """Starts the process. `folder` gets the request, the result and the log."""
         name = function.__name__
@@ -43,7 +44,8 @@ class Child:
         folder.mkdir(parents=True, exist_ok=True)
         self._result.unlink(missing_ok=True)
         (folder / f"{name}.request.json").write_text(json.dumps(dict(arguments)), encoding="utf-8")
-        command = [sys.executable, "-m", "thinkpo_jax.bench.child", function.__module__, name, str(folder)]
+        command = [sys.executable, "-m", "thinkpo_jax.bench.child", function.__module__, name]
+        command += [str(folder), str(niceness)]
         variables = os.environ | environment
         with self.log.open("wb") as output:
             self._process = subprocess.Popen(
@@ -106,8 +108,9 @@ def run_in_child(
 
 def main(arguments: Sequence[str]) -> None:
     """Calls a function by module and name, with the arguments of its request, and writes its result."""
-    module, name, folder_name = arguments
+    module, name, folder_name, niceness = arguments
     folder = Path(folder_name)
+    os.nice(int(niceness))
     request = json.loads((folder / f"{name}.request.json").read_text(encoding="utf-8"))
     threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
     result = getattr(importlib.import_module(module), name)(**request)

@@ -147,7 +147,8 @@ class _Kit:
             arguments |= {name: self.machine[name] for name in ("device_kind", "limit_bytes")}
             arguments |= {"folder": str(self.work / "plans")}
             environment = self.environment | {"JAX_PLATFORMS": "cpu"}
-            self.planner = Child(plan_updates, arguments, folder=self.work / "planner", environment=environment)
+            options = {"folder": self.work / "planner", "environment": environment}
+            self.planner = Child(plan_updates, arguments, **options, niceness=19)  # the measurements come first
             self.children.append(self.planner)
 
     def measurements(self) -> Iterator[tuple[str, str, Measurement]]:

@@ -1,9 +1,7 @@
 """Plans the memory of updates with the compiler for the device, on the CPU, while other measurements run."""
 
 import dataclasses
-import os
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +24,6 @@ def plan_updates(
     The plan is the fastest remat policy whose memory is below `PLANNED_MEMORY_SHARE` of `limit_bytes`. `cases` are the
     fields of each `UpdateCase`. Nothing is planned for a kind of device that the planner does not know.
     """
-    with suppress(AttributeError, OSError):
-        os.nice(19)  # the measurements come first
     spec = find_device_spec(device_kind)
     topology = next((each for each in list_slices(spec.name) if each.size == 1), None) if spec else None
     plans: dict[str, Any] = {}
