@@ -246,6 +246,7 @@ def test_quality_without_a_finished_seed_is_a_failure(
         return {"seeds": {}, "pooled": [], "unfinished": {"0": "stopped by the time limit"}}
 
     monkeypatch.setattr(device, "measure_quality", measure)
+    monkeypatch.setattr(device, "QUALITY_BYTES", 1)
     (tmp_path / "data").mkdir()
     status, report, _ = run(H100, GENERATION, "--only", "quality", "--data", str(tmp_path / "data"))
     assert status == 1
@@ -253,6 +254,11 @@ def test_quality_without_a_finished_seed_is_a_failure(
     assert calls[0]["at_once"] == 2  # of 71 GiB
     assert calls[0]["environment"]["XLA_PYTHON_CLIENT_MEM_FRACTION"] == "0.9"
     assert run(H100, GENERATION, "--minutes", "3", "--only", "quality")[1]["outcomes"][0]["status"] == "not reached"
+    monkeypatch.setattr(device, "QUALITY_BYTES", 2**60)
+    (outcome,) = run(H100, GENERATION, "--only", "quality", "--data", str(tmp_path / "data"))[1]["outcomes"]
+    assert outcome["status"] == "skipped"
+    assert "models need" in outcome["reason"]
+    assert len(calls) == 1
 
 
 def test_an_interrupted_result_is_kept_with_its_reason(run: Callable[..., Any]) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 from support.checkpoints import needs_data, smollm2_missing
 from support.paths import DATA
+from support.selection import exhaustive
 
 from thinkpo_jax.bench import quality
 from thinkpo_jax.bench.pack import find_gguf
@@ -241,6 +242,7 @@ def test_the_table_shows_scores_comparisons_and_unfinished_seeds() -> None:
     assert len(empty) == 2
 
 
+@exhaustive  # The tests above check its parts in a shorter time.
 @pytest.mark.slow
 @needs_data
 @pytest.mark.skipif(bool(smollm2_missing()), reason=smollm2_missing())

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import jax
 import pytest
+from support.selection import cases
 
 from thinkpo_jax.bench import updates
 from thinkpo_jax.bench.time_by_part import SCOPES
@@ -36,7 +37,7 @@ def test_mfu_is_the_share_of_the_peak_and_a_reference_pass_is_a_third(
     assert updates.speed("thinkpo", arch, in_float32, WORK, seconds=2.0)["mfu"] is None
 
 
-@pytest.mark.parametrize("objective", ["thinkpo", "sft", "reference"])
+@pytest.mark.parametrize("objective", cases(("thinkpo", "sft", "reference"), short=lambda name: name == "reference"))
 def test_a_measured_update_is_consistent(tmp_path: Path, objective: str) -> None:
     case = UpdateCase("tiny", objective, 384, 2, "full")  # pyright: ignore[reportArgumentType]
     early, result = measure_updates(dataclasses.asdict(case), str(tmp_path), 0.01)
