@@ -44,7 +44,7 @@ def test_a_right_kernel_is_within_its_limit_and_a_wrong_one_is_not(monkeypatch: 
 
 
 def test_a_number_that_is_not_finite_is_an_infinite_error() -> None:
-    exact, is_real = jnp.ones((1, 3, 1, 1)), jnp.array([[True, True, False]])
+    exact, is_real = jnp.ones((1, 3, 1, 1)), jnp.array([[True, True, False]])[..., None, None]
     assert numerics.relative_error(exact, exact, is_real) == 0
     assert numerics.relative_error(exact.at[0, 2].set(5), exact, is_real) == 0  # padding does not count
     assert numerics.relative_error(exact.at[0, 2].set(jnp.nan), exact, is_real) == math.inf  # but must be finite

@@ -85,15 +85,16 @@ def _run(options: argparse.Namespace, parser: argparse.ArgumentParser) -> dict[s
         return bench_device(options.out, options.minutes, options.only, options.data)
     if options.repeats < 1 or (options.command == "load" and not 0 < options.gib < 1000):
         parser.error("--repeats must be at least 1, and --gib a positive number below 1000")
-    print("; ".join(f"{name} {version}" for name, version in software_versions().items()))
+    versions = software_versions()
+    print("; ".join(f"{name} {version}" for name, version in versions.items()))
     if options.command == "load":
-        return bench_load(options.gib, options.repeats) | {"versions": software_versions()}
+        return bench_load(options.gib, options.repeats) | {"versions": versions}
     # By default a row holds slightly more than two pairs of the maximum length: such rows fill better.
     row_length = options.row_length or 17 * options.max_length // 8
     if options.pairs < 2 or options.pairs % 2 or not 16 <= 2 * options.max_length <= row_length:
         parser.error("--pairs must be even, --max-length at least 8, --row-length at least twice --max-length")
     result = bench_step(SHAPE, options.pairs, options.max_length, row_length=row_length, repeats=options.repeats)
-    return result | {"versions": software_versions()}
+    return result | {"versions": versions}
 
 
 if __name__ == "__main__":

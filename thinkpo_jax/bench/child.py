@@ -8,7 +8,6 @@ import contextlib
 import importlib
 import json
 import os
-import re
 import signal
 import subprocess
 import sys
@@ -18,7 +17,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from thinkpo_jax.runtime.cli import describe_exit_status, handling, last_error, run_and_exit
+from thinkpo_jax.runtime.cli import describe_exit_status, handling, last_error, printed_errors, run_and_exit
 from thinkpo_jax.runtime.config import RunError, UserError
 from thinkpo_jax.runtime.files import write_atomically
 
@@ -83,7 +82,7 @@ class Child:
         if status == 0 and result is not None:
             return result
         text = self.log.read_text(encoding="utf-8", errors="replace")
-        errors = "\n".join(re.findall(r"(?m)^error: (.*)$", text))
+        errors = printed_errors(text)
         if status is None:
             reason = f"stopped after {seconds:.0f} s, the time that it had"
         else:

@@ -26,7 +26,7 @@ from thinkpo_jax.bench.generation import measure_generation
 from thinkpo_jax.bench.machine import describe_machine
 from thinkpo_jax.bench.numerics import measure_numerics
 from thinkpo_jax.bench.quality import measure_quality
-from thinkpo_jax.bench.trl import PAIRS_FILE, measure_trl
+from thinkpo_jax.bench.trl import PAIRS_FILE, cache_variables, measure_trl
 from thinkpo_jax.bench.update_plans import REMAT_BY_SPEED, plan_updates
 from thinkpo_jax.bench.updates import UpdateCase, measure_updates
 from thinkpo_jax.bench.workload import write_model_config
@@ -100,7 +100,7 @@ def bench_device(out: Path, minutes: float, only: Sequence[str], data: Path | No
         stack.enter_context(lock_folder(out, "--out"))
         work = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="thinkpo_device_")))
         kit = _Kit(out, minutes, work, data)
-        stack.callback(kit.kill_children)
+        stack.callback(kit.end_planner)
         try:
             kit.start(only)
             for part, title, run in kit.measurements():
@@ -121,7 +121,6 @@ class _Kit:
         self.outcomes: list[Outcome] = []
         self.machine: dict[str, Any] = {}
         self.scale = ACCELERATOR
-        self.children: list[Child] = []
         self.planner: Child | None = None
         self.attention = "auto"  # of updates. It becomes blockwise if the kernel of the device fails.
         device = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
@@ -149,7 +148,6 @@ class _Kit:
             environment = self.environment | {"JAX_PLATFORMS": "cpu"}
             options = {"folder": self.work / "planner", "environment": environment}
             self.planner = Child(plan_updates, arguments, **options, niceness=19)  # the measurements come first
-            self.children.append(self.planner)
 
     def measurements(self) -> Iterator[tuple[str, str, Measurement]]:
         """Yields part, title and function of each measurement, in order of value."""
@@ -197,21 +195,19 @@ class _Kit:
         """Runs a function in its own process, until its limit or the end. Keeps the log if it does not finish."""
         limit = min(LIMIT_SECONDS[part], max(1.0, self.seconds_left()))
         child = Child(function, arguments, folder=self.work / "child", environment=self.environment | environment)
-        self.children.append(child)
         result: dict[str, Any] = {INTERRUPTED: ""}
         try:
             result = child.wait(limit)
         finally:
-            self.children.remove(child)
             if INTERRUPTED in result:
                 with (self.out / "failures.log").open("a", encoding="utf-8") as log:
                     log.write(f"{function.__name__} {arguments}\n{child.log.read_text(errors='replace')}\n")
         return result
 
-    def kill_children(self) -> None:
-        """Ends all processes."""
-        for child in self.children:
-            child.kill()
+    def end_planner(self) -> None:
+        """Ends the only process that can still run. The others are waited for."""
+        if self.planner is not None:
+            self.planner.kill()
 
     def run_numerics(self) -> dict[str, Any]:
         seconds = min(LIMIT_SECONDS["numerics"], self.seconds_left()) - MARGIN_SECONDS
@@ -270,7 +266,7 @@ class _Kit:
         (folder / PAIRS_FILE).write_text(json.dumps(pairs), encoding="utf-8")
         settings = {"folder": str(folder), "pairs_per_update": TRL_PAIRS_PER_UPDATE, "is_on_cpu": self.scale.is_small}
         settings |= {"seconds": 3 * self.scale.seconds}
-        caches = {"XDG_CACHE_HOME": str(folder / "cache"), "HF_DATASETS_CACHE": str(folder / "datasets")}
+        caches = cache_variables(folder)
         reason = "liger_kernel is not installed"
         if importlib.util.find_spec("liger_kernel") and not self.scale.is_small:
             try:

@@ -107,10 +107,9 @@ def _problem(error: BaseException) -> dict[str, Any]:
 
 def device_kernel() -> tuple[AttentionKernel | None, str]:
     """Returns the attention kernel that is made for the first device, or None and the reason."""
-    options = {"head_dim": 128, "context": 1, "lengths": [1024]}
-    kernel = select_kernel("auto", jax.devices()[0], dtype="bfloat16", **options)
-    reason = "" if kernel != "blockwise" else f"there is no special kernel for {jax.devices()[0].device_kind}"
-    return (kernel, "") if not reason else (None, reason)
+    device, options = jax.devices()[0], {"head_dim": 128, "context": 1, "lengths": [1024]}
+    kernel = select_kernel("auto", device, dtype="bfloat16", **options)
+    return (None, f"there is no special kernel for {device.device_kind}") if kernel == "blockwise" else (kernel, "")
 
 
 def attention_cases(kernel: AttentionKernel | None, *, is_small: bool) -> Iterator[AttentionCase]:
@@ -168,15 +167,17 @@ def compare_attention(case: AttentionCase) -> dict[str, float]:
     with jax.default_matmul_precision("highest"):
         exact = _attend(tuple(array.astype(jnp.float32) for array in arrays), rows, kernel="reference")
     pairs = zip(("output", "dq", "dk", "dv"), tested, exact, strict=True)
-    return {name: relative_error(a, b, is_real) for name, a, b in pairs}
+    return {name: relative_error(a, b, is_real[..., None, None]) for name, a, b in pairs}
 
 
-def relative_error(tested: jax.Array, exact: jax.Array, is_real: jax.Array) -> float:
-    """Returns the norm of the difference over real tokens divided by that of `exact`. Not finite anywhere: infinity."""
+def relative_error(tested: jax.Array, exact: jax.Array, where: jax.Array | bool = True) -> float:
+    """Returns the norm of the difference divided by that of `exact`, both where a mask is true.
+
+    If a number of `tested` is not finite, inside the mask or not, returns infinity.
+    """
     if not bool(jnp.isfinite(tested).all()):
         return math.inf
-    mask = is_real[..., None, None]
-    tested, exact = (jnp.where(mask, array.astype(jnp.float32), 0) for array in (tested, exact))
+    tested, exact = (jnp.where(where, array.astype(jnp.float32), 0) for array in (tested, exact))
     return float(jnp.linalg.norm((tested - exact).ravel()) / jnp.linalg.norm(exact.ravel()))
 
 
@@ -200,10 +201,7 @@ def compare_log_probs(*, is_small: bool) -> list[dict[str, Any]]:
     tested = jax.jit(lambda x, head: run(token_log_probs, x, head))(x, head)
     exact = jax.jit(lambda x, head: run(dense, x, head))(x.astype(jnp.float32), head.astype(jnp.float32))
     errors = [float(jnp.abs(tested[0] - exact[0]).max())]
-    errors += [
-        float(jnp.linalg.norm((a.astype(jnp.float32) - b).ravel()) / jnp.linalg.norm(b.ravel()))
-        for a, b in zip(tested[1:], exact[1:], strict=True)
-    ]
+    errors += [relative_error(a, b) for a, b in zip(tested[1:], exact[1:], strict=True)]
     title = f"log-probs, {tokens:,} tokens, vocabulary {vocab:,}, bfloat16"
     return [
         {"what": title, "errors": {name: error}, "limit": limit, "within": error <= limit}
@@ -213,9 +211,8 @@ def compare_log_probs(*, is_small: bool) -> list[dict[str, Any]]:
 
 def compare_updates(kernel: AttentionKernel, folder: Path, *, is_small: bool) -> list[dict[str, Any]]:
     """Compares the losses of ten ThinkPO updates in bfloat16 with float32, and the first one with ln 2."""
-    arch, length = (
-        (write_model_config("tiny", folder), 320) if is_small else (write_model_config("small", folder), 2048)
-    )
+    model, length = ("tiny", 320) if is_small else ("small", 2048)
+    arch = write_model_config(model, folder)
     tested = _losses(arch, ComputeConfig(dtype="bfloat16", attention=kernel), length)
     with jax.default_matmul_precision("highest"):
         exact = _losses(arch, ComputeConfig(dtype="float32", attention="blockwise"), length)

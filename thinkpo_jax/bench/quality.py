@@ -38,6 +38,7 @@ from thinkpo_jax.data.readers import DataSourceConfig, iterate_valid_records
 from thinkpo_jax.evaluation.benchmarks import BOXED_INSTRUCTION
 from thinkpo_jax.evaluation.evaluate_model import read_answers
 from thinkpo_jax.evaluation.statistics import compare_pooled_runs
+from thinkpo_jax.planning.topology import GPU_MEMORY_FRACTION
 from thinkpo_jax.run.run_folder import RunFolder
 from thinkpo_jax.runtime.cli import handling
 from thinkpo_jax.runtime.config import UserError
@@ -121,7 +122,7 @@ def measure_quality(
     if not is_small:  # The seeds compile the same programs.
         variables["JAX_COMPILATION_CACHE_DIR"] = str(work / "programs")
     if at_once > 1:
-        variables["XLA_PYTHON_CLIENT_MEM_FRACTION"] = f"{0.9 / at_once:.2f}"
+        variables["XLA_PYTHON_CLIENT_MEM_FRACTION"] = f"{GPU_MEMORY_FRACTION / at_once:.2f}"
     unfinished = run_seeds(work, seeds, seconds=remaining, at_once=at_once, environment=variables)
     runs = {seed: work / f"seed{seed}" for seed in seeds if seed not in unfinished}
     return {

@@ -21,7 +21,7 @@ from thinkpo_jax.bench import load
 from thinkpo_jax.bench.child import run_in_child
 from thinkpo_jax.bench.machine import matmul_rate, peak_resident_memory
 from thinkpo_jax.bench.time_by_part import profile_updates
-from thinkpo_jax.bench.trl import BETA, LEARNING_RATE, PAIRS_FILE, check_trl_installed, measure_trl
+from thinkpo_jax.bench.trl import BETA, LEARNING_RATE, PAIRS_FILE, cache_variables, check_trl_installed, measure_trl
 from thinkpo_jax.bench.updates import SEED, speed
 from thinkpo_jax.bench.workload import END_ID, REAL_PAIRS, LengthDistribution, count_tokens, draw_pairs, to_examples
 from thinkpo_jax.data.batches import BatchConfig, BatchPlan
@@ -88,8 +88,7 @@ def bench_step(
 def _run_round(folder: Path, tokens: int, row_length: int) -> dict[str, Any]:
     """Runs both sides once, prints what they measured, and returns it with their ratios."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    variables = {"XDG_CACHE_HOME": str(folder / "cache"), "HF_DATASETS_CACHE": str(folder / "datasets")}
-    variables |= {"JAX_PLATFORMS": "cpu", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": str(cores)}
+    variables = cache_variables(folder) | {"JAX_PLATFORMS": "cpu", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": str(cores)}
     child = {"folder": folder / "child", "environment": variables}
     measured = run_in_child(measure_thinkpo_jax, {"folder": str(folder), "row_length": row_length}, **child)
     ours = _print_side("thinkpo_jax", measured)

@@ -30,6 +30,11 @@ def check_trl_installed() -> None:
         raise UserError(f'{" and ".join(missing)} not installed. Run: pip install -e ".[test]"')
 
 
+def cache_variables(folder: Path) -> dict[str, str]:
+    """Returns the environment with which TRL's process caches data in `folder`, and not in the home of the user."""
+    return {"XDG_CACHE_HOME": str(folder / "cache"), "HF_DATASETS_CACHE": str(folder / "datasets")}
+
+
 def measure_trl(
     folder: str, *, pairs_per_update: int, is_on_cpu: bool, use_liger: bool = False, seconds: float = float("inf")
 ) -> dict[str, Any]:

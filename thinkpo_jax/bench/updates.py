@@ -106,9 +106,10 @@ def measure_updates(case: Mapping[str, Any], folder: str, seconds: float) -> Ite
         _timed(update, [first])  # not counted: allocates
         once = _timed(update, [first])
         count = min(MAX_UPDATES, max(PROFILED_UPDATES, round(seconds / once)))
-        timed = [put_batch(batches[index], mesh) for index in range(1, 1 + count)]
+        host_batches = [batches[index] for index in range(1, 1 + count)]
+        timed = [put_batch(batch, mesh) for batch in host_batches]
         elapsed = _timed(update, timed)
-        work = [batches.count_work(batches[index]) for index in range(1, 1 + count)]
+        work = [batches.count_work(batch) for batch in host_batches]
         update.check_finite()
         result = {**dataclasses.asdict(parsed), "title": parsed.title, "attention": compute.attention}
         result |= {"num_updates": count, "seconds_per_update": elapsed / count, "compile_seconds": compile_seconds}

@@ -9,7 +9,6 @@ import importlib.metadata
 import importlib.util
 import json
 import os
-import re
 import signal
 import subprocess
 import sys
@@ -33,7 +32,7 @@ from thinkpo_jax.planning.estimates import BatchShape, DeviceMemory, TimeBounds
 from thinkpo_jax.planning.hlo import Collective, find_collectives, total_memory
 from thinkpo_jax.planning.topology import Topology, parse_topology
 from thinkpo_jax.run.run_config import RunConfig
-from thinkpo_jax.runtime.cli import describe_exit_status, handling, last_error, run_and_exit
+from thinkpo_jax.runtime.cli import describe_exit_status, handling, last_error, printed_errors, run_and_exit
 from thinkpo_jax.runtime.config import UserError, parse_config
 from thinkpo_jax.runtime.context_parallel import check_row_divides_context
 from thinkpo_jax.runtime.files import read_json_object
@@ -160,8 +159,8 @@ def _finished_dump(folder: Path) -> tuple[int, Path] | None:
 def _compile_error(output_path: Path, status: int, topology: Topology) -> UserError:
     """Returns the error of a process that compiled nothing. The output of a failed compiler goes to a log file."""
     output = output_path.read_text(encoding="utf-8", errors="replace")
-    if user_errors := re.findall(r"(?m)^error: (.*)$", output):
-        return UserError("\n".join(user_errors))
+    if user_errors := printed_errors(output):
+        return UserError(user_errors)
     with tempfile.NamedTemporaryFile(prefix="thinkpo_compile_", suffix=".log", delete=False) as log:
         log.write(output_path.read_bytes())
     return UserError(

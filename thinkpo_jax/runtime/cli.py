@@ -65,6 +65,11 @@ def run_command(main: Callable[[Sequence[str]], None], arguments: Sequence[str] 
     return status
 
 
+def printed_errors(output: str) -> str:
+    """Returns what `run_command` printed as errors, without their prefix. Empty if there are none."""
+    return "\n".join(re.findall(r"(?m)^error: (.*)$", output))
+
+
 def describe_exit_status(status: int) -> str:
     """Returns how a process ended, from its return code in Python."""
     return f"signal {-status}" if status < 0 else f"exit status {status}"

@@ -181,6 +181,7 @@ class DelayedVote:
     def __init__(self, mesh: Mesh) -> None:
         """Compiles the program that collects the flags. All processes must create and call the vote together."""
         self._mesh = mesh
+        self._any = jax.jit(jnp.any, out_shardings=NamedSharding(mesh, PartitionSpec()))
         self._answer = self._collect(False) if is_distributed() else None
 
     def __call__(self, flag: bool) -> bool:
@@ -194,7 +195,7 @@ class DelayedVote:
         shape, spec = self._mesh.devices.shape, PartitionSpec(*self._mesh.axis_names)
         own_flag = np.full((1,) * len(shape), flag)
         flags = jax.make_array_from_callback(shape, NamedSharding(self._mesh, spec), lambda _: own_flag)
-        return jax.jit(jnp.any, out_shardings=NamedSharding(self._mesh, PartitionSpec()))(flags)
+        return self._any(flags)
 
 
 def gather_to_host(array: jax.Array) -> np.ndarray:
