@@ -181,7 +181,7 @@ def test_the_empty_thought_is_what_qwen3_writes_without_thinking(name: str, chat
 
 @pytest.mark.parametrize(("name", "keeps"), [("qwen2_5", True), ("qwen3", True), ("llama3_2", True), ("r1", False)])
 def test_it_is_known_whether_a_template_keeps_thoughts(name: str, keeps: bool, chat_of: Callable[[str], ChatTokenizer]):
-    assert chat_of(name).template_keeps_thoughts() == keeps
+    assert chat_of(name).template.keeps_thoughts() == keeps
 
 
 def test_real_answers_decode_to_the_same_text(name: str, chat_of: Callable[[str], ChatTokenizer]):

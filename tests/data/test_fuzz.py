@@ -195,7 +195,7 @@ def render_row(row: dict[str, Any], config: SftDataConfig | PreferenceDataConfig
         ({"human": "user", "gpt": "assistant"}.get(role, role), text)
         for role, text in (message.values() for message in messages)
     ]
-    if "system" in row and row["system"] and isinstance(config, SftDataConfig) and config.messages is None:
+    if row.get("system"):
         turns.insert(0, ("system", row["system"]))
     prompt = "".join(f"[{role}]{text}{'<end>' if role == 'assistant' else ''}" for role, text in turns)
     answers = (column if isinstance(column, str) else list(column[-1].values())[1] for column in columns)

@@ -124,8 +124,8 @@ def test_a_pair_needs_one_prompt_and_two_different_answers(
     [
         ("text", "m: expected a list of messages, found str."),
         ([], "m: expected a list of messages, found an empty list."),
-        ([*turns("q"), 3], "m, turn 2: expected a role of assistant, gpt, human, system, user, found 3."),
-        ([*turns("q"), {"role": "tool", "content": "x"}], "m, turn 2: expected a role of"),
+        ([*turns("q"), 3], "m, turn 2: expected a role of assistant, developer, gpt, human, system, user, found 3."),
+        ([*turns("q"), {"role": "tool", "content": "x"}], "m, turn 2: the role 'tool' belongs to tool calls"),
         ([*turns("q"), {"role": ["user"], "content": "x"}], "m, turn 2: expected a role of"),
         ([*turns("q"), {"role": "assistant", "content": None}], "m, turn 2: expected a text, found null."),
         ([*turns("q"), {"role": "assistant"}], "m, turn 2: expected a text, found null."),

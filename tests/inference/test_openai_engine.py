@@ -15,7 +15,7 @@ import openai
 import pytest
 from support.server import Endpoint, Reply, failed, fast_retries, said, serving  # noqa: F401
 
-from thinkpo_jax.data.chat_tokenizer import Message
+from thinkpo_jax.data.chat_template import Message, ThinkingFormat
 from thinkpo_jax.inference.engine import Completion, SamplingConfig
 from thinkpo_jax.inference.openai_engine import ServerConfig, request_completions
 from thinkpo_jax.runtime.config import RunError, UserError, parse_config
@@ -34,7 +34,11 @@ def conversations(*texts: str) -> dict[int, list[Message]]:
 
 def ask(endpoint: Endpoint | str, *texts: str, seed: int = 0, **changes: Any) -> dict[int, Completion]:
     url = endpoint if isinstance(endpoint, str) else endpoint.url
-    return dict(request_completions(config(url, **changes), conversations(*texts), SAMPLING, seed=seed))
+    return dict(
+        request_completions(
+            config(url, **changes), conversations(*texts), SAMPLING, seed=seed, thinking=ThinkingFormat()
+        )
+    )
 
 
 def echo(_: int, body: dict[str, Any]) -> Reply:
@@ -62,7 +66,9 @@ def test_answers_are_yielded_as_they_arrive() -> None:
         return said(text)
 
     with serving(script) as endpoint:
-        answers = request_completions(config(endpoint.url), conversations("slow", "quick"), SAMPLING, seed=0)
+        answers = request_completions(
+            config(endpoint.url), conversations("slow", "quick"), SAMPLING, seed=0, thinking=ThinkingFormat()
+        )
         assert next(answers)[0] == 1
         last.set()
         assert next(answers)[0] == 0
@@ -73,7 +79,15 @@ def test_the_request_holds_the_settings_and_the_key(monkeypatch: pytest.MonkeyPa
     monkeypatch.setenv("MY_KEY", " secret\n")
     conversation: list[Message] = [{"role": "system", "content": "Be short."}, {"role": "user", "content": "1+1?\n"}]
     with serving(said("2")) as endpoint:
-        list(request_completions(config(endpoint.url, api_key_variable="MY_KEY"), {0: conversation}, SAMPLING, seed=5))
+        list(
+            request_completions(
+                config(endpoint.url, api_key_variable="MY_KEY"),
+                {0: conversation},
+                SAMPLING,
+                seed=5,
+                thinking=ThinkingFormat(),
+            )
+        )
         ask(endpoint, "x", api_key_variable="MY_OTHER_KEY")
     (first, _), keys = endpoint.bodies, endpoint.keys
     assert 0 <= first.pop("seed") < 2**31
@@ -116,7 +130,11 @@ def test_closing_the_generator_cancels_requests_and_starts_no_more() -> None:
 
     with serving(script) as endpoint:
         answers = request_completions(
-            config(endpoint.url, concurrency=4), conversations(*["x"] * 100), SAMPLING, seed=0
+            config(endpoint.url, concurrency=4),
+            conversations(*["x"] * 100),
+            SAMPLING,
+            seed=0,
+            thinking=ThinkingFormat(),
         )
         next(answers)
         start = time.monotonic()
@@ -329,7 +347,9 @@ def test_answers_that_arrived_are_yielded_before_an_error() -> None:
 
     with serving(script) as endpoint:
         texts = ["first", "bad", "good", "bad", "good"]
-        answers = request_completions(config(endpoint.url), conversations(*texts), SAMPLING, seed=0)
+        answers = request_completions(
+            config(endpoint.url), conversations(*texts), SAMPLING, seed=0, thinking=ThinkingFormat()
+        )
         assert next(answers)[0] == 0
         time.sleep(1)  # all others arrive
         assert {next(answers)[0], next(answers)[0]} == {2, 4}

@@ -10,7 +10,7 @@ from support.model_folders import edit_json, save_random_model
 from support.weights import like
 
 from thinkpo_jax.models import weight_saving
-from thinkpo_jax.models.model_folder import check_model_folder, read_stop_token_ids, resolve_model_folder
+from thinkpo_jax.models.model_folder import ModelConfig, check_model_folder, read_stop_token_ids, resolve_model_folder
 from thinkpo_jax.runtime.config import UserError
 
 
@@ -38,7 +38,7 @@ def test_all_problems_of_a_folder_are_reported_together(tmp_path: Path, monkeypa
     file.write_bytes(file.read_bytes()[:-1])
     (folder / "tokenizer.json").write_text("{")
     with pytest.raises(UserError) as caught:
-        check_model_folder(folder, weights=True)
+        check_model_folder(ModelConfig(path=str(folder)), folder, weights=True)
     for part in ("config.json: hidden_act 'gelu'", f"{file}: cannot be read as safetensors", "no usable tokenizer"):
         assert part in str(caught.value)
 
@@ -47,7 +47,7 @@ def test_a_tokenizer_larger_than_the_embedding_is_reported_with_other_problems(t
     folder = like(tmp_path)
     edit_json(folder / "config.json", vocab_size=3)
     with pytest.raises(UserError) as caught:
-        check_model_folder(folder, weights=True)
+        check_model_folder(ModelConfig(path=str(folder)), folder, weights=True)
     assert "no *.safetensors file" in str(caught.value)
     assert "the embedding has only 3 rows" in str(caught.value)
 

@@ -25,6 +25,7 @@ from support.pairs import (
 )
 from support.paths import DATA
 
+from thinkpo_jax.data.chat_template import ThinkingFormat
 from thinkpo_jax.data.chat_tokenizer import ChatTokenizer
 from thinkpo_jax.data.record_formats import PreferenceDataConfig
 from thinkpo_jax.data.tokenization import tokenize_sources
@@ -220,7 +221,7 @@ def test_a_join_of_many_rows_takes_seconds(tmp_path: Path):
     config = DatasetAnswersConfig(by="join", path=write_jsonl(tmp_path / "short.jsonl", rows))
     start = time.process_time()
     questions = [row["prompt"] for row in reversed(rows)]
-    answers = collect_short_answers(config, questions, tmp_path, seed=0, counts=Counter())
+    answers = collect_short_answers(config, questions, tmp_path, seed=0, thinking=ThinkingFormat(), counts=Counter())
     assert time.process_time() - start < 10  # comparing every two rows takes half a minute
     assert answers == [[Completion(text=row["response"])] for row in reversed(rows)]
 

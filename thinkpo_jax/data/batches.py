@@ -110,7 +110,7 @@ class BatchPlan:
         """
         self.examples, self.config = examples, config
         self.answers_per_example = len(examples[0])
-        lengths = np.array([[(len(s.token_ids), len(s.answer_ids)) for s in example] for example in examples])
+        lengths = np.array([[(len(s.token_ids), len(s.loss_indices)) for s in example] for example in examples])
         self.sizes = np.insert(lengths.sum(axis=1), 1, 1, axis=1)  # taken of a row: tokens, examples, answer tokens
         self.attention_pairs = (lengths[..., 0] * (lengths[..., 0] + 1) // 2).sum(axis=1)
         if (longest := self.sizes[:, 0].max()) > config.row_length:
@@ -215,13 +215,14 @@ class BatchPlan:
                 shortest = min(len(segment.answer_ids) for segment in example)
                 for segment in example:
                     segment_id += 1
-                    end, offsets = start + len(segment.token_ids), np.arange(len(segment.answer_ids))
+                    loss_indices = segment.loss_indices
+                    end, offsets = start + len(segment.token_ids), np.arange(len(loss_indices))
                     slots = slice(slot, slot + len(offsets))
                     token_ids[row, start:end] = segment.token_ids
                     positions[row, start:end] = np.arange(end - start)
                     segment_ids[row, start:end] = segment_id
-                    loss_positions[row, slots] = start + segment.answer_start - 1 + offsets
-                    target_ids[row, slots] = segment.answer_ids
+                    loss_positions[row, slots] = start + loss_indices - 1
+                    target_ids[row, slots] = segment.token_ids[loss_indices]
                     is_late, is_beyond_shortest = offsets >= min(FIRST_REGION_TOKENS, shortest), offsets >= shortest
                     target_regions[row, slots] = 1 + is_late + is_beyond_shortest
                     start, slot = end, slots.stop

@@ -6,71 +6,77 @@ DeepSeek-R1-Distill deletes the thought of a finished answer. If the prompt alre
 begins with it does not open a second thought.
 """
 
+import bisect
 import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, TypedDict
+from typing import Any, NamedTuple
 
 from transformers import AutoTokenizer
 
+from thinkpo_jax.data.chat_template import (
+    ANSWER_SECTION_TAGS,
+    THOUGHT_TAGS,
+    ChatTemplate,
+    Message,
+    TemplateArguments,
+    ThinkingFormat,
+)
 from thinkpo_jax.runtime.config import UserError
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
-TEMPLATE_DATE = "26 Jul 2024"  # the default date of Llama 3's template, which otherwise writes today's date
-# Tags of thoughts: R1 and Qwen3, then Sky-T1 and Bespoke-Stratos. The last two also mark the solution.
-THOUGHT_TAGS = (("<think>", "</think>"), ("<|begin_of_thought|>", "<|end_of_thought|>"))
-ANSWER_SECTION_TAGS = (*THOUGHT_TAGS, ("<|begin_of_solution|>", "<|end_of_solution|>"))
-EMPTY_THOUGHT = "<think>\n\n</think>\n\n"  # as Qwen3's template writes it
-_THINK = "<think>"
-_QUESTION, _ANSWER = "QUESTION", "ANSWER"  # markers to find in a rendered conversation
-
-
-class Message(TypedDict):
-    """One message of a conversation. The role is "system", "user" or "assistant"."""
-
-    role: str
-    content: str
 
 
 class RenderedPrompt(NamedTuple):
-    """A prompt as the chat template renders it, and its token ids."""
+    """A prompt as the chat template renders it, and its token ids.
+
+    `open_thought_tag` is `<think>` if the prompt ends in it, so that every answer begins inside a thought. Otherwise it
+    is empty.
+    """
 
     text: str
     ids: list[int]
-
-    @property
-    def open_thought_tag(self) -> str:
-        """`<think>` if the prompt ends in it, so that every answer begins inside a thought. Otherwise empty."""
-        return _THINK if self.text.rstrip().endswith(_THINK) else ""
+    open_thought_tag: str = ""
 
     def without_open_tag(self, answer: str) -> str:
-        """Removes `<think>` and the whitespace after it from the start of an answer, if the prompt ends in them."""
-        if self.open_thought_tag and answer.startswith(_THINK):
-            return answer.removeprefix(_THINK).removeprefix(self.text[len(self.text.rstrip()) :])
+        """Removes the tag from the start of an answer, and the whitespace around it, if the prompt ends in the tag."""
+        tag, text = self.open_thought_tag, answer.lstrip()
+        if tag and text.startswith(tag):
+            return text.removeprefix(tag).removeprefix(self.text[len(self.text.rstrip()) :])
         return answer
-
-
-def has_unclosed_tag(answer: str, tags: Sequence[tuple[str, str]] = THOUGHT_TAGS) -> bool:
-    """Tells whether an answer opens a section and does not close it. The prompt may open what the answer closes."""
-    return any(answer.rfind(opening) > answer.rfind(closing) for opening, closing in tags)
 
 
 @dataclass(frozen=True)
 class ChatTokenizer:
     """A tokenizer with its chat template. `end_of_turn_id` ends an answer, and `stop_token_ids` end a generation.
 
-    `special_token_ids` structure a conversation and must not occur inside a text.
+    `special_token_ids` structure a conversation and must not occur inside a text. Tags of thoughts are not among them.
+    `thinking` is how a thought that comes in a field of its own is joined to its answer.
     """
 
     tokenizer: Any
+    template: ChatTemplate
+    thinking: ThinkingFormat
     end_of_turn_id: int
     stop_token_ids: tuple[int, ...]
     special_token_ids: frozenset[int]
 
     @classmethod
-    def from_folder(cls, folder: Path, *, stop_token_ids: Sequence[int] = ()) -> "ChatTokenizer":
-        """Loads the tokenizer of a Hugging Face folder. Raises `UserError` if it or its chat template is missing."""
+    def from_folder(
+        cls,
+        folder: Path,
+        *,
+        stop_token_ids: Sequence[int] = (),
+        template_arguments: TemplateArguments | None = None,
+        thinking_tags: tuple[str, str] | None = None,
+    ) -> "ChatTokenizer":
+        """Loads the tokenizer of a Hugging Face folder.
+
+        `template_arguments` are variables of its chat template. `thinking_tags` are the texts before and after a
+        thought. By default they are what the template writes. Raises `UserError` if the tokenizer or its template is
+        missing, or if the template has no such variable.
+        """
         if not any((folder / name).is_file() for name in TOKENIZER_FILES):
             raise UserError(f"{folder}: no tokenizer: expected {' or '.join(TOKENIZER_FILES)}.")
         try:
@@ -81,9 +87,15 @@ class ChatTokenizer:
         if tokenizer.chat_template is None:
             advice = "Add chat_template.jinja, or the key chat_template in tokenizer_config.json"
             raise UserError(f"{folder}: the tokenizer has no chat template to render prompts with. {advice}.")
-        end_id = _end_of_turn_id(tokenizer, folder)
+        template = ChatTemplate(tokenizer, template_arguments or {})
+        template.check_arguments(folder)
+        end_id = _end_of_turn_id(template, folder)
+        thinking = ThinkingFormat(*thinking_tags) if thinking_tags else template.find_thinking_format()
         special_ids = {token_id for token_id, token in tokenizer.added_tokens_decoder.items() if token.special}
-        return cls(tokenizer, end_id, tuple(sorted({end_id, *stop_token_ids})), frozenset(special_ids | {end_id}))
+        tags = [tag for tags in (thinking.tags, *ANSWER_SECTION_TAGS) for tag in tags]
+        special_ids -= {token_id for token_id, token in tokenizer.added_tokens_decoder.items() if str(token) in tags}
+        stop_ids = tuple(sorted({end_id, *stop_token_ids}))
+        return cls(tokenizer, template, thinking, end_id, stop_ids, frozenset(special_ids | {end_id}))
 
     def encode_prompt(self, messages: Sequence[Message]) -> RenderedPrompt:
         """Renders a conversation up to where the answer of the assistant begins, and encodes it.
@@ -94,12 +106,38 @@ class ChatTokenizer:
         for message in messages:
             if special := [token for token in special_tokens if token in message["content"]]:
                 raise _special_token_error(f"the {message['role']}'s text", special)
-        text = _render(self.tokenizer, messages, add_generation_prompt=True)
-        return RenderedPrompt(text, _encode(self.tokenizer, text, "prompt"))
+        text = self.template.render(messages, add_generation_prompt=True)
+        open_tags = [opening for opening, _ in self.thought_tags if text.rstrip().endswith(opening)]
+        return RenderedPrompt(text, _encode(self.tokenizer, text, "prompt"), *open_tags[:1])
+
+    def find_earlier_answers(self, messages: Sequence[Message], prompt: RenderedPrompt) -> list[tuple[int, int]]:
+        """Returns where the ids of earlier answers begin and end in `prompt.ids`, each with its end token.
+
+        The thoughts of earlier answers are in the prompt if the template keeps them. Raises `UserError` if the template
+        does not write the answers one after the other, or the tokenizer does not know where a token comes from.
+        """
+        if not self.tokenizer.is_fast:
+            raise UserError("train_on: all needs a tokenizer.json, which tells where a token comes from.")
+        offsets = self.tokenizer(prompt.text, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
+        starts = [start for start, _ in offsets]
+        spans: list[tuple[int, int]] = []
+        for start, end in self.template.find_earlier_answers(messages, prompt.text):
+            first, last = bisect.bisect_left(starts, start), bisect.bisect_left(starts, end)
+            has_end_token = last < len(prompt.ids) and prompt.ids[last] == self.end_of_turn_id
+            spans.append((first, last + has_end_token))
+        return spans
 
     def encode_answer(self, prompt: RenderedPrompt, answer: str) -> list[int]:
-        """Encodes an answer and its end token. Raises `UserError` as `encode_prompt` does, or if there is no token."""
-        ids = _encode(self.tokenizer, prompt.without_open_tag(answer), "answer")
+        """Encodes an answer and its end token.
+
+        Raises `UserError` as `encode_prompt` does, if there is no token, or if the answer begins with a thought and the
+        prompt already holds one.
+        """
+        text = prompt.without_open_tag(answer)
+        if self._ends_in_thought(prompt) and text.lstrip().startswith(self.thinking.tags[0]):
+            advice = "Remove `enable_thinking` from template_arguments, or the thoughts from the data"
+            raise UserError(f"the prompt ends in an empty thought, but the answer begins with a thought. {advice}.")
+        ids = _encode(self.tokenizer, text, "answer")
         if not ids:
             raise UserError(f"the answer {answer!r:.60} gives no token to train. Remove the row from the data.")
         if special_ids := self.special_token_ids.intersection(ids):
@@ -107,19 +145,23 @@ class ChatTokenizer:
         return [*ids, self.end_of_turn_id]
 
     def encode_empty_thought(self, prompt: RenderedPrompt) -> list[int]:
-        """Encodes a thought without content. A tag that the prompt already opens is left out. It is not trained."""
-        return _encode(self.tokenizer, prompt.without_open_tag(EMPTY_THOUGHT), "empty thought")
+        """Encodes a thought without content. What the prompt already holds of it is left out. It is not trained."""
+        if self._ends_in_thought(prompt):
+            return []
+        return _encode(self.tokenizer, prompt.without_open_tag(self.thinking.join("", "")), "empty thought")
+
+    def _ends_in_thought(self, prompt: RenderedPrompt) -> bool:
+        return prompt.text.rstrip().endswith(self.thinking.tags[1])
+
+    @functools.cached_property
+    def thought_tags(self) -> tuple[tuple[str, str], ...]:
+        """The tags of thoughts: those of this model, and other known ones."""
+        return tuple(dict.fromkeys((self.thinking.tags, *THOUGHT_TAGS)))
 
     def thought_end_token_ids(self) -> list[list[int]]:
         """Returns for each tag that ends a thought its ids at the start of a line."""
-        tags = (self.tokenizer.encode(closing, add_special_tokens=False) for _, closing in THOUGHT_TAGS)
+        tags = (self.tokenizer.encode(closing, add_special_tokens=False) for _, closing in self.thought_tags)
         return [ids[:-1] or ids for ids in tags]  # the last of several ids may merge with the text after the tag
-
-    def template_keeps_thoughts(self) -> bool:
-        """Tells whether the template keeps the thought of an answer that is passed to it as a message."""
-        answer = f"<think>\n{_ANSWER}\n</think>\n\n4"
-        messages: list[Message] = [{"role": "user", "content": _QUESTION}, {"role": "assistant", "content": answer}]
-        return _ANSWER in _render(self.tokenizer, messages)
 
     @functools.cached_property
     def max_token_characters(self) -> int:
@@ -131,8 +173,9 @@ class ChatTokenizer:
         return [len(ids) for ids in self.tokenizer(list(texts), add_special_tokens=False)["input_ids"]] if texts else []
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Returns the text of generated ids, without special tokens."""
-        return self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        """Returns the text of generated ids, without special tokens. Tags of thoughts stay."""
+        ids = [token_id for token_id in ids if token_id not in self.special_token_ids]
+        return self.tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
 
 
 def _special_token_error(owner: str, tokens: Sequence[str]) -> UserError:
@@ -155,20 +198,10 @@ def _encode(tokenizer: Any, text: str, description: str) -> list[int]:
     return ids
 
 
-def _render(tokenizer: Any, messages: Sequence[Message], **options: bool) -> str:
-    try:
-        return tokenizer.apply_chat_template(messages, tokenize=False, date_string=TEMPLATE_DATE, **options)
-    except Exception as error:  # a template is a program and can raise anything
-        roles = [message["role"] for message in messages]
-        raise UserError(f"the chat template refuses a conversation with the roles {roles}: {error}") from None
-
-
-def _end_of_turn_id(tokenizer: Any, folder: Path) -> int:
+def _end_of_turn_id(template: ChatTemplate, folder: Path) -> int:
     """Returns the token that the template writes after an answer, or the EOS token if it writes none."""
-    text = _render(tokenizer, [{"role": "user", "content": _QUESTION}, {"role": "assistant", "content": _ANSWER}])
-    if not (_ANSWER in text and _QUESTION in text):
-        raise UserError(f"{folder}: the chat template leaves out the text of a message. Use the template of the model.")
-    first_ids = _encode(tokenizer, text.rpartition(_ANSWER)[2], "end of a turn")[:1]
+    tokenizer = template.tokenizer
+    first_ids = _encode(tokenizer, template.text_after_answer(folder), "end of a turn")[:1]
     if first_ids and first_ids[0] in tokenizer.added_tokens_decoder:
         return first_ids[0]
     if tokenizer.eos_token_id is None:

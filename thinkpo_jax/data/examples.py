@@ -13,15 +13,25 @@ from thinkpo_jax.runtime.config import ConfigSection, UserError
 
 @dataclass(frozen=True)
 class Segment:
-    """A prompt followed by its answer. Only the answer enters the loss."""
+    """A prompt followed by its answer. Only the answer enters the loss, and `earlier_answers` inside the prompt.
+
+    Each earlier answer is given by the indices of its first token and after its last token.
+    """
 
     token_ids: np.ndarray
     answer_start: int
+    earlier_answers: tuple[tuple[int, int], ...] = ()
 
     @property
     def answer_ids(self) -> np.ndarray:
         """The token ids of the answer."""
         return self.token_ids[self.answer_start :]
+
+    @property
+    def loss_indices(self) -> np.ndarray:
+        """The indices of the tokens that enter the loss, in ascending order."""
+        spans = (*self.earlier_answers, (self.answer_start, len(self.token_ids)))
+        return np.concatenate([np.arange(start, end) for start, end in spans])
 
 
 Example = tuple[Segment, ...]  # one segment for SFT, (chosen, rejected) for a preference pair
@@ -39,6 +49,26 @@ class SourceReport:
     stopping_error_by_reason: dict[str, str] = field(default_factory=dict)  # First message, if the config says `raise`.
     num_truncated: int = 0  # Answers that were cut to fit a row.
     num_unclosed_thoughts: int = 0  # Used records whose first answer, as trained, opens a thought and never closes it.
+    form: str = ""  # The form of the records and the columns that are read.
+    num_joined_thoughts: int = 0  # Used records with a thought that came in a field of its own.
+    num_untrained_turns: int = 0  # Used records with earlier answers, which are not trained.
+    ignored_fields: dict[str, int] = field(default_factory=dict)  # Number of used records by field that is not read.
+    too_long_tokens: list[int] = field(default_factory=list)  # Tokens of each record that is too long for a row.
+
+    def notes(self) -> list[str]:
+        """Returns a line about each thing that a user may not expect of the records."""
+        fields = ", ".join(f"{name} ({count} rows)" for name, count in sorted(self.ignored_fields.items()))
+        notes = {
+            f"form of the rows: {self.form}": self.form,
+            f"{self.num_joined_thoughts} rows have a thought in a field of its own, which is joined to the answer": (
+                self.num_joined_thoughts
+            ),
+            f"{self.num_untrained_turns} rows have earlier answers, which are not trained (train_on: last)": (
+                self.num_untrained_turns
+            ),
+            f"not read: {fields}": fields,
+        }
+        return [f"{self.name}: {note}" for note, applies in notes.items() if applies]
 
     def __str__(self) -> str:
         left_out = "".join(f"; {count} left out: {reason}" for reason, count in self.dropped.items())
@@ -48,20 +78,26 @@ class SourceReport:
 
 @dataclass(frozen=True)
 class TokenizedSource:
-    """The examples of one source. All segments share one array of token ids."""
+    """The examples of one source. All segments share one array of token ids.
+
+    `earlier_answers` has a row for each trained answer inside a prompt, in the order of the examples.
+    """
 
     tokens: np.ndarray  # int32 [total], may be memory-mapped.
     segments: np.ndarray  # int64 [examples, segments, 3]: start, start of the answer and end in `tokens`.
     report: SourceReport
+    earlier_answers: np.ndarray = field(default_factory=lambda: np.zeros((0, 3), np.int64))  # example, start and end.
 
     def __getitem__(self, index: int) -> Example:
         bounds = self.segments[index].tolist()
-        return tuple(Segment(self.tokens[start:end], answer - start) for start, answer, end in bounds)
+        first, last = np.searchsorted(self.earlier_answers[:, 0], (index, index + 1))
+        earlier = tuple((start, end) for _, start, end in self.earlier_answers[first:last].tolist())
+        return tuple(Segment(self.tokens[start:end], answer - start, earlier) for start, answer, end in bounds)
 
     @functools.cached_property
     def digest(self) -> str:
-        """A digest of all token ids and segment bounds."""
-        digest = hashlib.sha256(self.segments.tobytes())
+        """A digest of all token ids, of the bounds of segments and of earlier answers."""
+        digest = hashlib.sha256(self.segments.tobytes() + self.earlier_answers.tobytes())
         digest.update(self.tokens.data)
         return digest.hexdigest()[:16]
 
@@ -96,10 +132,14 @@ class TokenizedDataset(Sequence[Example]):
         return self.sources[source][example]
 
     def describe_sources(self) -> list[str]:
-        """Returns one line per source: what happened to its records, and its weight."""
+        """Returns lines about each source: what happened to its records, its weight, and `SourceReport.notes`."""
         return [
-            str(report) + (f"; each read {weight:g} times an epoch" if weight != 1 else "")
+            line
             for report, weight in zip(self.reports, self.weights, strict=True)
+            for line in (
+                str(report) + (f"; each read {weight:g} times an epoch" if weight != 1 else ""),
+                *report.notes(),
+            )
         ]
 
     def describe_examples(self, indices: Sequence[int]) -> str:

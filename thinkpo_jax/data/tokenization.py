@@ -18,20 +18,28 @@ from typing import BinaryIO
 
 import numpy as np
 
-from thinkpo_jax.data.chat_tokenizer import THOUGHT_TAGS, ChatTokenizer, has_unclosed_tag
+from thinkpo_jax.data.chat_template import has_unclosed_tag
+from thinkpo_jax.data.chat_tokenizer import ChatTokenizer
 from thinkpo_jax.data.examples import Example, Segment, SourceReport, TokenizedDataset, TokenizedSource
 from thinkpo_jax.data.readers import LocatedRecord, RecordError, iterate_records, source_fingerprint
-from thinkpo_jax.data.record_formats import PreferenceDataConfig, StageDataConfig, infer_columns, parse_record
+from thinkpo_jax.data.record_formats import (
+    PreferenceDataConfig,
+    PromptAnswers,
+    SftDataConfig,
+    StageDataConfig,
+    describe_form,
+    infer_columns,
+    parse_record,
+)
 from thinkpo_jax.runtime.config import UserError
 from thinkpo_jax.runtime.console import ProgressReporter, log_warning
 from thinkpo_jax.runtime.files import token_cache_folder
 
-TOKENS_FILE, SEGMENTS_FILE, REPORT_FILE = "tokens.int32", "segments.npy", "report.json"  # of a cache entry
-CACHE_FORMAT_VERSION = 2  # Increase it when the same records give other token ids, or when the cached files change.
+# The files of a cache entry.
+TOKENS_FILE, SEGMENTS_FILE, EARLIER_FILE, REPORT_FILE = "tokens.int32", "segments.npy", "earlier.npy", "report.json"
+CACHE_FORMAT_VERSION = 3  # Increase it when the same records give other token ids, or when the cached files change.
 RECORDS_PER_CHUNK = 256  # Records that are tokenized in parallel.
 MAX_NORMALIZATION_SHRINK = 4  # A tokenizer's normalization may merge up to this many characters into one.
-# (example, number of cut answers, whether the first answer has an unclosed thought)
-TokenizedRecord = tuple[Example, int, bool]
 
 
 def tokenize_sources(
@@ -56,8 +64,8 @@ def tokenize_sources(
             source = _load_or_tokenize(tokenizer)
         else:
             buffer = io.BytesIO()
-            segments, report = tokenizer.tokenize(buffer)
-            source = TokenizedSource(np.frombuffer(buffer.getvalue(), np.int32), segments, report)
+            segments, earlier_answers, report = tokenizer.tokenize(buffer)
+            source = TokenizedSource(np.frombuffer(buffer.getvalue(), np.int32), segments, report, earlier_answers)
         if source.report.stopping_error_by_reason and not keep_going:
             raise UserError(next(iter(source.report.stopping_error_by_reason.values())))
         sources.append(source)
@@ -65,7 +73,21 @@ def tokenize_sources(
 
 
 class _TooLongError(RecordError):
-    """A record does not fit in a row, at least not with two different answers."""
+    """A record does not fit in a row, at least not with two different answers. It would need `num_tokens`."""
+
+    def __init__(self, reason: str, message: str, num_tokens: int) -> None:
+        super().__init__(reason, message)
+        self.num_tokens = num_tokens
+
+
+@dataclass(frozen=True)
+class _TokenizedRecord:
+    """An example, the record that it comes from, and what the report counts."""
+
+    example: Example
+    parsed: PromptAnswers
+    num_truncated: int
+    has_unclosed_thought: bool
 
 
 @dataclass(frozen=True)
@@ -83,7 +105,8 @@ class _SourceTokenizer:
         """Returns a digest of everything that determines the token ids and the report."""
         tokenizer = self.chat.tokenizer
         vocab = tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast else sorted(tokenizer.get_vocab().items())
-        settings = repr((vocab, tokenizer.chat_template, tokenizer.special_tokens_map))
+        template = (self.chat.template.text, self.chat.template.arguments, self.chat.thinking)
+        settings = repr((vocab, template, tokenizer.special_tokens_map))
         identity = {
             "format": CACHE_FORMAT_VERSION,
             "tokenizers": importlib.metadata.version("tokenizers"),
@@ -96,12 +119,16 @@ class _SourceTokenizer:
         }
         return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:32]
 
-    def tokenize(self, file: BinaryIO) -> tuple[np.ndarray, SourceReport]:
-        """Writes the token ids of all records as int32, in order. Returns `segments` and `report` of the source."""
+    def tokenize(self, file: BinaryIO) -> tuple[np.ndarray, np.ndarray, SourceReport]:
+        """Writes the token ids of all records as int32, in order.
+
+        Returns `segments`, `earlier_answers` and `report` of the source.
+        """
         config, report = self.config, SourceReport(self.config.name)
         records = iterate_records(config, seed=self.seed)
         columns: StageDataConfig | None = None
         bounds: list[tuple[int, int, int]] = []
+        earlier_answers: list[tuple[int, int, int]] = []
         end = 0
         progress = ProgressReporter(self.title, None, unit="row")
         with ThreadPoolExecutor(os.cpu_count()) as pool, contextlib.closing(progress):
@@ -112,23 +139,38 @@ class _SourceTokenizer:
                     if isinstance(result, RecordError):
                         self._count_error(report, result)
                         continue
-                    example, num_truncated, has_unclosed_thought = result
-                    for segment in example:
+                    earlier_answers += [(report.num_used, *span) for span in result.example[0].earlier_answers]
+                    for segment in result.example:
                         file.write(segment.token_ids.tobytes())
                         start, end = end, end + len(segment.token_ids)
                         bounds.append((start, start + segment.answer_start, end))
-                    report.num_used += 1
-                    report.num_truncated += num_truncated
-                    report.num_unclosed_thoughts += has_unclosed_thought
+                    self._count_used(report, result)
                 num_dropped = report.rows - report.num_used
                 progress.update(report.rows, {"left out": str(num_dropped)} if num_dropped else None)
         file.flush()
+        report.form = "" if columns is None else describe_form(columns)
         segments_per_example = 2 if isinstance(config, PreferenceDataConfig) else 1
-        return np.array(bounds, np.int64).reshape(-1, segments_per_example, 3), report
+        segments = np.array(bounds, np.int64).reshape(-1, segments_per_example, 3)
+        return segments, np.array(earlier_answers, np.int64).reshape(-1, 3), report
+
+    def _count_used(self, report: SourceReport, record: _TokenizedRecord) -> None:
+        report.num_used += 1
+        report.num_truncated += record.num_truncated
+        report.num_unclosed_thoughts += record.has_unclosed_thought
+        report.num_joined_thoughts += record.parsed.has_joined_thought
+        report.num_untrained_turns += record.parsed.has_earlier_answers() and not self._trains_all
+        for name in record.parsed.ignored_fields:
+            report.ignored_fields[name] = report.ignored_fields.get(name, 0) + 1
+
+    @property
+    def _trains_all(self) -> bool:
+        return isinstance(self.config, SftDataConfig) and self.config.train_on == "all"
 
     def _count_error(self, report: SourceReport, error: RecordError) -> None:
         """Adds a record that cannot be used to the report. Raises `UserError` if the config says to stop at it."""
         is_too_long = isinstance(error, _TooLongError)
+        if isinstance(error, _TooLongError):
+            report.too_long_tokens.append(error.num_tokens)
         if (self.config.over_length if is_too_long else self.config.on_bad_row) == "raise":
             if not self.keep_going:
                 raise UserError(str(error))
@@ -145,7 +187,7 @@ class _SourceTokenizer:
                     return infer_columns(self.config, record, location)
         return None
 
-    def _tokenize_record(self, columns: StageDataConfig, located: LocatedRecord) -> TokenizedRecord | RecordError:
+    def _tokenize_record(self, columns: StageDataConfig, located: LocatedRecord) -> _TokenizedRecord | RecordError:
         location, record = located
         if isinstance(record, RecordError):
             return record
@@ -153,17 +195,22 @@ class _SourceTokenizer:
         # A record with more characters cannot fit in a row, so it is not tokenized at all.
         max_characters = MAX_NORMALIZATION_SHRINK * self.row_length * self.chat.max_token_characters
         try:
-            messages, texts = parse_record(infer_columns(columns, record, location), record, location)
+            columns = infer_columns(columns, record, location)
+            parsed = parse_record(columns, record, location, self.chat.thinking)
+            messages, texts = parsed.messages, parsed.answers
             num_characters = sum(len(message["content"].strip()) for message in messages)
             num_characters += 0 if is_cut else sum(map(len, texts))
             if num_characters > max_characters:
-                return self._too_long(location, f"{num_characters} characters")
+                # About four characters are a token.
+                return self._too_long(location, f"{num_characters} characters", num_characters // 4)
             texts = [text[: max_characters + 1] for text in texts]
             prompt = self.chat.encode_prompt(messages)
             prompts = [prompt.ids] * len(texts)
             answers = [self.chat.encode_answer(prompt, text) for text in texts]
+            should_train_earlier = self._trains_all and parsed.has_earlier_answers()
+            earlier = self.chat.find_earlier_answers(messages, prompt) if should_train_earlier else []
             has_empty_thought = isinstance(columns, PreferenceDataConfig) and columns.rejected_thinking == "empty_block"
-            if has_empty_thought and not any(tag in texts[1] for tags in THOUGHT_TAGS for tag in tags):
+            if has_empty_thought and not self.chat.thinking.find_tag(texts[1]):
                 prompts[1] = prompt.ids + self.chat.encode_empty_thought(prompt)
         except RecordError as error:
             return error
@@ -176,22 +223,24 @@ class _SourceTokenizer:
         max_length = max(equal_share, max(lengths) + self.row_length - num_tokens)
         num_truncated = sum(length > max_length for length in lengths)
         if max_length < 1 or (num_truncated and not is_cut):
-            return self._too_long(location, f"{num_tokens} tokens")
+            return self._too_long(location, f"{num_tokens} tokens", num_tokens)
         answers = [answer[:max_length] for answer in answers]
         if len(answers) == 2 and answers[0] == answers[1]:
             if num_truncated:
-                return _TooLongError("identical after the cut", f"{location}: the cut answers have the same tokens.")
+                problem = f"{location}: the cut answers have the same tokens."
+                return _TooLongError("identical after the cut", problem, num_tokens)
             problem = "the two answers have the same tokens, but a pair needs different answers"
             return RecordError("identical answers", f"{location}: {problem}. Change one of them or remove the row.")
         pairs = zip(prompts, answers, strict=True)
-        example = tuple(Segment(np.array(ids + answer, np.int32), len(ids)) for ids, answer in pairs)
+        example = tuple(Segment(np.array(ids + answer, np.int32), len(ids), tuple(earlier)) for ids, answer in pairs)
         first_text = texts[0] if lengths[0] <= max_length else self.chat.decode(answers[0])
-        return example, num_truncated, has_unclosed_tag(prompt.open_thought_tag + first_text)
+        is_unclosed = has_unclosed_tag(prompt.open_thought_tag + first_text, self.chat.thought_tags)
+        return _TokenizedRecord(example, parsed, num_truncated, is_unclosed)
 
-    def _too_long(self, location: str, size: str) -> _TooLongError:
+    def _too_long(self, location: str, size: str, num_tokens: int) -> _TooLongError:
         limit = f"row_length {self.row_length}"
         remedy = "Increase batch.row_length, or set `over_length` to `drop` or `cut`."
-        return _TooLongError(f"longer than {limit}", f"{location}: {size} do not fit {limit}. {remedy}")
+        return _TooLongError(f"longer than {limit}", f"{location}: {size} do not fit {limit}. {remedy}", num_tokens)
 
 
 def _load_or_tokenize(tokenizer: _SourceTokenizer) -> TokenizedSource:
@@ -205,9 +254,10 @@ def _load_or_tokenize(tokenizer: _SourceTokenizer) -> TokenizedSource:
             new_entry = Path(folder) / "entry"
             new_entry.mkdir()
             with (new_entry / TOKENS_FILE).open("wb") as file:
-                segments, report = tokenizer.tokenize(file)
+                segments, earlier_answers, report = tokenizer.tokenize(file)
             np.save(new_entry / SEGMENTS_FILE, segments)
-            source = TokenizedSource(_map_tokens(new_entry), segments, report)
+            np.save(new_entry / EARLIER_FILE, earlier_answers)
+            source = TokenizedSource(_map_tokens(new_entry), segments, report, earlier_answers)
             record = {"digest": source.digest, "report": asdict(report)}
             (new_entry / REPORT_FILE).write_text(json.dumps(record), encoding="utf-8")
             with contextlib.suppress(OSError):  # another process has saved an equal entry in the meantime
@@ -224,8 +274,10 @@ def _load(entry: Path) -> TokenizedSource | None:
         return None
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError, EOFError):
         record = json.loads((entry / REPORT_FILE).read_text(encoding="utf-8"))
-        segments = np.load(entry / SEGMENTS_FILE, allow_pickle=False)
-        source = TokenizedSource(_map_tokens(entry), segments, SourceReport(**record["report"]))
+        segments, earlier_answers = (
+            np.load(entry / name, allow_pickle=False) for name in (SEGMENTS_FILE, EARLIER_FILE)
+        )
+        source = TokenizedSource(_map_tokens(entry), segments, SourceReport(**record["report"]), earlier_answers)
         if source.digest == record["digest"]:
             return source
     log_warning(f"{entry}: the cached tokens are damaged. They are built again.")

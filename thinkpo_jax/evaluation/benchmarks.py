@@ -10,7 +10,7 @@ from typing import Annotated, Literal
 
 import pydantic
 
-from thinkpo_jax.data.chat_tokenizer import Message
+from thinkpo_jax.data.chat_template import Message
 from thinkpo_jax.data.miniature import MiniatureData
 from thinkpo_jax.data.readers import DataSourceConfig, Record, has_data_file_suffix, iterate_valid_records
 from thinkpo_jax.data.record_formats import require_column, require_text

@@ -53,6 +53,7 @@ def evaluate_model(
     tokenizer, sampling = source.tokenizer, config.sampling
     for benchmark in config.benchmarks:
         benchmark_questions = questions[benchmark.name]
+        prompts = [tokenizer.encode_prompt(question.messages).ids for question in benchmark_questions]
         settings = {
             "benchmark": benchmark.model_dump(mode="json"),
             "sampling": sampling.model_dump(mode="json", exclude={"batch_size"}),
@@ -60,6 +61,7 @@ def evaluate_model(
             "dtype": compute.dtype,
             "model": source.quick_fingerprint(),
             "questions": hashlib.sha256(repr(list(benchmark_questions)).encode()).hexdigest()[:16],
+            "prompts": hashlib.sha256(repr(prompts).encode()).hexdigest()[:16],  # with template and its arguments
         }
         path = folder / f"{benchmark.name}.json"
         record = read_json_record(path, "settings", "items")
@@ -67,13 +69,11 @@ def evaluate_model(
             results[benchmark.name] = read_answers(path)
             continue
         model = model or source.load(compute, mesh)
-        prompts = [
-            tokenizer.encode_prompt(q.messages).ids for q in benchmark_questions for _ in range(sampling.samples)
-        ]
-        with closing(ProgressReporter(f"{name} on {benchmark.name}", len(prompts), unit="answer")) as progress:
+        repeated = [prompt for prompt in prompts for _ in range(sampling.samples)]
+        with closing(ProgressReporter(f"{name} on {benchmark.name}", len(repeated), unit="answer")) as progress:
             completions = generate(
                 model,
-                prompts,
+                repeated,
                 sampling,
                 stop_token_ids=tokenizer.stop_token_ids,
                 vocab_size=len(tokenizer.tokenizer),

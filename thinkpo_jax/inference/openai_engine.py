@@ -17,7 +17,8 @@ from urllib.parse import urlsplit
 
 import pydantic
 
-from thinkpo_jax.data.chat_tokenizer import Message
+from thinkpo_jax.data.chat_template import Message, TemplateArguments, ThinkingFormat
+from thinkpo_jax.data.messages import THINKING_FIELDS
 from thinkpo_jax.inference.engine import Completion, SamplingConfig
 from thinkpo_jax.runtime.config import ConfigSection, RunError, UserError
 
@@ -33,12 +34,14 @@ KeyT = TypeVar("KeyT")
 class ServerConfig(ConfigSection):
     """A server and how to use it.
 
-    The environment variable `api_key_variable` holds the key. If it is not set, the key "none" is sent. Up to
+    The server renders prompts with its own chat template. It gets `template_arguments` as `chat_template_kwargs`. The
+    environment variable `api_key_variable` holds the key. If it is not set, the key "none" is sent. Up to
     `concurrency` requests run at the same time. Each may take `timeout` seconds, and is retried `retries` times.
     """
 
     url: str
     model: str = pydantic.Field(min_length=1)
+    template_arguments: TemplateArguments = pydantic.Field(default_factory=dict)
     api_key_variable: str = pydantic.Field(default="OPENAI_API_KEY", min_length=1)
     concurrency: int = pydantic.Field(default=32, ge=1, le=1024)
     timeout: float = pydantic.Field(default=600.0, gt=0)
@@ -56,10 +59,16 @@ class ServerConfig(ConfigSection):
 
 
 def request_completions(
-    config: ServerConfig, conversations: Mapping[KeyT, Sequence[Message]], sampling: SamplingConfig, *, seed: int
+    config: ServerConfig,
+    conversations: Mapping[KeyT, Sequence[Message]],
+    sampling: SamplingConfig,
+    *,
+    seed: int,
+    thinking: ThinkingFormat,
 ) -> Generator[tuple[KeyT, Completion], None, None]:
     """Yields the key and the completion of each conversation as the answers arrive.
 
+    A thought that the server sends in a field of its own is joined to the answer as `thinking` says.
     The seed of a request depends only on `seed` and the conversation, so a subset gets the same seeds. Closing the
     generator cancels the running requests. Raises `UserError` if openai is not installed, or the server does not accept
     the key or the model. Raises `RunError` if the server cannot be reached, or gives no valid answer in `retries` + 1
@@ -82,7 +91,7 @@ def request_completions(
             while True:
                 for key, messages in itertools.islice(pending, config.concurrency - len(running)):
                     body = _body(config, messages, sampling, seed)
-                    running[portal.start_task_soon(_complete, client, config, body)] = key
+                    running[portal.start_task_soon(_complete, client, config, body, thinking)] = key
                 if not running:
                     return
                 finished = wait(running, return_when=FIRST_COMPLETED).done
@@ -97,7 +106,9 @@ def request_completions(
 def _body(config: ServerConfig, messages: Sequence[Message], sampling: SamplingConfig, seed: int) -> dict[str, Any]:
     turns = [(message["role"], message["content"]) for message in messages]
     digest = hashlib.sha256(json.dumps([seed, turns]).encode()).digest()
+    template_arguments = {"chat_template_kwargs": dict(config.template_arguments)} if config.template_arguments else {}
     return {
+        "extra_body": template_arguments,  # not a part of OpenAI's API
         "model": config.model,
         "messages": list(messages),
         "temperature": sampling.temperature,
@@ -108,7 +119,7 @@ def _body(config: ServerConfig, messages: Sequence[Message], sampling: SamplingC
     }
 
 
-async def _complete(client: Any, config: ServerConfig, body: dict[str, Any]) -> Completion:
+async def _complete(client: Any, config: ServerConfig, body: dict[str, Any], thinking: ThinkingFormat) -> Completion:
     """Sends one request. Failed requests are retried by openai, and malformed answers by the loop here."""
     import openai
 
@@ -128,7 +139,7 @@ async def _complete(client: Any, config: ServerConfig, body: dict[str, Any]) -> 
             problem = f"no answer within {config.timeout:g} s" if is_timeout else f"{error} {error.__cause__ or ''}"
             raise _no_answer(config, f"{problem.strip()},") from None
         text = response.http_response.text
-        if (completion := _parse_completion(text)) is not None:
+        if (completion := _parse_completion(text, thinking)) is not None:
             return completion
         retries_left -= response.retries_taken + 1
         if retries_left < 0:
@@ -140,17 +151,22 @@ def _no_answer(config: ServerConfig, problem: str) -> RunError:
     return RunError(f"{config.url}: {problem} in {config.retries + 1} tries. {RESUME_HINT}")
 
 
-def _parse_completion(text: str) -> Completion | None:
+def _parse_completion(text: str, thinking: ThinkingFormat) -> Completion | None:
     """Reads the body of a response. Returns None if it holds no chat completion."""
     try:
         choice = json.loads(text)["choices"][0]
-        content, reason = choice["message"].get("content"), choice.get("finish_reason")
+        message, reason = choice["message"], choice.get("finish_reason")
+        content, thoughts = message.get("content"), [message.get(name) for name in THINKING_FIELDS]
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
         return None
     if reason == "content_filter":
         return Completion(error="the server's content filter")
+    if thought := next((thought for thought in thoughts if isinstance(thought, str) and thought.strip()), None):
+        if content and (tag := thinking.find_tag(content)):
+            return Completion(error=f"the server sent a thought in a field of its own, and {tag} in the text too")
+        content = thinking.join(thought, content) if content else thinking.before + thought  # it never ended
     if content is None and reason == "length":
-        content = ""  # the limit cut the thought, which some servers put into another field
+        content = ""  # the limit cut a thought that the server does not send
     if not isinstance(content, str) or reason == "abort":  # vLLM aborted the request before the answer was complete
         return None
     printable = content.encode(errors="replace").decode()  # half of a surrogate pair becomes "?"

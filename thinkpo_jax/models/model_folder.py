@@ -8,8 +8,10 @@ from pathlib import Path
 from typing import Literal
 
 import huggingface_hub
+import pydantic
 from jax.sharding import Mesh
 
+from thinkpo_jax.data.chat_template import TemplateArguments, ThinkingTags
 from thinkpo_jax.data.chat_tokenizer import ChatTokenizer
 from thinkpo_jax.models.architecture import Architecture, read_architecture
 from thinkpo_jax.models.compute_config import ComputeConfig
@@ -24,10 +26,16 @@ MODEL_FILES = ("*.json", "*.safetensors", "*.jinja", "*.txt", "tokenizer.model")
 
 
 class ModelConfig(ConfigSection):
-    """The start model. With `weights: random` the folder gives shape and tokenizer, and the run's seed the weights."""
+    """The start model. With `weights: random` the folder gives shape and tokenizer, and the run's seed the weights.
+
+    `template_arguments` are variables of the chat template, such as Qwen3's `enable_thinking`. `thinking_tags` are the
+    texts before and after a thought (default: those of the template).
+    """
 
     path: ConfigPath  # a Hugging Face folder, a Hub id or `builtin:NAME`
     weights: Literal["pretrained", "random"] = "pretrained"
+    template_arguments: TemplateArguments = pydantic.Field(default_factory=dict)
+    thinking_tags: ThinkingTags | None = None
 
 
 def resolve_model_folder(path: str, *, weights: bool = True) -> Path:
@@ -124,17 +132,24 @@ def resolve_model_source(config: ModelConfig, *, seed: int, require_weights: boo
     """
     folder = resolve_model_folder(config.path, weights=require_weights)
     check = require_weights and config.weights == "pretrained"
-    architecture, tokenizer = check_model_folder(folder, weights=check)
+    architecture, tokenizer = check_model_folder(config, folder, weights=check)
     return ModelSource(folder, architecture, tokenizer, seed if config.weights == "random" else None)
 
 
-def check_model_folder(folder: Path, *, weights: bool) -> tuple[Architecture, ChatTokenizer]:
+def check_model_folder(config: ModelConfig, folder: Path, *, weights: bool) -> tuple[Architecture, ChatTokenizer]:
     """Reads architecture and tokenizer, and checks weights if asked to. Raises one `UserError` with all problems."""
     with collect_errors() as collector:
         architecture = collector(read_architecture, folder)
         if weights:
             collector(check_weights, folder, architecture)
-        tokenizer = collector(lambda: ChatTokenizer.from_folder(folder, stop_token_ids=read_stop_token_ids(folder)))
+        tokenizer = collector(
+            lambda: ChatTokenizer.from_folder(
+                folder,
+                stop_token_ids=read_stop_token_ids(folder),
+                template_arguments=config.template_arguments,
+                thinking_tags=config.thinking_tags,
+            )
+        )
         if architecture is not None and tokenizer is not None and len(tokenizer.tokenizer) > architecture.vocab_size:
             collector.fail(
                 f"{folder}: the tokenizer has {len(tokenizer.tokenizer)} tokens, but the embedding has only "

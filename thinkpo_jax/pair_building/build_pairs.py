@@ -10,9 +10,11 @@ from typing import Annotated
 
 import pydantic
 
+from thinkpo_jax.data.chat_template import ThinkingFormat, ThinkingTags
 from thinkpo_jax.data.chat_tokenizer import ChatTokenizer
+from thinkpo_jax.data.messages import require_text
 from thinkpo_jax.data.readers import Record, RecordError
-from thinkpo_jax.data.record_formats import ResponseSourceConfig, iterate_responses, require_column, require_text
+from thinkpo_jax.data.record_formats import ResponseSourceConfig, iterate_responses, require_column
 from thinkpo_jax.evaluation import benchmarks
 from thinkpo_jax.evaluation.benchmarks import BenchmarkConfig, Benchmarks, ContaminationMatch, find_contamination
 from thinkpo_jax.inference.engine import Completion
@@ -42,12 +44,16 @@ class DecontaminationConfig(ConfigSection):
 
 
 class PairsConfig(ConfigSection):
-    """How pairs are built. `out` is the output folder, and `tokenizer` (a model folder or Hub id) counts the tokens."""
+    """How pairs are built. `out` is the output folder, and `tokenizer` (a model folder or Hub id) counts the tokens.
+
+    A thought in a field of its own is joined to its answer with `thinking_tags` (default: those of its template).
+    """
 
     out: ConfigPath
     title: str = "ThinkPO pairs"
     seed: int = pydantic.Field(default=0, ge=0, lt=2**31)
     tokenizer: ConfigPath
+    thinking_tags: ThinkingTags | None = None
     long: LongAnswersConfig
     short: Annotated[ShortAnswersConfig, pydantic.Field(discriminator="by")]
     filters: FilterConfig = FilterConfig()
@@ -65,13 +71,16 @@ def build_pairs(config: PairsConfig) -> Pairs:
     rows, answers, candidates = Counter[str](), Counter[str](), Counter[str]()
     tables = {"Rows with a long answer": rows, "Short answers": answers, "Candidate pairs": candidates}
     with lock_folder(folder, "out"):
-        tokenizer = ChatTokenizer.from_folder(resolve_model_folder(config.tokenizer, weights=False))
+        tokenizer_folder = resolve_model_folder(config.tokenizer, weights=False)
+        tokenizer = ChatTokenizer.from_folder(tokenizer_folder, thinking_tags=config.thinking_tags)
+        thinking = tokenizer.thinking
         held_out = {b.name: _load_questions(b, config.seed) for b in config.decontaminate.against}
-        longs = _read_long_answers(config.long, config.seed, rows)
+        longs = _read_long_answers(config.long, config.seed, thinking, rows)
         matches = find_contamination([long.question for long in longs], held_out, ngram=config.decontaminate.ngram)
         longs = _drop_contaminated(longs, matches, folder / CONTAMINATION_FILE, rows)
         questions = [long.question for long in longs]
-        shorts = collect_short_answers(config.short, questions, folder, seed=config.seed, counts=answers)
+        options = {"seed": config.seed, "thinking": thinking, "counts": answers}
+        shorts = collect_short_answers(config.short, questions, folder, **options)
         rows["no short answer to the question"] = sum(not completions for completions in shorts)
         pairs = _add_short_answers(tokenizer, longs, shorts, candidates)
         pairs = pair_filters.filter_pairs(pairs, config.filters, seed=config.seed, counts=candidates)
@@ -92,10 +101,11 @@ def _load_questions(benchmark: BenchmarkConfig, seed: int) -> list[str]:
     return [question.messages[-1]["content"].removeprefix(prefix) for question in questions]
 
 
-def _read_long_answers(config: LongAnswersConfig, seed: int, counts: Counter[str]) -> Pairs:
+def _read_long_answers(config: LongAnswersConfig, seed: int, thinking: ThinkingFormat, counts: Counter[str]) -> Pairs:
     """Returns pairs without a short answer."""
     pairs: Pairs = []
-    for response in iterate_responses(config, seed=seed):
+    ignored_fields = Counter[str]()
+    for response in iterate_responses(config, seed=seed, thinking=thinking):
         counts["read"] += 1
         try:
             if isinstance(response, RecordError):
@@ -104,10 +114,15 @@ def _read_long_answers(config: LongAnswersConfig, seed: int, counts: Counter[str
             reference = None if config.reference is None else _read_reference(row, config.reference, location)
             question, prompt = conversation.last_user_message(config.prompt_suffix), tuple(conversation.messages)
             pairs.append(PreferencePair(question, prompt, reference, conversation.answers[0], location))
+            counts["with a thought in a field of its own"] += conversation.has_joined_thought
+            ignored_fields.update(conversation.ignored_fields)
         except RecordError as error:
             if config.on_bad_row == "raise":
                 raise
             count_skipped_row(error, counts)
+    if ignored_fields:
+        fields = ", ".join(f"{name} ({count} rows)" for name, count in sorted(ignored_fields.items()))
+        log_info(f"{config.name}: not read: {fields}")
     return pairs
 
 

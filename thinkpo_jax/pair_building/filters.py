@@ -15,7 +15,7 @@ from typing import Literal
 
 import pydantic
 
-from thinkpo_jax.data.chat_tokenizer import ANSWER_SECTION_TAGS, Message, has_unclosed_tag
+from thinkpo_jax.data.chat_template import ANSWER_SECTION_TAGS, Message, has_unclosed_tag
 from thinkpo_jax.evaluation.grading import extract_boxed, grade_boxed
 from thinkpo_jax.runtime.config import ConfigSection
 

@@ -14,7 +14,7 @@ import jax
 import numpy as np
 import pydantic
 
-from thinkpo_jax.data.chat_tokenizer import Message
+from thinkpo_jax.data.chat_template import Message, ThinkingFormat
 from thinkpo_jax.data.readers import RecordError
 from thinkpo_jax.data.record_formats import ResponseSourceConfig, iterate_responses
 from thinkpo_jax.inference.engine import Completion, SamplingConfig, generate
@@ -75,7 +75,13 @@ ShortAnswersConfig = DatasetAnswersConfig | ModelAnswersConfig | ServerAnswersCo
 
 
 def collect_short_answers(
-    config: ShortAnswersConfig, questions: Sequence[str], folder: Path, *, seed: int, counts: Counter[str]
+    config: ShortAnswersConfig,
+    questions: Sequence[str],
+    folder: Path,
+    *,
+    seed: int,
+    thinking: ThinkingFormat,
+    counts: Counter[str],
 ) -> list[list[Completion]]:
     """Returns the short answers to each question: those of another data set, or one that is generated.
 
@@ -84,17 +90,23 @@ def collect_short_answers(
     answers are damaged or have other settings, or the data set has none of the questions.
     """
     if isinstance(config, DatasetAnswersConfig):
-        return _join_dataset(config, questions, seed=seed, counts=counts)
+        return _join_dataset(config, questions, seed=seed, thinking=thinking, counts=counts)
     system: list[Message] = [] if config.system is None else [{"role": "system", "content": config.system}]
     prompts: list[list[Message]] = [[*system, {"role": "user", "content": question}] for question in questions]
     keys = [hashlib.sha256(json.dumps(messages).encode()).hexdigest()[:24] for messages in prompts]
     conversations = dict(zip(keys, prompts, strict=True))  # a repeated question is sent once
-    settings: dict[str, Any] = config.model_dump(mode="json", exclude={"sampling": {"batch_size"}, "mesh": True})
+    excluded: dict[str, Any] = {"sampling": {"batch_size"}, "mesh": True}
+    settings: dict[str, Any] = config.model_dump(mode="json", exclude=excluded)
     settings["seed"] = seed
     if isinstance(config, ModelAnswersConfig):
         settings["model"]["fingerprint"] = quick_fingerprint(resolve_model_folder(config.model.path))
     else:
-        settings["server"] = {"model": config.server.model}  # the url and the limits do not change the answers
+        server = config.server  # its url and limits do not change the answers
+        settings["server"] = {"model": server.model} | server.model_dump(
+            include={"template_arguments"}, exclude_defaults=True
+        )
+        if thinking != ThinkingFormat():
+            settings["thinking_tags"] = [thinking.before, thinking.after]
     path = folder / "short_answers.jsonl"
     saved = _load_saved_answers(path, settings)
     answers = {key: saved[key] for key in conversations if key in saved}
@@ -106,7 +118,7 @@ def collect_short_answers(
         if isinstance(config, ModelAnswersConfig):
             completions = _generate_missing(config, conversations, missing, seed=seed)
         else:
-            completions = request_completions(config.server, missing, config.sampling, seed=seed)
+            completions = request_completions(config.server, missing, config.sampling, seed=seed, thinking=thinking)
         progress = ProgressReporter("short answers", len(conversations), done=len(answers), unit="answer")
         with path.open("a", buffering=1, encoding="utf-8") as file, closing(progress), closing(completions):
             for key, completion in completions:
@@ -127,10 +139,10 @@ def count_skipped_row(error: RecordError, counts: Counter[str]) -> None:
 
 
 def _join_dataset(
-    config: DatasetAnswersConfig, questions: Sequence[str], *, seed: int, counts: Counter[str]
+    config: DatasetAnswersConfig, questions: Sequence[str], *, seed: int, thinking: ThinkingFormat, counts: Counter[str]
 ) -> list[list[Completion]]:
     answers: defaultdict[str, list[Completion]] = defaultdict(list)
-    for response in iterate_responses(config, seed=seed):
+    for response in iterate_responses(config, seed=seed, thinking=thinking):
         counts["read"] += 1
         if isinstance(response, RecordError):
             count_skipped_row(response, counts)

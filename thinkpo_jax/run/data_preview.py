@@ -41,7 +41,7 @@ def preview_run_data(config: RunConfig) -> None:
     source = resolve_model_source(config.model, seed=config.seed, require_weights=False)
     tokenizer = source.tokenizer
     warn_if_rows_exceed_model(config, source.architecture)
-    keeps = "keeps" if tokenizer.template_keeps_thoughts() else "drops"
+    keeps = "keeps" if tokenizer.template.keeps_thoughts() else "drops"
     print(
         f"chat template: {keeps} the thinking of answers. Training does not use it for answers, so they stay whole.\n"
     )

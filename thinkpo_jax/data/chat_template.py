@@ -1,0 +1,170 @@
+"""Renders the chat template of a model the same way every day, and finds out how it writes thoughts and answers."""
+
+import functools
+import inspect
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from datetime import date
+from typing import Annotated, Any, NotRequired, TypedDict
+
+import pydantic
+from transformers import PreTrainedTokenizerBase
+
+from thinkpo_jax.runtime.config import UserError
+
+TEMPLATE_DATE = date(2024, 7, 26)  # the default date of Llama 3's template, which otherwise writes today's date
+# Tags of thoughts: R1 and Qwen3, then Sky-T1 and Bespoke-Stratos. The last two also mark the solution.
+THOUGHT_TAGS = (("<think>", "</think>"), ("<|begin_of_thought|>", "<|end_of_thought|>"))
+ANSWER_SECTION_TAGS = (*THOUGHT_TAGS, ("<|begin_of_solution|>", "<|end_of_solution|>"))
+QUESTION_MARKER, ANSWER_MARKER, THOUGHT_MARKER = "QUESTION", "ANSWER", "THOUGHT"  # to find in a rendered conversation
+_DATE_DIRECTIVES = "aAbBcdfgGHIjklmMnpSTuUVwWxXyYzZDeFhR"
+_RESERVED_ARGUMENTS = {*inspect.signature(PreTrainedTokenizerBase.apply_chat_template).parameters, "messages"}
+
+
+def _check_tags(tags: tuple[str, str]) -> tuple[str, str]:
+    if not all(tag.strip() for tag in tags):
+        raise ValueError('expected two tags with their line breaks, such as ["<think>\\n", "\\n</think>\\n\\n"]')
+    return tags
+
+
+TemplateArguments = dict[str, str | int | float | bool | None]  # variables of a template, such as `enable_thinking`
+ThinkingTags = Annotated[tuple[str, str], pydantic.AfterValidator(_check_tags)]  # texts before and after a thought
+
+
+class Message(TypedDict):
+    """One message of a conversation. The role is "system", "user" or "assistant".
+
+    `thinking` is the thought before the content, if the data has it in a field of its own.
+    """
+
+    role: str
+    content: str
+    thinking: NotRequired[str]
+
+
+def has_unclosed_tag(answer: str, tags: Sequence[tuple[str, str]] = THOUGHT_TAGS) -> bool:
+    """Tells whether an answer opens a section and does not close it. The prompt may open what the answer closes."""
+    return any(answer.rfind(opening) > answer.rfind(closing) for opening, closing in tags)
+
+
+@dataclass(frozen=True)
+class ThinkingFormat:
+    """The texts that a model writes before and after a thought. `before` and `after` hold its tags and line breaks."""
+
+    before: str = "<think>\n"
+    after: str = "\n</think>\n\n"
+
+    @property
+    def tags(self) -> tuple[str, str]:
+        """The two tags without line breaks."""
+        return self.before.strip(), self.after.strip()
+
+    def join(self, thought: str, answer: str) -> str:
+        """Returns the answer with the thought before it, as Qwen3's template joins them."""
+        return self.before + thought.strip("\n") + self.after + answer.lstrip("\n")
+
+    def find_tag(self, text: str) -> str | None:
+        """Returns a tag of a thought that the text holds, of this format or of another known one."""
+        return next((tag for tags in (self.tags, *THOUGHT_TAGS) for tag in tags if tag in text), None)
+
+
+@dataclass(frozen=True)
+class ChatTemplate:
+    """The chat template of a tokenizer, with fixed values for its variables."""
+
+    tokenizer: Any
+    arguments: TemplateArguments = field(default_factory=dict)
+
+    @functools.cached_property
+    def text(self) -> str:
+        """The template. A macro replaces the function `strftime_now`, so every day gives `TEMPLATE_DATE`."""
+        text = self.tokenizer.get_chat_template()
+        if "strftime_now" not in text:
+            return text
+        values = {f"%{sign}{name}": _format_date(f"%{sign}{name}") for name in _DATE_DIRECTIVES for sign in ("-", "")}
+        filters = "".join(f"|replace({directive!r}, {value!r})" for directive, value in values.items())
+        return f"{{% macro strftime_now(format) %}}{{{{ format{filters} }}}}{{% endmacro %}}\n{text}"
+
+    def check_arguments(self, folder: Any) -> None:
+        """Raises `UserError` for an argument that the template does not read, or that is not the user's to set."""
+        for name in self.arguments:
+            if name in _RESERVED_ARGUMENTS:
+                raise UserError(f"template_arguments: {name!r} is set by this package. Remove it.")
+            if not re.search(rf"\b{re.escape(name)}\b", self.tokenizer.get_chat_template()):
+                problem = f"the chat template of {folder} has no variable {name!r}"
+                raise UserError(f"template_arguments: {problem}. Correct the name or remove it.")
+
+    def render(self, messages: Sequence[Message], **options: bool) -> str:
+        """Renders a conversation. Raises `UserError` if the template refuses it."""
+        values = {"date_string": f"{TEMPLATE_DATE:%d %b %Y}", **self.arguments}
+        try:
+            return self.tokenizer.apply_chat_template(
+                list(map(_with_reasoning, messages)), chat_template=self.text, tokenize=False, **values, **options
+            )
+        except Exception as error:  # a template is a program and can raise anything
+            roles = [message["role"] for message in messages]
+            raise UserError(f"the chat template refuses a conversation with the roles {roles}: {error}") from None
+
+    def find_thinking_format(self) -> ThinkingFormat:
+        """Returns how the template writes a thought that comes in a field of its own.
+
+        It is the default if the template ignores the field, or writes no tag that names a thought.
+        """
+        before, _, after = self._render_answer(ANSWER_MARKER, thinking=THOUGHT_MARKER).partition(THOUGHT_MARKER)
+        between, is_rendered, _ = after.partition(ANSWER_MARKER)
+        opening = re.search(r"<[^<>]*>\s*\Z", before)
+        if not (is_rendered and opening):
+            return ThinkingFormat()
+        found = ThinkingFormat(opening[0], between)
+        first, last = found.tags
+        return found if last == first.replace("<", "</") or found.tags in THOUGHT_TAGS else ThinkingFormat()
+
+    def keeps_thoughts(self) -> bool:
+        """Tells whether the template keeps the thought of an answer that is passed to it as a message."""
+        return THOUGHT_MARKER in self._render_answer(f"<think>\n{THOUGHT_MARKER}\n</think>\n\n{ANSWER_MARKER}")
+
+    def text_after_answer(self, folder: Any) -> str:
+        """Returns what the template writes after an answer. Raises `UserError` if it leaves out a message."""
+        text = self._render_answer(ANSWER_MARKER)
+        if not (ANSWER_MARKER in text and QUESTION_MARKER in text):
+            advice = "Use the template of the model"
+            raise UserError(f"{folder}: the chat template leaves out the text of a message. {advice}.")
+        return text.rpartition(ANSWER_MARKER)[2]
+
+    def find_earlier_answers(self, messages: Sequence[Message], rendered: str) -> list[tuple[int, int]]:
+        """Returns where the answers of `messages` begin and end in `rendered`, as the template writes them.
+
+        The template may drop their thoughts. It is rendered once more with a marker for each answer. The texts between
+        the markers separate the answers. Raises `UserError` if the separators do not occur in this order.
+        """
+        marked: list[Message] = [
+            {"role": m["role"], "content": "\ue000" if m["role"] == "assistant" else m["content"]} for m in messages
+        ]
+        first, *separators = self.render(marked, add_generation_prompt=True).split("\ue000")
+        spans: list[tuple[int, int]] = []
+        start = len(first) if rendered.startswith(first) else -1
+        for separator in separators:
+            end = rendered.find(separator, start) if start >= 0 else -1
+            spans.append((start, end))
+            start = end + len(separator) if end >= 0 else -1
+        if start != len(rendered):
+            raise UserError("the earlier answers cannot be found in what the chat template writes. Use train_on: last.")
+        return spans
+
+    def _render_answer(self, content: str, **fields: str) -> str:
+        answer: Any = {"role": "assistant", "content": content, **fields}
+        return self.render([{"role": "user", "content": QUESTION_MARKER}, answer])
+
+
+def _with_reasoning(message: Message) -> dict[str, str]:
+    """Returns the message of a template. Templates read a thought in one of two fields."""
+    fields: dict[str, str] = dict(message)  # pyright: ignore[reportAssignmentType] -- all values are texts
+    return fields | {"reasoning_content": message["thinking"]} if "thinking" in message else fields
+
+
+def _format_date(directive: str) -> str:
+    try:
+        return TEMPLATE_DATE.strftime(directive)
+    except ValueError:  # this platform does not know the directive
+        return directive
