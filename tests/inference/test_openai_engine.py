@@ -79,9 +79,10 @@ def test_the_request_holds_the_settings_and_the_key(monkeypatch: pytest.MonkeyPa
     monkeypatch.setenv("MY_KEY", " secret\n")
     conversation: list[Message] = [{"role": "system", "content": "Be short."}, {"role": "user", "content": "1+1?\n"}]
     with serving(said("2")) as endpoint:
+        settings = config(endpoint.url, api_key_variable="MY_KEY", template_arguments={"enable_thinking": False})
         list(
             request_completions(
-                config(endpoint.url, api_key_variable="MY_KEY"),
+                settings,
                 {0: conversation},
                 SAMPLING,
                 seed=5,
@@ -92,7 +93,8 @@ def test_the_request_holds_the_settings_and_the_key(monkeypatch: pytest.MonkeyPa
     (first, _), keys = endpoint.bodies, endpoint.keys
     assert 0 <= first.pop("seed") < 2**31
     assert first == {
-        "model": "tiny", "messages": conversation, "temperature": 0.6, "top_p": 0.9, "max_tokens": 77, "n": 1
+        "model": "tiny", "messages": conversation, "temperature": 0.6, "top_p": 0.9, "max_tokens": 77, "n": 1,
+        "chat_template_kwargs": {"enable_thinking": False}
     }  # fmt: skip
     assert keys == ["Bearer secret", "Bearer none"]
 
@@ -309,7 +311,13 @@ def test_the_reason_of_a_rejection_is_found_in_any_format(body: str, reason: str
     [
         (said(""), Completion(text="", finish_reason="stop")),
         (said("half", "length"), Completion(text="half", finish_reason="length")),
-        (said(None, "length", reasoning_content="hm"), Completion(text="", finish_reason="length")),
+        (said(None, "length", reasoning_content="hm"), Completion(text="<think>\nhm", finish_reason="length")),
+        (said("4", reasoning="2+2"), Completion(text="<think>\n2+2\n</think>\n\n4")),
+        (said("4", thinking="", reasoning_content=None), Completion(text="4")),
+        (
+            said("<think>a</think>4", reasoning_content="b"),
+            Completion(error="the server sent a thought in a field of its own, and <think> in the text too"),
+        ),
         (said("x", None), Completion(text="x", finish_reason="stop")),
         (said("a\ud800é"), Completion(text="a?é", finish_reason="stop")),
         (said(None, "content_filter"), Completion(error="the server's content filter")),

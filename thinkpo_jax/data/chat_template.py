@@ -28,7 +28,14 @@ def _check_tags(tags: tuple[str, str]) -> tuple[str, str]:
     return tags
 
 
-TemplateArguments = dict[str, str | int | float | bool | None]  # variables of a template, such as `enable_thinking`
+def _check_argument(value: Any) -> Any:
+    if not isinstance(value, str | int | float | bool | None):
+        raise ValueError("expected a text, a number, true or false")
+    return value
+
+
+# Variables of a template, such as `enable_thinking`.
+TemplateArguments = dict[str, Annotated[Any, pydantic.AfterValidator(_check_argument)]]
 ThinkingTags = Annotated[tuple[str, str], pydantic.AfterValidator(_check_tags)]  # texts before and after a thought
 
 
@@ -148,7 +155,7 @@ class ChatTemplate:
             end = rendered.find(separator, start) if start >= 0 else -1
             spans.append((start, end))
             start = end + len(separator) if end >= 0 else -1
-        if start != len(rendered):
+        if start != len(rendered) or len(spans) != sum(m["role"] == "assistant" for m in messages):
             raise UserError("the earlier answers cannot be found in what the chat template writes. Use train_on: last.")
         return spans
 

@@ -104,7 +104,7 @@ def _load_questions(benchmark: BenchmarkConfig, seed: int) -> list[str]:
 def _read_long_answers(config: LongAnswersConfig, seed: int, thinking: ThinkingFormat, counts: Counter[str]) -> Pairs:
     """Returns pairs without a short answer."""
     pairs: Pairs = []
-    ignored_fields = Counter[str]()
+    notes = Counter[str]()
     for response in iterate_responses(config, seed=seed, thinking=thinking):
         counts["read"] += 1
         try:
@@ -114,15 +114,14 @@ def _read_long_answers(config: LongAnswersConfig, seed: int, thinking: ThinkingF
             reference = None if config.reference is None else _read_reference(row, config.reference, location)
             question, prompt = conversation.last_user_message(config.prompt_suffix), tuple(conversation.messages)
             pairs.append(PreferencePair(question, prompt, reference, conversation.answers[0], location))
-            counts["with a thought in a field of its own"] += conversation.has_joined_thought
-            ignored_fields.update(conversation.ignored_fields)
+            notes.update(f"not read: {name}" for name in conversation.ignored_fields)
+            notes.update(["the thought is in a field of its own, and joined"] * conversation.has_joined_thought)
         except RecordError as error:
             if config.on_bad_row == "raise":
                 raise
             count_skipped_row(error, counts)
-    if ignored_fields:
-        fields = ", ".join(f"{name} ({count} rows)" for name, count in sorted(ignored_fields.items()))
-        log_info(f"{config.name}: not read: {fields}")
+    for note, count in sorted(notes.items()):
+        log_info(f"{config.name}: {note} ({count} rows)")
     return pairs
 
 

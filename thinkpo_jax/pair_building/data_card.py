@@ -45,7 +45,9 @@ def _parquet(pairs: Sequence[PreferencePair]) -> bytes:
     from pyarrow import parquet
 
     text, integer = pyarrow.string(), pyarrow.int64()
-    prompt = pyarrow.list_(pyarrow.struct([("role", text), ("content", text), ("thinking", text)]))
+    has_thoughts = any("thinking" in message for pair in pairs for message in pair.prompt)
+    fields = ("role", "content", "thinking") if has_thoughts else ("role", "content")
+    prompt = pyarrow.list_(pyarrow.struct([(field, text) for field in fields]))
     columns = {"question": text, "prompt": prompt, "reference": text, "chosen": text, "rejected": text}
     columns |= {"chosen_tokens": integer, "rejected_tokens": integer, "short_answer_is_correct": pyarrow.bool_()}
     columns |= {"source": text, "gap": integer}
