@@ -95,7 +95,8 @@ def test_the_report_says_that_earlier_answers_are_not_trained(tmp_path: Path, ch
     rows = [{"messages": CONVERSATION}, {"messages": turns("q", "a")}]
     notes = [read(tmp_path, chat, *rows, train_on=key).describe_sources() for key in ("last", "all")]
     texts = [
-        [line for line in lines if "1 rows have earlier answers, which are not trained" in line] for lines in notes
+        [line for line in lines if "earlier answers of 1 rows are not trained (train_on: last)" in line]
+        for lines in notes
     ]
     assert list(map(len, texts)) == [1, 0]
 

@@ -33,7 +33,9 @@ def test_a_thought_in_a_field_of_its_own_is_joined_to_the_answer(
     dataset = tokenize(SftDataConfig(path=str(path)), chat)
     assert decode(only_example(dataset)[0], chat) == (PROMPT, f"{JOINED}<end>")
     assert dataset.reports[0].num_joined_thoughts == 1
-    assert any("1 rows have a thought in a field of its own" in line for line in dataset.describe_sources())
+    assert any(
+        "in a field of their own are joined to the answers of 1 rows" in line for line in dataset.describe_sources()
+    )
 
 
 @pytest.mark.parametrize(

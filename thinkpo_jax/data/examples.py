@@ -58,14 +58,11 @@ class SourceReport:
     def notes(self) -> list[str]:
         """Returns a line about each thing that a user may not expect of the records."""
         fields = ", ".join(f"{name} ({count} rows)" for name, count in sorted(self.ignored_fields.items()))
+        joined, untrained = self.num_joined_thoughts, self.num_untrained_turns
         notes = {
             f"form of the rows: {self.form}": self.form,
-            f"{self.num_joined_thoughts} rows have a thought in a field of its own, which is joined to the answer": (
-                self.num_joined_thoughts
-            ),
-            f"{self.num_untrained_turns} rows have earlier answers, which are not trained (train_on: last)": (
-                self.num_untrained_turns
-            ),
+            f"thoughts in a field of their own are joined to the answers of {joined} rows": joined,
+            f"earlier answers of {untrained} rows are not trained (train_on: last)": untrained,
             f"not read: {fields}": fields,
         }
         return [f"{self.name}: {note}" for note, applies in notes.items() if applies]
