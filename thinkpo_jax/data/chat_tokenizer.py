@@ -104,7 +104,8 @@ class ChatTokenizer:
         """
         special_tokens = self.tokenizer.convert_ids_to_tokens(sorted(self.special_token_ids))
         for message in messages:
-            if special := [token for token in special_tokens if token in message["content"]]:
+            text = message["content"] + message.get("thinking", "")
+            if special := [token for token in special_tokens if token in text]:
                 raise _special_token_error(f"the {message['role']}'s text", special)
         text = self.template.render(messages, add_generation_prompt=True)
         open_tags = [opening for opening, _ in self.thought_tags if text.rstrip().endswith(opening)]
