@@ -27,9 +27,10 @@ from thinkpo_jax.runtime.console import ProgressReporter, log_warning
 from thinkpo_jax.runtime.files import token_cache_folder
 
 TOKENS_FILE, SEGMENTS_FILE, REPORT_FILE = "tokens.int32", "segments.npy", "report.json"  # of a cache entry
-CACHE_FORMAT_VERSION = 2  # Increase it when the same records give other token ids, or when the cached files change.
+CACHE_FORMAT_VERSION = 3  # Increase it when the same records give other token ids, or when the cached files change.
 RECORDS_PER_CHUNK = 256  # Records that are tokenized in parallel.
 MAX_NORMALIZATION_SHRINK = 4  # A tokenizer's normalization may merge up to this many characters into one.
+CHARACTERS_PER_TOKEN = 4  # about, to estimate the tokens of a record that is too long to be tokenized
 # (example, number of cut answers, whether the first answer has an unclosed thought)
 TokenizedRecord = tuple[Example, int, bool]
 
@@ -65,7 +66,11 @@ def tokenize_sources(
 
 
 class _TooLongError(RecordError):
-    """A record does not fit in a row, at least not with two different answers."""
+    """A record does not fit in a row, at least not with two different answers. It needs `num_tokens`."""
+
+    def __init__(self, reason: str, message: str, num_tokens: int) -> None:
+        super().__init__(reason, message)
+        self.num_tokens = num_tokens
 
 
 @dataclass(frozen=True)
@@ -129,6 +134,8 @@ class _SourceTokenizer:
     def _count_error(self, report: SourceReport, error: RecordError) -> None:
         """Adds a record that cannot be used to the report. Raises `UserError` if the config says to stop at it."""
         is_too_long = isinstance(error, _TooLongError)
+        if isinstance(error, _TooLongError):
+            report.too_long_tokens.append(error.num_tokens)
         if (self.config.over_length if is_too_long else self.config.on_bad_row) == "raise":
             if not self.keep_going:
                 raise UserError(str(error))
@@ -157,7 +164,8 @@ class _SourceTokenizer:
             num_characters = sum(len(message["content"].strip()) for message in messages)
             num_characters += 0 if is_cut else sum(map(len, texts))
             if num_characters > max_characters:
-                return self._too_long(location, f"{num_characters} characters")
+                num_tokens = max(self.row_length + 1, num_characters // CHARACTERS_PER_TOKEN)
+                return self._too_long(location, f"{num_characters} characters", num_tokens)
             texts = [text[: max_characters + 1] for text in texts]
             prompt = self.chat.encode_prompt(messages)
             prompts = [prompt.ids] * len(texts)
@@ -176,11 +184,12 @@ class _SourceTokenizer:
         max_length = max(equal_share, max(lengths) + self.row_length - num_tokens)
         num_truncated = sum(length > max_length for length in lengths)
         if max_length < 1 or (num_truncated and not is_cut):
-            return self._too_long(location, f"{num_tokens} tokens")
+            return self._too_long(location, f"{num_tokens} tokens", num_tokens)
         answers = [answer[:max_length] for answer in answers]
         if len(answers) == 2 and answers[0] == answers[1]:
             if num_truncated:
-                return _TooLongError("identical after the cut", f"{location}: the cut answers have the same tokens.")
+                message = f"{location}: the cut answers have the same tokens."
+                return _TooLongError("identical after the cut", message, num_tokens)
             problem = "the two answers have the same tokens, but a pair needs different answers"
             return RecordError("identical answers", f"{location}: {problem}. Change one of them or remove the row.")
         pairs = zip(prompts, answers, strict=True)
@@ -188,10 +197,10 @@ class _SourceTokenizer:
         first_text = texts[0] if lengths[0] <= max_length else self.chat.decode(answers[0])
         return example, num_truncated, has_unclosed_tag(prompt.open_thought_tag + first_text)
 
-    def _too_long(self, location: str, size: str) -> _TooLongError:
+    def _too_long(self, location: str, size: str, num_tokens: int) -> _TooLongError:
         limit = f"row_length {self.row_length}"
         remedy = "Increase batch.row_length, or set `over_length` to `drop` or `cut`."
-        return _TooLongError(f"longer than {limit}", f"{location}: {size} do not fit {limit}. {remedy}")
+        return _TooLongError(f"longer than {limit}", f"{location}: {size} do not fit {limit}. {remedy}", num_tokens)
 
 
 def _load_or_tokenize(tokenizer: _SourceTokenizer) -> TokenizedSource:
