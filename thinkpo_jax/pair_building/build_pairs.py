@@ -13,8 +13,14 @@ import pydantic
 from thinkpo_jax.data.chat_tokenizer import ChatTokenizer
 from thinkpo_jax.data.readers import Record, RecordError
 from thinkpo_jax.data.record_formats import ResponseSourceConfig, iterate_responses, require_column, require_text
-from thinkpo_jax.evaluation import benchmarks
-from thinkpo_jax.evaluation.benchmarks import BenchmarkConfig, Benchmarks, ContaminationMatch, find_contamination
+from thinkpo_jax.evaluation.benchmarks import (
+    CONTAMINATION_NGRAM,
+    Benchmarks,
+    ContaminationMatch,
+    find_contamination,
+    load_questions,
+    question_texts,
+)
 from thinkpo_jax.inference.engine import Completion
 from thinkpo_jax.models.model_folder import resolve_model_folder
 from thinkpo_jax.pair_building import filters as pair_filters
@@ -38,7 +44,7 @@ class DecontaminationConfig(ConfigSection):
     """Benchmarks whose questions are dropped. Questions match if they share `ngram` tokens in a row."""
 
     against: Benchmarks = ()
-    ngram: int = pydantic.Field(default=13, ge=4)
+    ngram: int = pydantic.Field(default=CONTAMINATION_NGRAM, ge=4)
 
 
 class PairsConfig(ConfigSection):
@@ -66,7 +72,9 @@ def build_pairs(config: PairsConfig) -> Pairs:
     tables = {"Rows with a long answer": rows, "Short answers": answers, "Candidate pairs": candidates}
     with lock_folder(folder, "out"):
         tokenizer = ChatTokenizer.from_folder(resolve_model_folder(config.tokenizer, weights=False))
-        held_out = {b.name: _load_questions(b, config.seed) for b in config.decontaminate.against}
+        held_out = {
+            b.name: question_texts(b.name, load_questions(b, seed=config.seed)) for b in config.decontaminate.against
+        }
         longs = _read_long_answers(config.long, config.seed, rows)
         matches = find_contamination([long.question for long in longs], held_out, ngram=config.decontaminate.ngram)
         longs = _drop_contaminated(longs, matches, folder / CONTAMINATION_FILE, rows)
@@ -85,11 +93,6 @@ def build_pairs(config: PairsConfig) -> Pairs:
         write_pair_set(folder, config.model_dump(mode="json"), pairs, tables)
         log_info(summary)
     return pairs
-
-
-def _load_questions(benchmark: BenchmarkConfig, seed: int) -> list[str]:
-    prefix, questions = benchmarks.BENCHMARKS[benchmark.name].prefix, benchmarks.load_questions(benchmark, seed=seed)
-    return [question.messages[-1]["content"].removeprefix(prefix) for question in questions]
 
 
 def _read_long_answers(config: LongAnswersConfig, seed: int, counts: Counter[str]) -> Pairs:
