@@ -18,7 +18,6 @@ from thinkpo_jax.run.stage_checks import (
     ROW_MULTIPLE,
     answer_names,
     count_unclosed_thoughts,
-    find_contaminated_prompts,
     find_stage_problems,
     find_stage_warnings,
 )
@@ -62,9 +61,8 @@ def preview_run_data(config: RunConfig) -> None:
             print()
             problems += find_stage_problems(stage, dataset)
             if batches is not None:
-                warnings += find_stage_warnings(stage, dataset)
+                warnings += find_stage_warnings(stage, dataset, tokenizer, questions_by_name)
                 warnings += _warn_of_one_update_per_epoch(stage, batches)
-                warnings += find_contaminated_prompts(stage, dataset, tokenizer, questions_by_name)
         for name, questions in questions_by_name.items():
             lengths = [len(tokenizer.encode_prompt(question.messages).ids) for question in questions]
             longest_prompt = max(longest_prompt, *lengths)

@@ -87,7 +87,7 @@ def find_length_warnings(config: RunConfig, architecture: Architecture, *, longe
         prompts = f" and prompts have up to {longest_prompt}" if longest_prompt else ""
         warnings.append(
             f"evaluation.sampling.max_new_tokens is {new}{prompts}, but the model was made for at most {limit} tokens. "
-            f"Decrease it to {max(1, limit - longest_prompt)}, because longer answers become random."
+            f"Decrease it to at most {max(1, limit - longest_prompt)}."
         )
     return warnings
 

@@ -1,13 +1,13 @@
 """Finds what would stop a stage, make its training useless, or is probably a mistake. Training and `--check` use it."""
 
-from collections import Counter
-from collections.abc import Iterator, Sequence
+import textwrap
+from collections.abc import Iterator
 
 import numpy as np
 
 from thinkpo_jax.data.batches import MAX_ROW_LENGTH
 from thinkpo_jax.data.chat_tokenizer import ChatTokenizer
-from thinkpo_jax.data.examples import SourceReport, TokenizedDataset
+from thinkpo_jax.data.examples import TokenizedDataset
 from thinkpo_jax.evaluation.benchmarks import (
     CONTAMINATION_NGRAM,
     QuestionsByBenchmark,
@@ -41,7 +41,7 @@ def find_stage_problems(stage: StageConfig, dataset: TokenizedDataset) -> list[s
         for reason, first in report.stopping_error_by_reason.items()
     ]
     if not len(dataset):
-        problems.append(_explain_no_example(dataset))
+        problems.append(_explain_no_example(stage, dataset))
     num_unclosed, num_rows = count_unclosed_thoughts(dataset)
     if 2 * num_unclosed > num_rows:
         problems.append(
@@ -59,10 +59,10 @@ def find_stage_problems(stage: StageConfig, dataset: TokenizedDataset) -> list[s
     return [f"stage {stage.name}: {problem}" for problem in problems]
 
 
-def _explain_no_example(dataset: TokenizedDataset) -> str:
+def _explain_no_example(stage: StageConfig, dataset: TokenizedDataset) -> str:
     """Returns why no example is left, with the remedy for each kind of row that was dropped."""
     has_long_rows = any(report.too_long_tokens for report in dataset.reports)
-    remedies = [_describe_long_rows(dataset.reports)] if has_long_rows else []
+    remedies = [_describe_long_rows(stage, dataset)] if has_long_rows else []
     remedies += [
         f"{report.dropped[reason]} rows of {report.name} are dropped: {reason}. Correct them. The first: {first}"
         for report in dataset.reports
@@ -72,23 +72,25 @@ def _explain_no_example(dataset: TokenizedDataset) -> str:
     return " ".join(["no example is left.", *(remedies or ["Correct the rows of the data."])])
 
 
-def _describe_long_rows(reports: Sequence[SourceReport]) -> str:
+def _describe_long_rows(stage: StageConfig, dataset: TokenizedDataset) -> str:
     """Returns how many rows were dropped for their length, and how many of them longer packed rows would keep."""
-    needed = np.array([num_tokens for report in reports for num_tokens in report.too_long_tokens])
+    needed = np.array([num_tokens for report in dataset.reports for num_tokens in report.too_long_tokens])
     lengths = np.percentile(needed, (0, 50, 90, 100), method="higher").tolist()
     lengths = dict.fromkeys(min(round_up(length, ROW_MULTIPLE), MAX_ROW_LENGTH) for length in lengths)
     kept = ", ".join(f"{length} keeps {int((needed <= length).sum())}" for length in lengths)
-    num_rows = sum(report.rows for report in reports)
-    dropped = f"{len(needed)} of {num_rows} rows are dropped, because they do not fit batch.row_length"
+    num_rows, row_length = sum(report.rows for report in dataset.reports), stage.batch.row_length
+    dropped = f"{len(needed)} of {num_rows} rows are dropped, because they do not fit batch.row_length {row_length}"
     return f"{dropped}. Increase it: {kept} of these rows."
 
 
-def find_stage_warnings(stage: StageConfig, dataset: TokenizedDataset) -> list[str]:
+def find_stage_warnings(
+    stage: StageConfig, dataset: TokenizedDataset, tokenizer: ChatTokenizer, questions: QuestionsByBenchmark
+) -> list[str]:
     """Returns what is probably a mistake in a stage with examples. Each line says what to do."""
     warnings: list[str] = []
     num_too_long = sum(len(report.too_long_tokens) for report in dataset.reports)
     if num_too_long > MAX_DROPPED_FRACTION * sum(report.rows for report in dataset.reports):
-        warnings.append(_describe_long_rows(dataset.reports))
+        warnings.append(_describe_long_rows(stage, dataset))
     warnings += _find_repeated_rows(dataset)
     rate, (lowest, highest) = stage.optimizer.learning_rate, PEAK_LEARNING_RATES
     if not lowest <= rate <= highest:
@@ -96,6 +98,7 @@ def find_stage_warnings(stage: StageConfig, dataset: TokenizedDataset) -> list[s
             f"optimizer.learning_rate is {rate:g}. A rate outside of {lowest:g} to {highest:g} is unusual. Check its "
             "exponent."
         )
+    warnings += _find_contaminated_prompts(dataset, tokenizer, questions)
     return [f"stage {stage.name}: {warning}" for warning in warnings]
 
 
@@ -115,22 +118,21 @@ def _find_repeated_rows(dataset: TokenizedDataset) -> Iterator[str]:
         )
 
 
-def find_contaminated_prompts(
-    stage: StageConfig, dataset: TokenizedDataset, tokenizer: ChatTokenizer, questions: QuestionsByBenchmark
-) -> list[str]:
-    """Returns a warning for each benchmark whose questions occur in the training prompts of a stage."""
-    prompts = {segment.token_ids[: segment.answer_start].tobytes(): segment for segment, *_ in dataset}
-    ids = [segment.token_ids[: segment.answer_start] for segment in prompts.values()]
-    texts = tokenizer.tokenizer.batch_decode(ids, skip_special_tokens=True)
+def _find_contaminated_prompts(
+    dataset: TokenizedDataset, tokenizer: ChatTokenizer, questions: QuestionsByBenchmark
+) -> Iterator[str]:
+    """Yields a warning for each benchmark whose questions occur in the training prompts."""
+    prompts = {ids.tobytes(): ids for ids in (segment.token_ids[: segment.answer_start] for segment, *_ in dataset)}
+    texts = tokenizer.tokenizer.batch_decode(list(prompts.values()), skip_special_tokens=True)
     held_out = {name: question_texts(name, questions[name]) for name in questions}
     matches = find_contamination(texts, held_out, ngram=CONTAMINATION_NGRAM)
-    warnings: list[str] = []
-    for name in Counter(match.benchmark for match in matches):
+    for name, texts_of_benchmark in held_out.items():
         found = [match for match in matches if match.benchmark == name]
-        num_prompts, num_questions = len({m.index for m in found}), len({m.held_out for m in found})
-        warnings.append(
-            f"stage {stage.name}: {num_prompts} of {len(texts)} training prompts share text with {num_questions} of "
-            f"{len(held_out[name])} questions of {name}, so its accuracy would be too high. The first: "
-            f"{found[0].held_out!r:.100} Remove these rows, such as with `decontaminate` of the command `pairs`."
-        )
-    return warnings
+        if found:
+            num_prompts, num_questions = len({m.index for m in found}), len({m.held_out for m in found})
+            first = textwrap.shorten(found[0].held_out, 80, placeholder=" ...")
+            yield (
+                f"{num_prompts} of {len(texts)} training prompts share text with {num_questions} of "
+                f"{len(texts_of_benchmark)} questions of {name}, so its accuracy would be too high. The first: "
+                f"{first!r}. Remove these rows, such as with `decontaminate` of the command `pairs`."
+            )

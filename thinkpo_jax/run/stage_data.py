@@ -8,6 +8,7 @@ import numpy as np
 from thinkpo_jax.data.chat_tokenizer import ChatTokenizer
 from thinkpo_jax.data.examples import TokenizedDataset, split_held_out
 from thinkpo_jax.data.tokenization import tokenize_sources
+from thinkpo_jax.evaluation.benchmarks import QuestionsByBenchmark
 from thinkpo_jax.run.resolve import ResolvedRun
 from thinkpo_jax.run.run_folder import is_same_on_all_processes
 from thinkpo_jax.run.stage_checks import find_stage_problems, find_stage_warnings
@@ -17,21 +18,21 @@ from thinkpo_jax.training.stage_config import StageConfig
 from thinkpo_jax.training.train_stage import StageInputs
 
 
-def load_stage_inputs(run: ResolvedRun, stage: StageConfig) -> StageInputs:
-    """Returns what the training of a stage needs. Logs what became of the rows of its data.
+def load_stage_inputs(run: ResolvedRun, stage: StageConfig, questions: QuestionsByBenchmark) -> StageInputs:
+    """Returns what the training of a stage needs. Logs what became of the rows of its data, and probable mistakes.
 
     Raises `UserError` if a row cannot be used, no example is left, the validation split is not possible, or the data
     has changed (see `check_data_unchanged`).
     """
-    seed = run.config.seed
-    dataset = tokenize_stage_data(stage, run.model_source.tokenizer, seed=seed)
+    seed, tokenizer = run.config.seed, run.model_source.tokenizer
+    dataset = tokenize_stage_data(stage, tokenizer, seed=seed)
     for note in dataset.describe_sources():
         log_info(f"{stage.name}: {note}")
     problems = find_stage_problems(stage, dataset)
     if not len(dataset):
         raise UserError("\n".join(problems))
-    for problem in [*problems, *find_stage_warnings(stage, dataset)]:
-        log_warning(problem)
+    for warning in [*problems, *find_stage_warnings(stage, dataset, tokenizer, questions)]:
+        log_warning(warning)
     check_data_unchanged(run, stage, dataset)  # all processes reach this exchange before one can fail at the split
     held_out, initial_model = held_out_indices(stage, dataset, seed=seed), run.initial_source_of(stage)
     folder = run.folder.stage(stage.name)
