@@ -210,8 +210,10 @@ def test_a_warning_names_the_files_of_a_folder_that_are_not_read(tmp_path: Path,
     assert len(read(tmp_path / "rows")) == 2 * len(RECORDS)
     write_hub(tmp_path / "hub", RECORDS)
     assert read(tmp_path / "hub", subset="two") == OTHER_RECORDS
+    write_jsonl(tmp_path / "rows" / "config.json", RECORDS)  # `datasets` never reads this name
+    assert len(read(tmp_path / "rows")) == 2 * len(RECORDS)
     assert "warning" not in capsys.readouterr().err
-    for name in ("more.jsonl", "train.parquet"):
+    for name in ("more.jsonl", "train.parquet", "more.CSV"):
         write_jsonl(tmp_path / "rows" / name, RECORDS)
         assert len(read(tmp_path / "rows")) == 2 * len(RECORDS)
         warning = capsys.readouterr().err

@@ -47,7 +47,8 @@ def write_jsonl(path: Path, records: list[dict[str, Any]]) -> None:
 
 def write_json(path: Path, records: list[dict[str, Any]]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(records, indent=1, ensure_ascii=False), encoding="utf-8")
+    content = json.dumps(records, indent=1, ensure_ascii=False).encode()
+    path.write_bytes(gzip.compress(content) if path.suffix == ".gz" else content)
 
 
 def write_gz(path: Path, records: list[dict[str, Any]]) -> None:
