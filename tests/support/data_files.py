@@ -105,11 +105,7 @@ FORMATS: dict[str, tuple[str, Write, dict[str, Any]]] = {
     "jsonl": ("rows.jsonl", write_jsonl, {}),
     "gz": ("rows.jsonl.gz", write_gz, {}),
     "json": ("rows.json", write_json, {}),
-    "json gz": (
-        "rows.json.gz",
-        lambda path, records: path.write_bytes(gzip.compress(json.dumps(records).encode())),
-        {},
-    ),
+    "json gz": ("rows.json.gz", write_json, {}),
     "jsonl as json": ("rows.JSON", write_jsonl, {}),
     "parquet": ("rows.parquet", write_parquet, {}),
     "saved": ("rows", write_saved, {}),

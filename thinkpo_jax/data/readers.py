@@ -104,9 +104,7 @@ def source_fingerprint(source: DataSourceConfig, *, seed: int) -> str:
         if path.is_file():
             return _file_digest(path)
         if path.is_dir():
-            folders = os.walk(path, followlinks=True)  # README.md may name files in a linked folder
-            files = sorted(Path(folder, name) for folder, _, names in folders for name in names)
-            return " ".join(f"{file.relative_to(path)} {_file_digest(file)}" for file in files if file.is_file())
+            return " ".join(f"{file.relative_to(path)} {_file_digest(file)}" for file in _files_of(path))
     except OSError as error:
         raise UserError(f"{source.name}: cannot be read: {error}") from None
     import datasets
@@ -115,6 +113,12 @@ def source_fingerprint(source: DataSourceConfig, *, seed: int) -> str:
         return str(datasets.load_dataset_builder(str(source.path), source.subset, revision=source.revision).hash)
     except Exception as error:
         raise _as_user_error(error, source) from None
+
+
+def _files_of(folder: Path) -> list[Path]:
+    """Returns the sorted files of a folder, also those in linked folders, because `datasets` may read them."""
+    folders = os.walk(folder, followlinks=True)
+    return sorted(file for path, _, names in folders for name in names if (file := Path(path, name)).is_file())
 
 
 def _file_digest(path: Path) -> str:
@@ -234,7 +238,7 @@ def _open_saved_dataset(source: DataSourceConfig, folder: Path) -> Any:
 
 def _check_arrow_files(folder: Path) -> None:
     """Raises `UserError` if an Arrow file was cut short. `datasets` does not notice a cut between two batches."""
-    for path in sorted(folder.rglob("*.arrow")):
+    for path in (file for file in _files_of(folder) if file.suffix == ".arrow"):
         with path.open("rb") as file:
             file.seek(-min(path.stat().st_size, 8), os.SEEK_END)
             if not file.read().endswith(ARROW_END_MARKERS):
@@ -249,7 +253,7 @@ def _check_data_files(source: DataSourceConfig, folder: Path, builder: Any) -> N
     used = {Path(os.path.normpath(file)) for files in (builder.config.data_files or {}).values() for file in files}
     if outside := sorted(str(file) for file in used if not file.is_relative_to(root)):
         raise UserError(f"{source.name}: its README.md names {outside[0]}, which is not in the folder. Move it there.")
-    files = {file for file in root.rglob("*") if has_data_file_suffix(file.name) and file.name not in FILES_TO_IGNORE}
+    files = {file for file in _files_of(root) if has_data_file_suffix(file.name) and file.name not in FILES_TO_IGNORE}
     if len(builder.builder_configs) < 2 and (unused := sorted(files - used)):  # other subsets may use the rest
         hint = "Name them under `configs:` in its README.md, or give all the same kind and no split in their names."
         first = source.local_path / unused[0].relative_to(root)

@@ -98,7 +98,7 @@ def find_stage_warnings(
             f"optimizer.learning_rate is {rate:g}. A rate outside of {lowest:g} to {highest:g} is unusual. Check its "
             "exponent."
         )
-    warnings += _find_contaminated_prompts(dataset, tokenizer, questions)
+    warnings += _find_contaminated_prompts(dataset, tokenizer, questions) if questions else []
     return [f"stage {stage.name}: {warning}" for warning in warnings]
 
 
