@@ -26,8 +26,8 @@ def train_run(config: RunConfig) -> RunFolder:
     log_info(describe_compute(run.compute, run.mesh))
     pending = [stage for stage in config.stages if not is_stage_finished(run, stage)]
     # All data and questions are read before anything is written. So an error in the last stage shows at once.
-    loaded = [load_stage_inputs(run, stage) for stage in pending]
     questions = load_all_questions(config.evaluation, run.model_source.tokenizer, seed=config.seed)
+    loaded = [load_stage_inputs(run, stage, questions) for stage in pending]
     with run.folder.locked(config):
         while loaded:
             inputs = loaded.pop(0)

@@ -68,6 +68,41 @@ def test_changed_files_with_the_same_modification_time_are_read_again(tmp_path: 
         assert [record["response"] for record in read(tmp_path / "rows")] == [text]
 
 
+def fingerprint_of(path: Path) -> str:
+    return source_fingerprint(DataSourceConfig(path=str(path)), seed=0)
+
+
+def test_a_link_has_the_fingerprint_of_what_it_links_to(tmp_path: Path):
+    write_jsonl(tmp_path / "rows" / "train.jsonl", RECORDS)
+    for name in ("rows", "rows/train.jsonl"):
+        link = tmp_path / f"link to {Path(name).name}"
+        link.symlink_to(tmp_path / name)
+        assert read(link) == RECORDS
+        assert fingerprint_of(link) == fingerprint_of(tmp_path / name)
+
+
+def test_the_fingerprint_covers_a_linked_folder_inside_a_folder(tmp_path: Path):
+    write_saved_splits(tmp_path / "rows", RECORDS)
+    train = (tmp_path / "rows" / "train").rename(tmp_path / "elsewhere")
+    (tmp_path / "rows" / "train").symlink_to(train)
+    before = fingerprint_of(tmp_path / "rows")
+    assert read(tmp_path / "rows") == RECORDS
+    write_saved(train, OTHER_RECORDS)
+    assert read(tmp_path / "rows") == OTHER_RECORDS
+    assert fingerprint_of(tmp_path / "rows") != before
+
+
+def test_an_error_in_a_folder_with_an_odd_name_names_that_folder(tmp_path: Path):
+    write_jsonl(tmp_path / "[a]" / "train.jsonl", RECORDS)
+    (tmp_path / "[a]" / "train-1.arrow").write_bytes(b"cut")
+    assert error_of(tmp_path / "[a]").startswith(f"{tmp_path / '[a]' / 'train-1.arrow'}: not an Arrow file")
+
+
+def test_an_odd_name_inside_a_folder_is_named_as_the_likely_reason(tmp_path: Path):
+    write_jsonl(tmp_path / "rows" / "a::b.jsonl", RECORDS)
+    assert "may not read the name 'a::b.jsonl'. Rename it" in error_of(tmp_path / "rows")
+
+
 # Damaged folders.
 
 
@@ -175,8 +210,10 @@ def test_a_warning_names_the_files_of_a_folder_that_are_not_read(tmp_path: Path,
     assert len(read(tmp_path / "rows")) == 2 * len(RECORDS)
     write_hub(tmp_path / "hub", RECORDS)
     assert read(tmp_path / "hub", subset="two") == OTHER_RECORDS
+    write_jsonl(tmp_path / "rows" / "config.json", RECORDS)  # `datasets` never reads this name
+    assert len(read(tmp_path / "rows")) == 2 * len(RECORDS)
     assert "warning" not in capsys.readouterr().err
-    for name in ("more.jsonl", "train.parquet"):
+    for name in ("more.jsonl", "train.parquet", "more.CSV"):
         write_jsonl(tmp_path / "rows" / name, RECORDS)
         assert len(read(tmp_path / "rows")) == 2 * len(RECORDS)
         warning = capsys.readouterr().err

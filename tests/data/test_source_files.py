@@ -11,7 +11,9 @@ from thinkpo_jax.data.record_formats import SftDataConfig
 from thinkpo_jax.runtime.config import UserError
 
 LINE_SEPARATOR = "\u2028"
-EXPECTED = "expected a file (.jsonl, .jsonl.gz, .parquet), a folder or a Hub id (owner/name)"
+EXPECTED = (
+    "expected a file (.jsonl, .json, .csv, .tsv, all also with .gz, or .parquet), a folder or a Hub id (owner/name)"
+)
 
 
 @pytest.mark.parametrize(
@@ -66,9 +68,7 @@ def test_a_missing_file_is_an_error_with_its_name(name: str, tmp_path: Path, cha
 def test_an_empty_folder_is_an_error_with_its_name(name: str, tmp_path: Path, chat: ChatTokenizer):
     (tmp_path / name).mkdir()
     message = error_message(SftDataConfig(path=str(tmp_path / name)), chat)
-    assert message.startswith(f"{tmp_path / name}: ")
-    assert ("found a folder" if "." in name else "found an empty folder") in message
-    assert EXPECTED in message
+    assert message == f"{tmp_path / name}: found an empty folder; {EXPECTED}."
 
 
 def test_a_local_folder_takes_precedence_over_a_hub_data_set_of_the_same_name(
@@ -76,18 +76,28 @@ def test_a_local_folder_takes_precedence_over_a_hub_data_set_of_the_same_name(
 ):
     (tmp_path / "owner" / "name").mkdir(parents=True)
     monkeypatch.chdir(tmp_path)
-    assert error_message(SftDataConfig(path="owner/name"), chat) == f"owner/name: {EXPECTED}, found an empty folder."
+    assert error_message(SftDataConfig(path="owner/name"), chat) == f"owner/name: found an empty folder; {EXPECTED}."
     (tmp_path / "owner" / "name" / "other.bin").write_bytes(b"1")
     message = error_message(SftDataConfig(path="owner/name"), chat)
     assert message.startswith("owner/name: cannot be read as a data set: ")
 
 
 def test_a_file_with_another_suffix_is_an_error_with_its_name(tmp_path: Path, chat: ChatTokenizer):
-    path = write_rows(tmp_path / "rows.csv", ROW)
+    path = write_rows(tmp_path / "rows.txt", ROW)
     message = error_message(SftDataConfig(path=str(path)), chat)
-    assert message == f"{path}: {EXPECTED}, found another kind of file."
-    for absent in ("rows/absent.csv", "a/b/c", "../rows", str(tmp_path / "rows")):
-        assert error_message(SftDataConfig(path=absent), chat) == f"{absent}: {EXPECTED}, found no such file."
+    assert message == f"{path}: found another kind of file; {EXPECTED}."
+
+
+def test_an_error_of_a_missing_relative_path_names_the_folder_that_was_searched(
+    tmp_path: Path, chat: ChatTokenizer, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.chdir(tmp_path)
+    for absent in ("absent.jsonl", "rows/absent.txt", "a/b/c", "../rows"):
+        message = error_message(SftDataConfig(path=absent), chat)
+        assert message == f"{absent}: there is no such file in {tmp_path}; {EXPECTED}."
+    absent = str(tmp_path / "rows")
+    assert error_message(SftDataConfig(path=absent), chat) == f"{absent}: there is no such file; {EXPECTED}."
+    assert f"There is no folder {tmp_path / 'owner/name'}. " in error_message(SftDataConfig(path="owner/name"), chat)
 
 
 def test_a_hub_data_set_that_cannot_be_loaded_is_an_error_with_its_name(chat: ChatTokenizer):

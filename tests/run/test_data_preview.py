@@ -157,7 +157,8 @@ def test_the_check_counts_all_bad_rows_before_it_fails(model: Path, tmp_path: Pa
     [
         (
             [PAIR | {"chosen": "a" * 600}],
-            "stage only: no example is left. Raise batch.row_length, or fix the data.",
+            "stage only: no example is left. 1 of 1 rows are dropped, because they do not fit batch.row_length 512. "
+            "Increase it: 768 keeps 1 of these rows.",
         ),
         (
             [{**PAIR, "chosen": SHORT, "rejected": LONG}] * 2 + [PAIR],

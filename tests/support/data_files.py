@@ -45,6 +45,12 @@ def write_jsonl(path: Path, records: list[dict[str, Any]]) -> None:
     path.write_bytes(jsonl(records))
 
 
+def write_json(path: Path, records: list[dict[str, Any]]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    content = json.dumps(records, indent=1, ensure_ascii=False).encode()
+    path.write_bytes(gzip.compress(content) if path.suffix == ".gz" else content)
+
+
 def write_gz(path: Path, records: list[dict[str, Any]]) -> None:
     """Writes two gzip members in a row, as `cat a.gz b.gz` does."""
     half = len(records) // 2
@@ -98,6 +104,9 @@ THREE_RECORDS_GZ = gzip.compress(jsonl(RECORDS[:3]), mtime=0)
 FORMATS: dict[str, tuple[str, Write, dict[str, Any]]] = {
     "jsonl": ("rows.jsonl", write_jsonl, {}),
     "gz": ("rows.jsonl.gz", write_gz, {}),
+    "json": ("rows.json", write_json, {}),
+    "json gz": ("rows.json.gz", write_json, {}),
+    "jsonl as json": ("rows.JSON", write_jsonl, {}),
     "parquet": ("rows.parquet", write_parquet, {}),
     "saved": ("rows", write_saved, {}),
     "saved splits": ("rows", write_saved_splits, {}),
@@ -107,6 +116,7 @@ FORMATS: dict[str, tuple[str, Write, dict[str, Any]]] = {
     "Hub, Parquet": ("rows", write_hub_parquet, {"subset": "one"}),
     "Hub, Parquet, streamed": ("rows", write_hub_parquet, {"subset": "one", "streaming": True}),
     "plain folder": ("rows", lambda path, records: write_jsonl(path / "train.jsonl", records), {}),
+    "plain folder of JSON": ("rows.json", lambda path, records: write_json(path / "train.json", records), {}),
     "plain folder of Arrow": ("rows", lambda path, records: write_arrow(path / "train.arrow", records), {}),
 }
 

@@ -22,6 +22,7 @@ from thinkpo_jax.runtime.context_parallel import MAX_CONTEXT_PARALLELISM
 
 ArrayT = TypeVar("ArrayT")
 Rows = Sequence[Sequence[int]]  # the example indices of each row
+MAX_ROW_LENGTH = 2**20  # in tokens
 FIRST_REGION_TOKENS, NUM_REGIONS = 128, 3  # see `Batch.target_regions`
 
 
@@ -37,7 +38,7 @@ class BatchConfig(ConfigSection):
 
     size: int | None = pydantic.Field(default=None, ge=1)
     rows: int | None = pydantic.Field(default=None, ge=1)
-    row_length: int = pydantic.Field(ge=2, le=2**20)
+    row_length: int = pydantic.Field(ge=2, le=MAX_ROW_LENGTH)
     pack: bool = True
     rows_per_device: int | None = pydantic.Field(default=None, ge=1)
 

@@ -47,6 +47,7 @@ class SourceReport:
     dropped: dict[str, int] = field(default_factory=dict)  # Number of records by reason.
     first_error_by_reason: dict[str, str] = field(default_factory=dict)  # First message, except for long records.
     stopping_error_by_reason: dict[str, str] = field(default_factory=dict)  # First message, if the config says `raise`.
+    too_long_tokens: list[int] = field(default_factory=list)  # Tokens that each record dropped for length needs.
     num_truncated: int = 0  # Answers that were cut to fit a row.
     num_unclosed_thoughts: int = 0  # Used records whose first answer, as trained, opens a thought and never closes it.
     form: str = ""  # The form of the records and the columns that are read.

@@ -40,6 +40,7 @@ TOKENS_FILE, SEGMENTS_FILE, EARLIER_FILE, REPORT_FILE = "tokens.int32", "segment
 CACHE_FORMAT_VERSION = 3  # Increase it when the same records give other token ids, or when the cached files change.
 RECORDS_PER_CHUNK = 256  # Records that are tokenized in parallel.
 MAX_NORMALIZATION_SHRINK = 4  # A tokenizer's normalization may merge up to this many characters into one.
+CHARACTERS_PER_TOKEN = 4  # about, to estimate the tokens of a record that is too long to be tokenized
 
 
 def tokenize_sources(
@@ -201,8 +202,8 @@ class _SourceTokenizer:
             num_characters = sum(len(message["content"].strip()) for message in messages)
             num_characters += 0 if is_cut else sum(map(len, texts))
             if num_characters > max_characters:
-                # About four characters are a token.
-                return self._too_long(location, f"{num_characters} characters", num_characters // 4)
+                num_tokens = max(self.row_length + 1, num_characters // CHARACTERS_PER_TOKEN)
+                return self._too_long(location, f"{num_characters} characters", num_tokens)
             texts = [text[: max_characters + 1] for text in texts]
             prompt = self.chat.encode_prompt(messages)
             prompts = [prompt.ids] * len(texts)

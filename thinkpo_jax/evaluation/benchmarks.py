@@ -19,6 +19,7 @@ from thinkpo_jax.runtime.config import ConfigPath, ConfigSection, UserError
 
 BOXED_INSTRUCTION = "Return your final response within \\boxed{}. "
 Tokens = tuple[str, ...]
+CONTAMINATION_NGRAM = 13  # tokens in a row that two questions share if one is a copy of the other
 MIN_MATCH_TOKENS = 4  # a shorter question ("Compute 2+3") matches only a question that equals it
 # Drawings, typesetting commands and AIME's closing phrase occur in unrelated questions.
 _IGNORED_TEXT = re.compile(
@@ -119,6 +120,12 @@ def load_questions(config: BenchmarkConfig, *, seed: int) -> list[Question]:
         question_id = digest if occurrences[digest] == 1 else f"{digest}-{occurrences[digest]}"
         questions.append(Question(question_id, (*system, {"role": "user", "content": prompt}), reference))
     return questions
+
+
+def question_texts(benchmark: str, questions: Sequence[Question]) -> list[str]:
+    """Returns the questions of a benchmark without the text that it puts before each."""
+    prefix = BENCHMARKS[benchmark].prefix
+    return [question.messages[-1]["content"].removeprefix(prefix) for question in questions]
 
 
 def _iterate_records(config: BenchmarkConfig, benchmark: BenchmarkSpec, *, seed: int) -> Iterable[tuple[str, Record]]:

@@ -15,8 +15,14 @@ from thinkpo_jax.data.chat_tokenizer import ChatTokenizer
 from thinkpo_jax.data.messages import require_text
 from thinkpo_jax.data.readers import Record, RecordError
 from thinkpo_jax.data.record_formats import ResponseSourceConfig, iterate_responses, require_column
-from thinkpo_jax.evaluation import benchmarks
-from thinkpo_jax.evaluation.benchmarks import BenchmarkConfig, Benchmarks, ContaminationMatch, find_contamination
+from thinkpo_jax.evaluation.benchmarks import (
+    CONTAMINATION_NGRAM,
+    Benchmarks,
+    ContaminationMatch,
+    find_contamination,
+    load_questions,
+    question_texts,
+)
 from thinkpo_jax.inference.engine import Completion
 from thinkpo_jax.models.model_folder import resolve_model_folder
 from thinkpo_jax.pair_building import filters as pair_filters
@@ -40,7 +46,7 @@ class DecontaminationConfig(ConfigSection):
     """Benchmarks whose questions are dropped. Questions match if they share `ngram` tokens in a row."""
 
     against: Benchmarks = ()
-    ngram: int = pydantic.Field(default=13, ge=4)
+    ngram: int = pydantic.Field(default=CONTAMINATION_NGRAM, ge=4)
 
 
 class PairsConfig(ConfigSection):
@@ -74,7 +80,9 @@ def build_pairs(config: PairsConfig) -> Pairs:
         tokenizer_folder = resolve_model_folder(config.tokenizer, weights=False)
         tokenizer = ChatTokenizer.from_folder(tokenizer_folder, thinking_tags=config.thinking_tags)
         thinking = tokenizer.thinking
-        held_out = {b.name: _load_questions(b, config.seed) for b in config.decontaminate.against}
+        held_out = {
+            b.name: question_texts(b.name, load_questions(b, seed=config.seed)) for b in config.decontaminate.against
+        }
         longs = _read_long_answers(config.long, config.seed, thinking, rows)
         matches = find_contamination([long.question for long in longs], held_out, ngram=config.decontaminate.ngram)
         longs = _drop_contaminated(longs, matches, folder / CONTAMINATION_FILE, rows)
@@ -94,11 +102,6 @@ def build_pairs(config: PairsConfig) -> Pairs:
         write_pair_set(folder, config.model_dump(mode="json"), pairs, tables)
         log_info(summary)
     return pairs
-
-
-def _load_questions(benchmark: BenchmarkConfig, seed: int) -> list[str]:
-    prefix, questions = benchmarks.BENCHMARKS[benchmark.name].prefix, benchmarks.load_questions(benchmark, seed=seed)
-    return [question.messages[-1]["content"].removeprefix(prefix) for question in questions]
 
 
 def _read_long_answers(config: LongAnswersConfig, seed: int, thinking: ThinkingFormat, counts: Counter[str]) -> Pairs:

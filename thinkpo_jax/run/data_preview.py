@@ -12,22 +12,23 @@ from thinkpo_jax.data.chat_tokenizer import ChatTokenizer
 from thinkpo_jax.data.examples import Example, TokenizedDataset
 from thinkpo_jax.models.model_folder import resolve_model_source
 from thinkpo_jax.run.evaluate_run import load_all_questions
-from thinkpo_jax.run.resolve import warn_if_rows_exceed_model
+from thinkpo_jax.run.resolve import find_length_warnings
 from thinkpo_jax.run.run_config import RunConfig
-from thinkpo_jax.run.stage_data import (
+from thinkpo_jax.run.stage_checks import (
+    ROW_MULTIPLE,
     answer_names,
     count_unclosed_thoughts,
     find_stage_problems,
-    held_out_indices,
-    tokenize_stage_data,
+    find_stage_warnings,
 )
+from thinkpo_jax.run.stage_data import held_out_indices, tokenize_stage_data
 from thinkpo_jax.runtime.config import RunError, collect_errors
+from thinkpo_jax.runtime.console import log_warning
 from thinkpo_jax.training.stage_config import StageConfig, ThinkpoStage
 
 PREVIEW_CHARACTERS = (1200, 600)  # shown of a long text: from its start, from its end
 PERCENTILES = (5, 50, 95, 99)
 ROW_LENGTH_FACTORS = (1.25, 1.5, 2)  # of the configured row length
-ROW_MULTIPLE = 256  # of tokens, which every attention kernel accepts
 STYLE_CONTEXT, STYLE_TRAINED, STYLE_RESET = "\x1b[2m", "\x1b[1;32m", "\x1b[0m"  # of a terminal
 
 
@@ -40,39 +41,65 @@ def preview_run_data(config: RunConfig) -> None:
     print(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True, default_flow_style=None))
     source = resolve_model_source(config.model, seed=config.seed, require_weights=False)
     tokenizer = source.tokenizer
-    warn_if_rows_exceed_model(config, source.architecture)
     keeps = "keeps" if tokenizer.template.keeps_thoughts() else "drops"
     print(
         f"chat template: {keeps} the thinking of answers. Training does not use it for answers, so they stay whole.\n"
     )
     problems: list[str] = []
+    warnings: list[str] = []
+    longest_prompt = 0
     with collect_errors() as collector:
+        questions_by_name = collector(load_all_questions, config.evaluation, tokenizer, seed=config.seed) or {}
         for stage in config.stages:
             dataset = collector(tokenize_stage_data, stage, tokenizer, seed=config.seed, keep_going=True)
             if dataset is None:
                 continue
             print(f"stage {stage.name} ({stage.objective})")
-            for line in _stage_lines(stage, tokenizer, dataset, seed=config.seed):
+            batches = _plan_batches(stage, dataset, seed=config.seed) if len(dataset) else None
+            for line in _stage_lines(stage, tokenizer, dataset, batches):
                 print(f"  {line}".rstrip())
             print()
             problems += find_stage_problems(stage, dataset)
-        questions_by_name = collector(load_all_questions, config.evaluation, tokenizer, seed=config.seed) or {}
+            if batches is not None:
+                warnings += find_stage_warnings(stage, dataset, tokenizer, questions_by_name)
+                warnings += _warn_of_one_update_per_epoch(stage, batches)
         for name, questions in questions_by_name.items():
             lengths = [len(tokenizer.encode_prompt(question.messages).ids) for question in questions]
+            longest_prompt = max(longest_prompt, *lengths)
             print(f"benchmark {name}: {len(questions)} questions, prompts of up to {max(lengths)} tokens")
+        sys.stdout.flush()  # the warnings are on stderr, and come last
+        for warning in [*warnings, *find_length_warnings(config, source.architecture, longest_prompt=longest_prompt)]:
+            log_warning(warning)
     if problems:
         raise RunError("\n".join(problems))
 
 
+def _plan_batches(stage: StageConfig, dataset: TokenizedDataset, *, seed: int) -> BatchPlan:
+    held_out, epochs = held_out_indices(stage, dataset, seed=seed), stage.epochs or 1.0
+    return BatchPlan(
+        dataset, stage.batch, seed=seed, num_shards=1, num_updates=stage.steps, epochs=epochs, held_out=held_out
+    )
+
+
+def _warn_of_one_update_per_epoch(stage: StageConfig, batches: BatchPlan) -> Iterator[str]:
+    num_examples = len(batches.train_indices)
+    if stage.epochs is not None and batches.updates_per_epoch == 1 and num_examples > 1:
+        key = "size" if stage.batch.size is not None else "rows"
+        yield (
+            f"stage {stage.name}: one batch holds all {num_examples} examples, so an epoch is one update. The stage "
+            f"has {len(batches)} in total. Decrease batch.{key} to have more updates."
+        )
+
+
 def _stage_lines(
-    stage: StageConfig, tokenizer: ChatTokenizer, dataset: TokenizedDataset, *, seed: int
+    stage: StageConfig, tokenizer: ChatTokenizer, dataset: TokenizedDataset, batches: BatchPlan | None
 ) -> Iterator[str]:
     yield from dataset.describe_sources()
     for report in dataset.reports:
         for reason, first in report.first_error_by_reason.items():
             if reason not in report.stopping_error_by_reason:
                 yield f"skipped, the first of its kind: {first}"
-    if not len(dataset):
+    if batches is None:  # no example is left
         return
     yield f"{len(dataset)} examples in an epoch"
     yield from _length_table(stage, dataset.prompt_and_answer_lengths())
@@ -81,10 +108,6 @@ def _stage_lines(
         yield f"{name} answers with an end token: {ended:.1%}"
     num_unclosed, num_rows = count_unclosed_thoughts(dataset)
     yield f"{answer_names(stage)[0]} answers that open a thought and never close it: {num_unclosed} of {num_rows}"
-    held_out, epochs = held_out_indices(stage, dataset, seed=seed), stage.epochs or 1.0
-    batches = BatchPlan(
-        dataset, stage.batch, seed=seed, num_shards=1, num_updates=stage.steps, epochs=epochs, held_out=held_out
-    )
     yield f"on one device: {batches.describe()}"
     yield f"packing: {', '.join(_packing_by_length(batches))}"
     yield from _first_example(stage, tokenizer, dataset[0])
@@ -117,10 +140,15 @@ def _first_example(stage: StageConfig, tokenizer: ChatTokenizer, example: Exampl
     legend = "context is dim, trained tokens are bold green" if has_colors else "trained tokens in [[...]]"
     yield f"the first example ({legend}):"
     for name, segment in zip(answer_names(stage), example, strict=True):
-        parts = (segment.token_ids[: segment.answer_start], segment.answer_ids)
-        before, answer = (_shortened(tokenizer.tokenizer.decode(ids, skip_special_tokens=False)) for ids in parts)
-        before = f"{context}{before}{reset if has_colors else ''}"
-        yield from ("", f"--- {name}", *f"{before}{trained}{answer}{reset}".split("\n"))
+        text, end = "", 0
+        for start, stop in (*segment.earlier_answers, (segment.answer_start, len(segment.token_ids))):
+            before, answer = (
+                _shortened(tokenizer.tokenizer.decode(segment.token_ids[part], skip_special_tokens=False))
+                for part in (slice(end, start), slice(start, stop))
+            )
+            text += f"{context}{before}{reset if has_colors else ''}{trained}{answer}{reset}"
+            end = stop
+        yield from ("", f"--- {name}", *text.split("\n"))
 
 
 def _shortened(text: str) -> str:

@@ -65,20 +65,31 @@ def resolve_run(config: RunConfig) -> ResolvedRun:
     tree_shardings(abstract_model(source.architecture, config.compute), mesh)
     for stage in config.stages:
         check_row_divides_context(mesh, stage.batch.row_length, f"stages.{stage.name}.batch.row_length")
-    warn_if_rows_exceed_model(config, source.architecture)
+    for warning in find_length_warnings(config, source.architecture):
+        log_warning(warning)
     row_lengths = [stage.batch.row_length for stage in config.stages]
     compute = resolve_attention_kernel(config.compute, source.architecture, mesh, row_lengths)
     return ResolvedRun(config, source, compute, mesh, RunFolder(Path(config.run_dir).expanduser()))
 
 
-def warn_if_rows_exceed_model(config: RunConfig, architecture: Architecture) -> None:
-    """Warns about rows that are longer than the model supports."""
+def find_length_warnings(config: RunConfig, architecture: Architecture, *, longest_prompt: int = 0) -> list[str]:
+    """Returns a warning for each length that is more than the model supports. Prompts are of the evaluation."""
+    limit, warnings = architecture.max_positions, list[str]()
     for stage in config.stages:
-        if stage.batch.row_length > architecture.max_positions:
-            log_warning(
-                f"stages.{stage.name}.batch.row_length is {stage.batch.row_length}, but the model was made for at most "
-                f"{architecture.max_positions} tokens."
+        if stage.batch.row_length > limit:
+            key = f"stages.{stage.name}.batch.row_length"
+            warnings.append(
+                f"{key} is {stage.batch.row_length}, but the model was made for at most {limit} tokens. Decrease it, "
+                "unless all examples are shorter."
             )
+    if config.evaluation is not None and longest_prompt + config.evaluation.sampling.max_new_tokens > limit:
+        new = config.evaluation.sampling.max_new_tokens
+        prompts = f" and prompts have up to {longest_prompt}" if longest_prompt else ""
+        warnings.append(
+            f"evaluation.sampling.max_new_tokens is {new}{prompts}, but the model was made for at most {limit} tokens. "
+            f"Decrease it to at most {max(1, limit - longest_prompt)}."
+        )
+    return warnings
 
 
 def is_stage_finished(run: ResolvedRun, stage: StageConfig) -> bool:

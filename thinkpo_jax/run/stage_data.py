@@ -8,29 +8,31 @@ import numpy as np
 from thinkpo_jax.data.chat_tokenizer import ChatTokenizer
 from thinkpo_jax.data.examples import TokenizedDataset, split_held_out
 from thinkpo_jax.data.tokenization import tokenize_sources
+from thinkpo_jax.evaluation.benchmarks import QuestionsByBenchmark
 from thinkpo_jax.run.resolve import ResolvedRun
 from thinkpo_jax.run.run_folder import is_same_on_all_processes
+from thinkpo_jax.run.stage_checks import find_stage_problems, find_stage_warnings
 from thinkpo_jax.runtime.config import UserError
 from thinkpo_jax.runtime.console import log_info, log_warning
-from thinkpo_jax.training.stage_config import StageConfig, ThinkpoStage
+from thinkpo_jax.training.stage_config import StageConfig
 from thinkpo_jax.training.train_stage import StageInputs
 
 
-def load_stage_inputs(run: ResolvedRun, stage: StageConfig) -> StageInputs:
-    """Returns what the training of a stage needs. Logs what became of the rows of its data.
+def load_stage_inputs(run: ResolvedRun, stage: StageConfig, questions: QuestionsByBenchmark) -> StageInputs:
+    """Returns what the training of a stage needs. Logs what became of the rows of its data, and probable mistakes.
 
     Raises `UserError` if a row cannot be used, no example is left, the validation split is not possible, or the data
     has changed (see `check_data_unchanged`).
     """
-    seed = run.config.seed
-    dataset = tokenize_stage_data(stage, run.model_source.tokenizer, seed=seed)
+    seed, tokenizer = run.config.seed, run.model_source.tokenizer
+    dataset = tokenize_stage_data(stage, tokenizer, seed=seed)
     for note in dataset.describe_sources():
         log_info(f"{stage.name}: {note}")
     problems = find_stage_problems(stage, dataset)
     if not len(dataset):
         raise UserError("\n".join(problems))
-    for problem in problems:
-        log_warning(problem)
+    for warning in [*problems, *find_stage_warnings(stage, dataset, tokenizer, questions)]:
+        log_warning(warning)
     check_data_unchanged(run, stage, dataset)  # all processes reach this exchange before one can fail at the split
     held_out, initial_model = held_out_indices(stage, dataset, seed=seed), run.initial_source_of(stage)
     folder = run.folder.stage(stage.name)
@@ -73,39 +75,3 @@ def check_data_unchanged(run: ResolvedRun, stage: StageConfig, dataset: Tokenize
             f"stage {name} was begun with other data. Restore that data, or remove {run.folder.stage(name).path} to "
             "train the stage from its start."
         )
-
-
-def answer_names(stage: StageConfig) -> tuple[str, ...]:
-    """Returns the names of the answers of an example."""
-    return ("chosen", "rejected") if isinstance(stage, ThinkpoStage) else ("response",)
-
-
-def count_unclosed_thoughts(dataset: TokenizedDataset) -> tuple[int, int]:
-    """Returns how many (chosen) answers open a thought and never close it, and how many rows are used."""
-    return sum(r.num_unclosed_thoughts for r in dataset.reports), sum(r.num_used for r in dataset.reports)
-
-
-def find_stage_problems(stage: StageConfig, dataset: TokenizedDataset) -> list[str]:
-    """Returns what would stop a stage, or would make its training useless."""
-    problems = [
-        f"{report.name}: {report.dropped[reason]} rows: {reason}. The first: {first}"
-        for report in dataset.reports
-        for reason, first in report.stopping_error_by_reason.items()
-    ]
-    if not len(dataset):
-        problems.append("no example is left. Raise batch.row_length, or fix the data.")
-    num_unclosed, num_rows = count_unclosed_thoughts(dataset)
-    if 2 * num_unclosed > num_rows:
-        problems.append(
-            f"{num_unclosed} of {num_rows} {answer_names(stage)[0]} answers open a thought and never close it. The "
-            "model would learn not to stop. Remove answers that were cut off."
-        )
-    if isinstance(stage, ThinkpoStage):
-        lengths = dataset.prompt_and_answer_lengths()
-        num_shorter = int((lengths[:, 0, 1] < lengths[:, 1, 1]).sum())
-        if 2 * num_shorter > len(lengths):
-            problems.append(
-                f"chosen is shorter than rejected in {num_shorter} of {len(lengths)} pairs, but ThinkPO prefers the "
-                "long answer. Swap `chosen` and `rejected`, unless this is the control with swapped pairs."
-            )
-    return [f"stage {stage.name}: {problem}" for problem in problems]
