@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import pytest
 from support.byte_tokenizer import byte_tokenizer
 
 from thinkpo_jax.evaluation.benchmarks import QuestionsByBenchmark
+from thinkpo_jax.models.model_folder import ModelConfig
 from thinkpo_jax.run.data_preview import preview_run_data
 from thinkpo_jax.run.evaluate_run import load_all_questions
 from thinkpo_jax.run.resolve import resolve_run
@@ -139,6 +141,22 @@ def test_a_warning_names_the_benchmark_whose_questions_are_in_the_training_promp
         "these rows, such as with `decontaminate` of the command `pairs`."
     )
     assert warnings_of(config, capsys) == warnings_of_training(config, capsys) == [expected]
+
+
+@pytest.mark.parametrize(
+    ("name", "problem"),
+    [("pytorch_model.bin", "the weights are pickled"), ("adapter_config.json", "there is only a LoRA adapter")],
+)
+def test_a_warning_names_a_folder_without_usable_weights(
+    name: str, problem: str, model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    folder = Path(shutil.copytree(model, tmp_path / "model"))
+    (folder / name).write_text("{}")
+    config = configure(tmp_path, folder, PAIRS)
+    assert warnings_of(config, capsys) == []  # the weights are random
+    pretrained = config.model_copy(update={"model": ModelConfig(path=str(folder))})
+    (warning,) = warnings_of(pretrained, capsys)
+    assert warning.startswith(f"{folder}: {problem}")
 
 
 def test_a_warning_names_lengths_that_the_model_was_not_made_for(

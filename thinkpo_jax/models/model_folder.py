@@ -15,6 +15,7 @@ from thinkpo_jax.data.chat_template import TemplateArguments, ThinkingTags
 from thinkpo_jax.data.chat_tokenizer import ChatTokenizer
 from thinkpo_jax.models.architecture import Architecture, read_architecture
 from thinkpo_jax.models.compute_config import ComputeConfig
+from thinkpo_jax.models.safetensors_files import describe_other_weights
 from thinkpo_jax.models.transformer import Transformer
 from thinkpo_jax.models.weight_loading import check_weights, init_model, load_model
 from thinkpo_jax.runtime.config import ConfigPath, ConfigSection, UserError, collect_errors
@@ -22,7 +23,7 @@ from thinkpo_jax.runtime.files import read_json_object
 
 _SAMPLED_BYTES = 2**22  # read from each end of a file
 BUILTIN_MODELS_FOLDER = Path(__file__).parent / "builtin"
-MODEL_FILES = ("*.json", "*.safetensors", "*.jinja", "*.txt", "tokenizer.model")
+DOWNLOADED_FILES = ("*.json", "*.safetensors", "*.jinja", "*.txt", "tokenizer.model", "LICENSE*", "NOTICE*")
 
 
 class ModelConfig(ConfigSection):
@@ -56,7 +57,7 @@ def resolve_model_folder(path: str, *, weights: bool = True) -> Path:
             f"model.path: {path}: there is no such folder. Give a Hugging Face folder or a Hub id (owner/name)."
         )
     try:
-        files = [name for name in MODEL_FILES if weights or not name.endswith(".safetensors")]
+        files = [name for name in DOWNLOADED_FILES if weights or not name.endswith(".safetensors")]
         return Path(huggingface_hub.snapshot_download(path, allow_patterns=files))
     except (OSError, ValueError, huggingface_hub.errors.HfHubHTTPError) as error:
         raise UserError(
@@ -138,6 +139,8 @@ def resolve_model_source(config: ModelConfig, *, seed: int, require_weights: boo
 
 def check_model_folder(config: ModelConfig, folder: Path, *, weights: bool) -> tuple[Architecture, ChatTokenizer]:
     """Reads architecture and tokenizer, and checks weights if asked to. Raises one `UserError` with all problems."""
+    if not (folder / "config.json").exists() and (problem := describe_other_weights(folder)):
+        raise UserError(problem)
     with collect_errors() as collector:
         architecture = collector(read_architecture, folder)
         if weights:

@@ -16,6 +16,8 @@ from thinkpo_jax.runtime.files import read_json_object
 
 WEIGHTS_FILE = "model.safetensors"
 WEIGHTS_INDEX_FILE = "model.safetensors.index.json"
+PICKLED_WEIGHTS = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+ADAPTER_CONFIG_FILE, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_*"  # of a LoRA adapter
 DTYPES = {"F32": np.dtype(np.float32), "BF16": np.dtype(ml_dtypes.bfloat16), "F16": np.dtype(np.float16)}
 
 _PREFETCH_BYTES = 2**20
@@ -92,14 +94,34 @@ def _list_weight_files(folder: Path, indexed: set[str]) -> list[Path]:
         raise UserError(f"{folder}: {WEIGHTS_INDEX_FILE} does not list {WEIGHTS_FILE}. Remove the stale one.")
     if missing := join_first(sorted(name for name in indexed if not (folder / name).is_file())):
         raise UserError(f"{folder}: {WEIGHTS_INDEX_FILE} lists missing files: {missing}. Download them.")
-    files = [folder / name for name in sorted(indexed)] or single_file or sorted(folder.glob("*.safetensors"))
+    files = [folder / name for name in sorted(indexed)] or single_file or _glob_weights(folder, "*.safetensors")
     if not files:
-        names = sorted(file.name for file in folder.iterdir())
-        raise UserError(
-            f"{folder}: no *.safetensors file (found {join_first(names)}). Pickled weights can run code, so they "
-            "are never loaded. Other formats are not read. Convert the model to safetensors first."
-        )
+        names = join_first(sorted(file.name for file in folder.iterdir()))
+        other = f"{folder}: no *.safetensors file (found {names}). Convert the model to safetensors."
+        raise UserError(describe_other_weights(folder) or other)
     return files
+
+
+def _glob_weights(folder: Path, pattern: str) -> list[Path]:
+    return sorted(file for file in folder.glob(pattern) if not file.match(ADAPTER_WEIGHTS))
+
+
+def describe_other_weights(folder: Path) -> str | None:
+    """Says what a folder without safetensors weights holds instead: an adapter or pickled weights. Otherwise None."""
+    if _glob_weights(folder, "*.safetensors"):
+        return None
+    pickled = [file.name for pattern in PICKLED_WEIGHTS for file in _glob_weights(folder, pattern)]
+    if pickled:
+        return (
+            f"{folder}: the weights are pickled ({join_first(pickled)}). They can run code, so they are never loaded. "
+            "Convert the model with transformers: AutoModelForCausalLM.from_pretrained(FOLDER).save_pretrained(NEW)."
+        )
+    if (folder / ADAPTER_CONFIG_FILE).is_file():
+        return (
+            f"{folder}: there is only a LoRA adapter ({ADAPTER_CONFIG_FILE}), not a model. Merge it into its base "
+            "model with peft: AutoPeftModelForCausalLM.from_pretrained(FOLDER).merge_and_unload().save_pretrained(NEW)."
+        )
+    return None
 
 
 def _read_header(file: Path) -> dict[str, TensorLocation]:

@@ -1,5 +1,6 @@
 """Loads weights from a Hugging Face folder onto the mesh."""
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -20,6 +21,8 @@ from thinkpo_jax.runtime.config import UserError, collect_errors
 from thinkpo_jax.runtime.console import log_warning
 from thinkpo_jax.runtime.sharding import abstract_with_shardings, tree_shardings
 
+# transformers ignores these too. Old Llama checkpoints hold the frequencies of RoPE, which config.json determines.
+IGNORED_TENSORS = re.compile(r"rotary_emb\.inv_freq$")
 PREFETCH_TENSORS = 8  # Tensors that are read before they are used.
 
 
@@ -92,7 +95,7 @@ def _fill(parameter: Array | None, tensor: Array, layer: int, *, sharding: Named
 
 def check_weights(folder: Path, arch: Architecture | None) -> dict[str, TensorLocation]:
     """Locates each tensor. Checks names and shapes unless `arch` is None. Raises one `UserError` with all problems."""
-    tensors = read_tensor_index(folder)
+    tensors = {name: t for name, t in read_tensor_index(folder).items() if not IGNORED_TENSORS.search(name)}
     if arch is None:
         return tensors
     mappings = mappings_by_hf_name(abstract_model(arch, ComputeConfig()))

@@ -11,13 +11,19 @@ import jax.numpy as jnp
 import numpy as np
 from safetensors.numpy import save_file
 
-from thinkpo_jax.models.model_folder import MODEL_FILES
 from thinkpo_jax.models.safetensors_files import WEIGHTS_INDEX_FILE
 from thinkpo_jax.models.transformer import Transformer
 from thinkpo_jax.models.weight_mapping import flatten_by_name, mappings_by_hf_name
 from thinkpo_jax.runtime.files import read_json_object
 from thinkpo_jax.runtime.processes import barrier, gather_to_host, is_primary_process
 
+# Files of the start model that belong to every model trained from it. Others may describe what it was before, such as
+# an adapter or a quantization.
+COPIED_FILES = (
+    *("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
+    *("vocab.json", "vocab.txt", "merges.txt", "generation_config.json"),
+    *("chat_template.jinja", "chat_template.json", "additional_chat_templates/*.jinja", "LICENSE*", "NOTICE*"),
+)
 MAX_SHARD = "5GB"  # Largest safetensors file. A larger model is written as several files with an index.
 
 
@@ -46,9 +52,10 @@ def save_model(
         partial.mkdir(parents=True)
     _save_weights(model, partial, jnp.dtype(dtype))
     if is_primary_process():
-        for file in [file for pattern in MODEL_FILES for file in template_folder.glob(pattern)]:
-            if file.suffix != ".safetensors" and file.name != WEIGHTS_INDEX_FILE:
-                shutil.copyfile(file, partial / file.name)
+        for file in [file for pattern in COPIED_FILES for file in template_folder.glob(pattern) if file.is_file()]:
+            copy = partial / file.relative_to(template_folder)
+            copy.parent.mkdir(exist_ok=True)
+            shutil.copyfile(file, copy)
         config = read_json_object(template_folder / "config.json") | {"dtype": dtype, "torch_dtype": dtype}
         _write_json(partial / "config.json", config)
         generation = partial / "generation_config.json"
