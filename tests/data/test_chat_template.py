@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 from support.byte_tokenizer import TEMPLATE, byte_tokenizer
-from support.real_tokenizers import END_OF_TURN, real_tokenizer, write_r1_tokenizer
+from support.real_tokenizers import END_OF_TURN
 
 from thinkpo_jax.data.chat_template import ChatTemplate, Message, ThinkingFormat
 from thinkpo_jax.data.chat_tokenizer import ChatTokenizer
@@ -15,16 +15,6 @@ from thinkpo_jax.runtime.config import UserError, parse_config
 
 QUESTION: list[Message] = [{"role": "user", "content": "What is 2+2?"}]
 THOUGHT_FIELD = "{% if m.reasoning_content %}BEFORE{{ m.reasoning_content }}AFTER{% endif %}{{ m.content }}"
-
-
-@pytest.fixture(scope="module")
-def load(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., ChatTokenizer]:
-    r1 = tmp_path_factory.mktemp("r1")
-
-    def load(name: str, **options: Any) -> ChatTokenizer:
-        return ChatTokenizer.from_folder(write_r1_tokenizer(r1) if name == "r1" else real_tokenizer(name), **options)
-
-    return load
 
 
 def with_template(folder: Path, template: str, **options: Any) -> ChatTokenizer:
@@ -52,7 +42,7 @@ def test_qwen3_without_thinking_gets_its_empty_thought_from_the_template(load: C
     assert chat.encode_empty_thought(prompt) == []  # the prompt holds it already
     assert chat.encode_answer(prompt, "4") == default.encode_answer(default.encode_prompt(QUESTION), "4")
     with pytest.raises(
-        UserError, match=r"ends in an empty thought, but the answer begins with a thought. Remove `enab"
+        UserError, match=r"ends in an empty thought, but the answer begins with a thought. Change `temp"
     ):
         chat.encode_answer(prompt, "<think>\n2+2\n</think>\n\n4")
 
@@ -60,7 +50,10 @@ def test_qwen3_without_thinking_gets_its_empty_thought_from_the_template(load: C
 @pytest.mark.parametrize(
     ("name", "problem"),
     [
-        ("enable_thinkng", "has no variable 'enable_thinkng'. Correct the name or remove it."),
+        (
+            "enable_thinkng",
+            "has no variable 'enable_thinkng' (did you mean enable_thinking?). Correct",
+        ),
         ("add_generation_prompt", "'add_generation_prompt' is set by this package. Remove it."),
         ("messages", "'messages' is set by this package"),
     ],
@@ -69,6 +62,29 @@ def test_an_argument_without_effect_is_an_error(name: str, problem: str, load: C
     with pytest.raises(UserError, match=r"^template_arguments: ") as error:
         load("qwen3", template_arguments={name: False})
     assert problem in str(error.value)
+
+
+@pytest.mark.parametrize(("value", "warns"), [("false", True), (0, True), (True, False), (False, False)])
+def test_a_value_that_changes_nothing_gives_a_warning(
+    value: Any, warns: bool, load: Callable[..., ChatTokenizer], capsys: pytest.CaptureFixture[str]
+) -> None:
+    load("qwen3", template_arguments={"enable_thinking": value})
+    warning = f"warning: template_arguments: enable_thinking: {value!r} does not change the prompt. Check its value."
+    assert (warning in capsys.readouterr().err) == warns
+
+
+@pytest.mark.parametrize(
+    ("role", "template"),
+    [
+        ("system", "{% for m in messages if m.role != 'system' %}[{{ m.role }}]{{ m.content }}<end>{% endfor %}"),
+        ("user", "{% for m in messages[-2:] %}[{{ m.role }}]{{ m.content }}<end>{% endfor %}"),
+    ],
+)
+def test_a_template_that_leaves_out_a_message_is_an_error(role: str, template: str, tmp_path: Path) -> None:
+    chat = with_template(tmp_path, template)
+    roles = ("system", "user", "assistant", "user") if role == "system" else ("user", "assistant", "user")
+    with pytest.raises(UserError, match=f"the chat template leaves out the {role}'s text"):
+        chat.encode_prompt([{"role": each, "content": f"{each} {i}"} for i, each in enumerate(roles)])
 
 
 @pytest.mark.parametrize(
@@ -101,6 +117,8 @@ def test_real_templates_write_a_thought_in_the_default_format(name: str, load: C
         ("<think>", "</think>", ("<think>", "</think>")),
         ("<reason>\n\n", "\n</reason>\n", ("<reason>\n\n", "\n</reason>\n")),
         ("<|begin_of_thought|>\n", "<|end_of_thought|>", ("<|begin_of_thought|>\n", "<|end_of_thought|>")),
+        ("[THINK]", "[/THINK]", ("[THINK]", "[/THINK]")),
+        ("<|START_THINKING|>", "<|END_THINKING|>", ("<|START_THINKING|>", "<|END_THINKING|>")),
         ("", "</think>", ("<think>\n", "\n</think>\n\n")),  # the header of the answer is no tag
         ("so: ", " thus ", ("<think>\n", "\n</think>\n\n")),
     ],
@@ -108,7 +126,8 @@ def test_real_templates_write_a_thought_in_the_default_format(name: str, load: C
 def test_the_format_of_a_thought_is_read_from_the_template(
     before: str, after: str, expected: tuple[str, str], tmp_path: Path
 ) -> None:
-    fields = THOUGHT_FIELD.replace("BEFORE", before).replace("AFTER", after)
+    name = "reasoning" if before.startswith("[") else "reasoning_content"  # templates read one of these
+    fields = THOUGHT_FIELD.replace("reasoning_content", name).replace("BEFORE", before).replace("AFTER", after)
     template = "{% for m in messages %}<|{{ m.role }}|>" + fields + "<end>{% endfor %}"
     template += "{% if add_generation_prompt %}<|assistant|>{% endif %}"
     assert with_template(tmp_path, template).thinking == ThinkingFormat(*expected)

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.byte_tokenizer import byte_tokenizer
 from support.paths import DATA
-from support.real_tokenizers import ASSISTANT_HEADER, END_OF_TURN, real_tokenizer, write_r1_tokenizer
+from support.real_tokenizers import ASSISTANT_HEADER, END_OF_TURN, real_tokenizer
 
 from thinkpo_jax.data.chat_tokenizer import ChatTokenizer, Message
 from thinkpo_jax.data.miniature import MiniatureData
@@ -41,19 +41,6 @@ ANSWERS = (
 )
 
 
-@pytest.fixture(scope="session")
-def chat_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], ChatTokenizer]:
-    loaded: dict[str, ChatTokenizer] = {}
-
-    def load(name: str) -> ChatTokenizer:
-        if name not in loaded:
-            folder = write_r1_tokenizer(tmp_path_factory.mktemp("r1")) if name == "r1" else real_tokenizer(name)
-            loaded[name] = ChatTokenizer.from_folder(folder)
-        return loaded[name]
-
-    return load
-
-
 def example_ids(chat: ChatTokenizer, messages: list[Message], answer: str) -> tuple[list[int], list[int]]:
     """Returns the ids of the prompt, and the ids that are trained."""
     prompt = chat.encode_prompt(messages)
@@ -71,9 +58,9 @@ def name(request: pytest.FixtureRequest) -> str:
 
 @pytest.mark.parametrize("messages", [QUESTION, CONVERSATION], ids=["question", "conversation"])
 def test_trained_ids_are_the_answer_and_one_end_of_turn(
-    name: str, messages: list[Message], chat_of: Callable[[str], ChatTokenizer]
+    name: str, messages: list[Message], load: Callable[[str], ChatTokenizer]
 ):
-    chat = chat_of(name)
+    chat = load(name)
     open_tag = "<think>" if name == "r1" else "\0"  # the prompt of R1 opens the thought: see the next test
     for answer in (answer for answer in ANSWERS if not answer.startswith(open_tag)):
         prompt, trained = example_ids(chat, messages, answer)
@@ -94,18 +81,18 @@ def test_trained_ids_are_the_answer_and_one_end_of_turn(
     ],
 )
 def test_a_thought_that_the_prompt_opens_is_not_opened_twice(
-    answer: str, expected: str, chat_of: Callable[[str], ChatTokenizer]
+    answer: str, expected: str, load: Callable[[str], ChatTokenizer]
 ):
-    chat = chat_of("r1")
+    chat = load("r1")
     prompt, trained = example_ids(chat, CONVERSATION, answer)
     assert prompt == chat.encode_prompt(CONVERSATION).ids
     assert decode(chat, prompt + trained).rpartition(ASSISTANT_HEADER["r1"])[2] == expected + END_OF_TURN["r1"]
     assert decode(chat, prompt).endswith(ASSISTANT_HEADER["r1"] + "<think>\n")
 
 
-def test_no_template_removes_the_thought_of_a_finished_answer(name: str, chat_of: Callable[[str], ChatTokenizer]):
+def test_no_template_removes_the_thought_of_a_finished_answer(name: str, load: Callable[[str], ChatTokenizer]):
     """DeepSeek's template deletes it from a message. The answer never passes through the template."""
-    chat, answer = chat_of(name), "<think>\ncarry the one\n</think>\n\n6"
+    chat, answer = load(name), "<think>\ncarry the one\n</think>\n\n6"
     prompt, trained = example_ids(chat, QUESTION, answer)
     assert decode(chat, prompt + trained).endswith(ASSISTANT_HEADER[name] + answer + END_OF_TURN[name])
     rendered = chat.tokenizer.apply_chat_template([*QUESTION, {"role": "assistant", "content": answer}], tokenize=False)
@@ -113,9 +100,9 @@ def test_no_template_removes_the_thought_of_a_finished_answer(name: str, chat_of
 
 
 def test_chosen_and_rejected_share_the_prompt_and_differ_in_the_trained_ids(
-    name: str, tmp_path: Path, chat_of: Callable[[str], ChatTokenizer]
+    name: str, tmp_path: Path, load: Callable[[str], ChatTokenizer]
 ):
-    chat = chat_of(name)
+    chat = load(name)
     path = tmp_path / "pairs.jsonl"
     path.write_text(json.dumps({"prompt": "And 3+3?", "chosen": LONG, "rejected": SHORT}) + "\n", encoding="utf-8")
     ((chosen, rejected),) = tokenize_sources([PreferenceDataConfig(path=str(path))], chat, row_length=1000, seed=0)
@@ -134,9 +121,9 @@ EMPTY_THOUGHTS = {"qwen2_5": "<think>\n\n</think>\n\n", "qwen3": "<think>\n\n</t
 
 @pytest.mark.parametrize("name", EMPTY_THOUGHTS)
 def test_an_empty_thought_belongs_to_the_prompt_and_is_not_trained(
-    name: str, tmp_path: Path, chat_of: Callable[[str], ChatTokenizer]
+    name: str, tmp_path: Path, load: Callable[[str], ChatTokenizer]
 ):
-    chat = chat_of(name)
+    chat = load(name)
     record = {"prompt": "And 3+3?", "chosen": "<think>\n3+3=6\n</think>\n\n6", "rejected": "It is 6."}
     path = tmp_path / "pairs.jsonl"
     path.write_text(json.dumps(record) + "\n" + json.dumps(record | {"rejected": "<think>\n?\n</think>\n\n5"}) + "\n")
@@ -159,19 +146,19 @@ def test_an_empty_thought_belongs_to_the_prompt_and_is_not_trained(
     assert [s.token_ids.tolist() for s in as_given[1]] == [s.token_ids.tolist() for s in empty_block[1]]
 
 
-def test_a_thought_that_the_prompt_opens_must_end_too(tmp_path: Path, chat_of: Callable[[str], ChatTokenizer]):
+def test_a_thought_that_the_prompt_opens_must_end_too(tmp_path: Path, load: Callable[[str], ChatTokenizer]):
     """R1's prompt ends in <think>, so an answer without any tag never ends that thought."""
     answers = ["It is 6.", "<think>\n3+3", "3+3=6\n</think>\n\n6", "<think>\n3+3=6\n</think>\n\n6"]
     path = tmp_path / "rows.jsonl"
     path.write_text("".join(json.dumps({"prompt": "And 3+3?", "response": answer}) + "\n" for answer in answers))
     for name, num_unclosed in (("r1", 2), ("qwen2_5", 1)):
-        (report,) = tokenize_sources([SftDataConfig(path=str(path))], chat_of(name), row_length=1000, seed=0).reports
+        (report,) = tokenize_sources([SftDataConfig(path=str(path))], load(name), row_length=1000, seed=0).reports
         assert (report.num_used, report.num_unclosed_thoughts) == (4, num_unclosed), name
 
 
 @pytest.mark.parametrize("name", ["qwen3"])
-def test_the_empty_thought_is_what_qwen3_writes_without_thinking(name: str, chat_of: Callable[[str], ChatTokenizer]):
-    chat = chat_of(name)
+def test_the_empty_thought_is_what_qwen3_writes_without_thinking(name: str, load: Callable[[str], ChatTokenizer]):
+    chat = load(name)
     rendered = chat.tokenizer.apply_chat_template(
         QUESTION, tokenize=False, add_generation_prompt=True, enable_thinking=False
     )
@@ -179,13 +166,13 @@ def test_the_empty_thought_is_what_qwen3_writes_without_thinking(name: str, chat
     assert rendered == prompt.text + decode(chat, chat.encode_empty_thought(prompt))
 
 
-@pytest.mark.parametrize(("name", "keeps"), [("qwen2_5", True), ("qwen3", True), ("llama3_2", True), ("r1", False)])
-def test_it_is_known_whether_a_template_keeps_thoughts(name: str, keeps: bool, chat_of: Callable[[str], ChatTokenizer]):
-    assert chat_of(name).template.keeps_thoughts() == keeps
+@pytest.mark.parametrize(("name", "keeps"), [("qwen2_5", True), ("qwen3", False), ("llama3_2", True), ("r1", False)])
+def test_it_is_known_if_a_template_keeps_earlier_thoughts(name: str, keeps: bool, load: Callable[[str], ChatTokenizer]):
+    assert load(name).template.keeps_earlier_thoughts() == keeps
 
 
-def test_real_answers_decode_to_the_same_text(name: str, chat_of: Callable[[str], ChatTokenizer]):
-    chat = chat_of(name)
+def test_real_answers_decode_to_the_same_text(name: str, load: Callable[[str], ChatTokenizer]):
+    chat = load(name)
     lines = (DATA / "pairs" / "math500_pairs.jsonl").read_bytes().split(b"\n")[:8]
     for record in map(json.loads, lines):
         for answer in (record["long"], record["short"]):
@@ -197,15 +184,15 @@ def test_real_answers_decode_to_the_same_text(name: str, chat_of: Callable[[str]
 @settings(max_examples=60, deadline=None)
 @given(answer=st.text(min_size=1, max_size=40).map(lambda text: unicodedata.normalize("NFC", text)))
 @pytest.mark.parametrize("tokenizer", ["qwen3", "llama3_2"])
-def test_the_trained_ids_of_any_text_decode_to_it(tokenizer: str, answer: str, chat_of: Callable[[str], ChatTokenizer]):
-    chat = chat_of(tokenizer)
+def test_the_trained_ids_of_any_text_decode_to_it(tokenizer: str, answer: str, load: Callable[[str], ChatTokenizer]):
+    chat = load(tokenizer)
     _, trained = example_ids(chat, QUESTION, answer)
     assert decode(chat, trained[:-1]) == answer
     assert chat.decode(trained) == answer
 
 
-def test_a_sequence_begins_with_at_most_one_bos(name: str, chat_of: Callable[[str], ChatTokenizer]):
-    chat = chat_of(name)
+def test_a_sequence_begins_with_at_most_one_bos(name: str, load: Callable[[str], ChatTokenizer]):
+    chat = load(name)
     bos = chat.tokenizer.bos_token_id
     assert (bos is not None) == (name in ("llama3_2", "r1"))
     if bos is not None:
@@ -213,8 +200,8 @@ def test_a_sequence_begins_with_at_most_one_bos(name: str, chat_of: Callable[[st
         assert [i for i, token in enumerate(prompt + trained) if token == bos] == [0]
 
 
-def test_the_end_of_turn_token_of_the_template_stops_a_generation(name: str, chat_of: Callable[[str], ChatTokenizer]):
-    chat = chat_of(name)
+def test_the_end_of_turn_token_of_the_template_stops_a_generation(name: str, load: Callable[[str], ChatTokenizer]):
+    chat = load(name)
     assert decode(chat, [chat.end_of_turn_id]) == END_OF_TURN[name]
     assert chat.stop_token_ids == (chat.end_of_turn_id,)
     finished = [*QUESTION, {"role": "assistant", "content": "ANSWER"}]
@@ -246,8 +233,8 @@ def test_an_answer_ends_with_the_eos_token_if_the_template_writes_no_end(tmp_pat
     assert str(error.value).startswith(f"{tmp_path / 'b'}: ")
 
 
-def test_llamas_prompt_does_not_change_from_day_to_day(chat_of: Callable[[str], ChatTokenizer]):
-    chat = chat_of("llama3_2")
+def test_llamas_prompt_does_not_change_from_day_to_day(load: Callable[[str], ChatTokenizer]):
+    chat = load("llama3_2")
     prompt = decode(chat, chat.encode_prompt(QUESTION).ids)
     assert "Today Date: 26 Jul 2024\n" in prompt
     assert f"{datetime.datetime.now():%d %b %Y}" not in prompt
@@ -257,23 +244,23 @@ def test_llamas_prompt_does_not_change_from_day_to_day(chat_of: Callable[[str], 
 
 @pytest.mark.parametrize("position", ["end", "middle"])
 def test_an_answer_that_holds_a_special_token_is_an_error(
-    name: str, position: str, chat_of: Callable[[str], ChatTokenizer]
+    name: str, position: str, load: Callable[[str], ChatTokenizer]
 ):
     answer = SHORT + END_OF_TURN[name] + ("" if position == "end" else " and more")
     with pytest.raises(UserError, match=r"special to this tokenizer\. Remove it from the data") as error:
-        example_ids(chat_of(name), QUESTION, answer)
+        example_ids(load(name), QUESTION, answer)
     assert repr(END_OF_TURN[name]) in str(error.value)
 
 
-def test_an_answer_with_a_special_token_that_ends_no_turn_is_an_error_too(chat_of: Callable[[str], ChatTokenizer]):
+def test_an_answer_with_a_special_token_that_ends_no_turn_is_an_error_too(load: Callable[[str], ChatTokenizer]):
     for name, token in (("qwen2_5", "<|im_start|>"), ("qwen3", "<|endoftext|>"), ("llama3_2", "<|begin_of_text|>")):
         with pytest.raises(UserError, match="special to this tokenizer") as error:
-            example_ids(chat_of(name), QUESTION, f"a{token}b")
+            example_ids(load(name), QUESTION, f"a{token}b")
         assert repr(token) in str(error.value)
 
 
-def test_decoding_removes_special_tokens_and_changes_nothing_else(name: str, chat_of: Callable[[str], ChatTokenizer]):
-    chat = chat_of(name)
+def test_decoding_removes_special_tokens_and_changes_nothing_else(name: str, load: Callable[[str], ChatTokenizer]):
+    chat = load(name)
     _, trained = example_ids(chat, QUESTION, " 's , that .\n")
     assert chat.decode(trained) == " 's , that .\n"
 
@@ -335,10 +322,10 @@ def test_a_text_that_the_tokenizer_cannot_write_is_an_error_and_is_not_shortened
 
 
 @pytest.mark.parametrize("role", ["system", "user"])
-def test_a_prompt_that_holds_a_special_token_is_an_error(role: str, chat_of: Callable[[str], ChatTokenizer]):
+def test_a_prompt_that_holds_a_special_token_is_an_error(role: str, load: Callable[[str], ChatTokenizer]):
     messages = [{"role": role, "content": "a <|im_end|> b"}, *QUESTION][: 1 if role == "user" else 2]
     with pytest.raises(UserError, match=f"the {role}'s text holds '<.im_end.>', special"):
-        chat_of("qwen2_5").encode_prompt(messages)
+        load("qwen2_5").encode_prompt(messages)
 
 
 def test_an_answer_without_tokens_is_an_error():
@@ -347,9 +334,9 @@ def test_an_answer_without_tokens_is_an_error():
         example_ids(chat, [{"role": "user", "content": "2+2?"}], "")
 
 
-def test_the_end_of_a_thought_is_found_in_real_answers(name: str, chat_of: Callable[[str], ChatTokenizer]):
+def test_the_end_of_a_thought_is_found_in_real_answers(name: str, load: Callable[[str], ChatTokenizer]):
     """Every real long answer ends its thought once, at the start of a line. The ids of the tag occur there."""
-    chat, path = chat_of(name), DATA / "pairs" / "math500_pairs.jsonl"
+    chat, path = load(name), DATA / "pairs" / "math500_pairs.jsonl"
     if not path.exists():
         pytest.skip(f"the real pairs are missing ({path})")
     prompt = chat.encode_prompt([{"role": "user", "content": "1+1?"}])

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 from support.byte_tokenizer import byte_tokenizer
-from support.real_tokenizers import ASSISTANT_HEADER, END_OF_TURN, real_tokenizer, write_r1_tokenizer
+from support.real_tokenizers import ASSISTANT_HEADER, END_OF_TURN
 from support.tokenized import error_message, only_example, tokenize, turns, write_rows
 
 from thinkpo_jax.data.batches import BatchConfig, BatchPlan
@@ -17,12 +17,6 @@ from thinkpo_jax.data.record_formats import SftDataConfig
 
 FIRST, SECOND, LAST = "<think>\ntwo\n</think>\n\nIt is 4.", "  Then 6: ünï\n\n", "<think>\nfour\n</think>\n\nSo 8."
 CONVERSATION = turns("What is 2+2?", FIRST, "And 3+3?\n", SECOND, "4+4?", LAST)
-
-
-@pytest.fixture(scope="module")
-def load(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], ChatTokenizer]:
-    r1 = tmp_path_factory.mktemp("r1")
-    return lambda name: ChatTokenizer.from_folder(write_r1_tokenizer(r1) if name == "r1" else real_tokenizer(name))
 
 
 def read(path: Path, chat: ChatTokenizer, *rows: Any, **config: Any) -> TokenizedDataset:
@@ -63,6 +57,9 @@ def test_the_thought_of_an_earlier_turn_follows_the_rule_of_the_template(
     keeps = "{% for m in messages %}[{{ m.role }}]{% if m.thinking %}<t>{{ m.thinking }}</t>{% endif %}{{ m.content }}"
     keeps += "{{ '<end>' if m.role == 'assistant' }}{% endfor %}{{ '[assistant]' if add_generation_prompt }}"
     byte_tokenizer(tmp_path, template=keeps)
+    for name in ("qwen2_5", "llama3_2"):  # they keep a thought in the text, so one in a field goes into the text
+        (segment,) = only_example(read(tmp_path, load(name), {"messages": messages}, train_on="all"))
+        assert trained_parts(segment, load(name))[0] == f"<think>\ntwo\n</think>\n\nIt is 4.{END_OF_TURN[name]}"
     for chat, first in (
         (load("qwen3"), "It is 4.<|im_end|>"),
         (ChatTokenizer.from_folder(tmp_path), "<t>two</t>It is 4.<end>"),
@@ -118,10 +115,13 @@ def test_the_cache_and_the_digest_hold_the_earlier_answers(tmp_path: Path, chat:
         # Earlier answers are left out.
         "{% for m in messages %}{% if loop.last or m.role == 'user' %}[{{ m.role }}]{{ m.content }}<end>{% endif %}"
         "{% endfor %}[x]",
+        # Without end tokens.
+        "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% if loop.last %}<end>{% endif %}{% endfor %}",
     ],
 )
 def test_answers_that_cannot_be_found_make_a_row_bad(template: str, tmp_path: Path) -> None:
     chat = ChatTokenizer.from_folder(byte_tokenizer(tmp_path, template=template))
     path = write_rows(tmp_path / "rows.jsonl", {"messages": turns("q", "abc", "p", "b")})
     message = error_message(SftDataConfig(path=str(path), train_on="all"), chat)
-    assert message.startswith(f"{path}, line 1: the earlier answers cannot be found in what the chat template writes")
+    assert message.startswith((f"{path}, line 1: the earlier answers cannot be found", f"{path}, line 1: an earlier"))
+    assert message.endswith("Use train_on: last.")

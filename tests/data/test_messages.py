@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support.real_tokenizers import END_OF_TURN, real_tokenizer, write_r1_tokenizer
+from support.real_tokenizers import END_OF_TURN
 from support.tokenized import PROMPT, decode, error_message, only_example, tokenize, turns, write_rows
 
 from thinkpo_jax.data.chat_tokenizer import ChatTokenizer
@@ -33,9 +33,7 @@ def test_a_thought_in_a_field_of_its_own_is_joined_to_the_answer(
     dataset = tokenize(SftDataConfig(path=str(path)), chat)
     assert decode(only_example(dataset)[0], chat) == (PROMPT, f"{JOINED}<end>")
     assert dataset.reports[0].num_joined_thoughts == 1
-    assert any(
-        "in a field of their own are joined to the answers of 1 rows" in line for line in dataset.describe_sources()
-    )
+    assert f"{path}: thoughts in a field of their own are joined, with <think>, in 1 rows" in dataset.describe_sources()
 
 
 @pytest.mark.parametrize(
@@ -71,12 +69,6 @@ def test_a_column_holds_the_thought_of_a_response_or_of_a_rejected_answer(tmp_pa
     assert decode(only_example(tokenize(config, chat))[1], chat) == (PROMPT, f"{JOINED}<end>")
 
 
-@pytest.fixture(scope="module")
-def load(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], ChatTokenizer]:
-    r1 = tmp_path_factory.mktemp("r1")
-    return lambda name: ChatTokenizer.from_folder(write_r1_tokenizer(r1) if name == "r1" else real_tokenizer(name))
-
-
 @pytest.mark.parametrize("name", END_OF_TURN)
 def test_the_joined_answer_is_what_the_template_of_the_model_writes(
     name: str, tmp_path: Path, load: Callable[[str], ChatTokenizer]
@@ -99,7 +91,11 @@ def test_the_joined_answer_is_what_the_template_of_the_model_writes(
         ({"reasoning": "<think>b</think>"}, "but <think> is in the text too. Leave out one of them."),
         ({"reasoning": "a", "thinking": "b"}, "several fields hold different thoughts"),
         ({"reasoning": 3}, "expected a text, found int"),
-        ({"reasoning": "a", "content": ""}, "expected a text, found null"),
+        ({"reasoning": "a", "content": ""}, "expected a text, found an empty text"),
+        (
+            {"reasoning": "a", "content": None},
+            "has no text in `content` or `value`. Its fields are: role, cont",
+        ),
     ],
     ids=str,
 )
@@ -114,7 +110,7 @@ def test_a_thought_in_two_places_or_without_answer_makes_a_row_bad(
 def test_a_thought_in_a_message_and_in_a_column_makes_a_row_bad(tmp_path: Path, chat: ChatTokenizer) -> None:
     path = write_rows(tmp_path / "rows.jsonl", sft_row(reasoning="a") | {"why": "b"})
     message = error_message(SftDataConfig(path=str(path), thinking_column="why"), chat)
-    assert "the message and the column both hold its thought" in message
+    assert "the message and the column 'why' both hold its thought" in message
 
 
 def test_one_thought_in_two_fields_and_empty_fields_are_fine(tmp_path: Path, chat: ChatTokenizer) -> None:
@@ -131,7 +127,7 @@ def test_a_thinking_column_that_is_not_named_is_reported(tmp_path: Path, chat: C
     rows = [{"prompt": "q", "response": "6", "reasoning": THOUGHT}, {"prompt": "q", "response": "6", "reasoning": ""}]
     dataset = tokenize(SftDataConfig(path=str(write_rows(tmp_path / "rows.jsonl", *rows))), chat)
     (note,) = [line for line in dataset.describe_sources() if "not read" in line]
-    assert "`thinking_column: reasoning` would join to the answer (1 rows)" in note
+    assert note.endswith("reasoning (1 rows). To join a thought to its answer, set `thinking_column: reasoning`")
 
 
 # Fields that are not read, and fields that make a row bad.
@@ -142,7 +138,7 @@ def test_fields_that_are_not_read_are_listed_once_with_counts(tmp_path: Path, ch
     dataset = tokenize(SftDataConfig(path=str(write_rows(tmp_path / "rows.jsonl", *rows))), chat)
     assert dataset.reports[0].ignored_fields == {"name": 2, "timestamp": 1}
     (note,) = [line for line in dataset.describe_sources() if "not read" in line]
-    assert note.endswith("not read: name (2 rows), timestamp (1 rows)")
+    assert note.endswith("fields of messages that are not read: name (2 rows), timestamp (1 rows)")
 
 
 @pytest.mark.parametrize(
@@ -192,23 +188,87 @@ def test_content_may_be_a_list_of_parts(content: Any, expected: str, tmp_path: P
     assert decode(segment, chat) == (PROMPT, f"{expected}<end>")
 
 
-@pytest.mark.parametrize("dump", [json.dumps, lambda value: json.dumps(value, indent=2)])
-def test_messages_as_json_text_are_read_as_messages(
-    dump: Callable[[Any], str], tmp_path: Path, chat: ChatTokenizer
-) -> None:
-    row = {"chosen": dump([*turns("q"), assistant(reasoning=THOUGHT)]), "rejected": dump(turns("q", "5"))}
-    chosen, rejected = only_example(
-        tokenize(PreferenceDataConfig(path=str(write_rows(tmp_path / "rows.jsonl", row))), chat)
-    )
-    assert (decode(chosen, chat), decode(rejected, chat)) == ((PROMPT, f"{JOINED}<end>"), (PROMPT, "5<end>"))
+@pytest.mark.parametrize("dump", [json.dumps, lambda value: json.dumps(value, indent=2), str])
+def test_messages_as_text_are_read_as_messages(dump: Callable[[Any], str], tmp_path: Path, chat: ChatTokenizer) -> None:
+    """A CSV file holds a list as JSON, or as Python prints it."""
+    rows: list[dict[str, Any]] = [
+        {"chosen": dump([*turns("q"), assistant(reasoning=THOUGHT)]), "rejected": dump(turns("q", "5"))},
+        {"prompt": "q", "chosen": dump(assistant(reasoning=THOUGHT)), "rejected": dump({"from": "gpt", "value": "5"})},
+    ]
+    examples = tokenize(PreferenceDataConfig(path=str(write_rows(tmp_path / "rows.jsonl", *rows))), chat)
+    for chosen, rejected in examples:
+        assert (decode(chosen, chat), decode(rejected, chat)) == ((PROMPT, f"{JOINED}<end>"), (PROMPT, "5<end>"))
+    assert len(examples) == 2
 
 
-def test_messages_as_python_text_are_an_error_and_a_list_in_an_answer_is_not(
-    tmp_path: Path, chat: ChatTokenizer
+@pytest.mark.parametrize(
+    "text",
+    [
+        '[{"value": 3, "unit": "m"}]',
+        "[{'value': 3}]",
+        '[{"role": "admin", "content": "x"}]',
+        '[{"role": "user", "content": "x"}] is right.',
+        '{"role": "user"}',
+        "[1, 2]",
+        "[]",
+        "{",
+        '[{"role":' + "[" * 200_000,
+    ],
+    ids=lambda text: text[:20],
+)
+def test_an_answer_that_is_data_stays_a_text(text: str, tmp_path: Path, chat: ChatTokenizer) -> None:
+    path = write_rows(tmp_path / "rows.jsonl", {"prompt": "q", "response": text})
+    (segment,) = only_example(tokenize(SftDataConfig(path=str(path)), chat, row_length=201_000))
+    assert decode(segment, chat) == (PROMPT, f"{text}<end>")
+
+
+def test_messages_that_numpy_printed_are_an_error(tmp_path: Path, chat: ChatTokenizer) -> None:
+    """pandas writes an array of messages without commas."""
+    printed = "[{'role': 'user', 'content': 'q'}\n {'role': 'assistant', 'content': 'a'}]"
+    config = SftDataConfig(path=str(write_rows(tmp_path / "rows.jsonl", {"messages": printed})))
+    assert "is written as Python prints it. Save the data as JSONL or Parquet" in error_message(config, chat)
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"prompt": turns("q"), "completion": turns("", "a")[1:], "tools": [{"name": "f"}]},
+        {"prompt": "what is in <image>?", "response": "cat", "images": ["a.png"]},
+        {"instruction": "q", "output": "a", "images": ["a.png"]},
+        {"prompt": "q", "response": "a", "tools": '[{"name": "f"}]'},
+    ],
+    ids=str,
+)
+def test_tools_and_images_of_a_row_make_it_bad_in_every_form(
+    row: dict[str, Any], tmp_path: Path, chat: ChatTokenizer
 ) -> None:
-    rows = [{"prompt": "q", "chosen": str(turns("q", "a")), "rejected": "[{'x': 1}]"}]
-    config = PreferenceDataConfig(path=str(write_rows(tmp_path / "rows.jsonl", *rows)))
-    assert "looks like a list of messages is not JSON" in error_message(config, chat)
-    rows = [{"prompt": "q", "chosen": '[{"x": 1}]', "rejected": "[]"}]
-    config = PreferenceDataConfig(path=str(write_rows(tmp_path / "rows.jsonl", *rows)))
-    assert [decode(s, chat)[1] for s in only_example(tokenize(config, chat))] == ['[{"x": 1}]<end>', "[]<end>"]
+    message = error_message(SftDataConfig(path=str(write_rows(tmp_path / "rows.jsonl", row))), chat)
+    assert "are not supported. Remove the field or the row." in message
+
+
+def test_a_list_with_one_text_and_a_thought_in_parts_are_read(tmp_path: Path, chat: ChatTokenizer) -> None:
+    rows = [
+        {"prompt": "q", "response": ["6"], "why": [THOUGHT]},
+        {"prompt": "q", "response": [assistant(reasoning=[{"type": "text", "text": THOUGHT}])], "why": []},
+    ]
+    config = SftDataConfig(path=str(write_rows(tmp_path / "rows.jsonl", *rows)), thinking_column="why")
+    assert [decode(example[0], chat) for example in tokenize(config, chat)] == [(PROMPT, f"{JOINED}<end>")] * 2
+    path = write_rows(tmp_path / "rows.jsonl", {"prompt": "q", "response": "6", "why": ["a", "b"]})
+    message = error_message(SftDataConfig(path=str(path), thinking_column="why"), chat)
+    assert message.startswith(f"{path}, line 1, why: expected a text, found list")
+
+
+def test_a_thinking_column_without_thoughts_is_counted_as_such(tmp_path: Path, chat: ChatTokenizer) -> None:
+    path = write_rows(tmp_path / "rows.jsonl", {"prompt": "q", "response": "6", "why": ""})
+    lines = tokenize(SftDataConfig(path=str(path), thinking_column="why"), chat).describe_sources()
+    assert f"{path}: thoughts in a field of their own are joined, with <think>, in 0 rows" in lines
+
+
+def test_an_answer_that_closes_a_thought_it_did_not_open_is_counted(
+    tmp_path: Path, load: Callable[[str], ChatTokenizer]
+) -> None:
+    path = write_rows(tmp_path / "rows.jsonl", {"prompt": "q", "response": "why\n</think>\n\n6"})
+    for name, count in (("qwen3", 1), ("r1", 0)):  # the prompt of R1 opens the thought
+        (report,) = tokenize(SftDataConfig(path=str(path)), load(name)).reports
+        assert report.num_unopened_thoughts == count
+        assert ("1 answers close a thought that nothing opens" in str(report.notes())) == (count == 1)

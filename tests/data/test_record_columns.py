@@ -54,7 +54,21 @@ PAIR_OF_LISTS = {"chosen": turns("q", "long"), "rejected": turns("q", "b")}
         ({"prompt": "q", "completion": "a"}, {}, (PROMPT, "a<end>")),
         ({"question": "q", "completion": "a"}, {"prompt": "question"}, (PROMPT, "a<end>")),
         ({"messages": turns("q", "a")}, {}, (PROMPT, "a<end>")),
-        ({"messages": turns("q", "a"), "system": "not ShareGPT's"}, {}, (PROMPT, "a<end>")),
+        ({"messages": turns("q", "a"), "system": "S"}, {}, (f"[system]S{PROMPT}", "a<end>")),
+        ({"prompt": "q", "response": "a", "system": "S"}, {}, (f"[system]S{PROMPT}", "a<end>")),
+        ({"prompt": "q", "response": "a", "system": " "}, {}, (PROMPT, "a<end>")),
+        (
+            {"messages": [{"role": "system", "content": "T"}, *turns("q", "a")], "system": "S"},
+            {},
+            (f"[system]T{PROMPT}", "a<end>"),
+        ),  # the turn wins, and the column is listed as not read
+        ({"messages": [{"role": "system", "content": ""}, *turns("q", "a")]}, {}, (PROMPT, "a<end>")),
+        (
+            {"prompt": turns("p"), "completion": turns("", "so", "q", "a")[1:]},
+            {},
+            (f"[user]p[assistant]so<end>{PROMPT}", "a<end>"),
+        ),
+        ({"prompt": "q", "completion": "a", "messages": None}, {}, (PROMPT, "a<end>")),
         ({"conversations": SHAREGPT}, {}, (PROMPT, "a<end>")),
         ({"conversations": SHAREGPT, "system": "S"}, {}, (f"[system]S{PROMPT}", "a<end>")),
         ({"conversations": SHAREGPT, "system": ""}, {}, (PROMPT, "a<end>")),
@@ -124,11 +138,17 @@ def test_a_pair_needs_one_prompt_and_two_different_answers(
     [
         ("text", "m: expected a list of messages, found str."),
         ([], "m: expected a list of messages, found an empty list."),
-        ([*turns("q"), 3], "m, turn 2: expected a role of assistant, developer, gpt, human, system, user, found 3."),
+        (
+            [*turns("q"), 3],
+            "m, turn 2: expected a role of assistant, bot, developer, gpt, human, model, syst",
+        ),
         ([*turns("q"), {"role": "tool", "content": "x"}], "m, turn 2: the role 'tool' belongs to tool calls"),
         ([*turns("q"), {"role": ["user"], "content": "x"}], "m, turn 2: expected a role of"),
-        ([*turns("q"), {"role": "assistant", "content": None}], "m, turn 2: expected a text, found null."),
-        ([*turns("q"), {"role": "assistant"}], "m, turn 2: expected a text, found null."),
+        ([*turns("q"), {"role": "assistant", "content": None}], "m, turn 2: has no text in `content` or `value`. Its"),
+        (
+            [*turns("q"), {"role": "assistant", "text": "a"}],
+            "m, turn 2: has no text in `content` or `value`. Its f",
+        ),
         (turns("q", "a", "q"), "m: the last turn is of the user, expected the assistant's answer."),
         ([{"role": "system", "content": "S"}, *turns("q", "a")[1:]], "m: the turn before the answer is of the system"),
         ([{"role": "system", "content": "S"}, *turns("q", "a")], "m: has a system turn already"),

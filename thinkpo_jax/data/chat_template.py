@@ -1,5 +1,6 @@
 """Renders the chat template of a model the same way every day, and finds out how it writes thoughts and answers."""
 
+import dataclasses
 import functools
 import inspect
 import re
@@ -11,12 +12,14 @@ from typing import Annotated, Any, NotRequired, TypedDict
 import pydantic
 from transformers import PreTrainedTokenizerBase
 
-from thinkpo_jax.runtime.config import UserError
+from thinkpo_jax.runtime.config import UserError, did_you_mean
+from thinkpo_jax.runtime.console import log_warning
 
 TEMPLATE_DATE = date(2024, 7, 26)  # the default date of Llama 3's template, which otherwise writes today's date
 # Tags of thoughts: R1 and Qwen3, then Sky-T1 and Bespoke-Stratos. The last two also mark the solution.
 THOUGHT_TAGS = (("<think>", "</think>"), ("<|begin_of_thought|>", "<|end_of_thought|>"))
 ANSWER_SECTION_TAGS = (*THOUGHT_TAGS, ("<|begin_of_solution|>", "<|end_of_solution|>"))
+THINKING_FIELDS = ("reasoning_content", "reasoning", "thinking")  # of a message, in templates and data sets
 QUESTION_MARKER, ANSWER_MARKER, THOUGHT_MARKER = "QUESTION", "ANSWER", "THOUGHT"  # to find in a rendered conversation
 _DATE_DIRECTIVES = "aAbBcdfgGHIjklmMnpSTuUVwWxXyYzZDeFhR"
 _RESERVED_ARGUMENTS = {*inspect.signature(PreTrainedTokenizerBase.apply_chat_template).parameters, "messages"}
@@ -55,6 +58,11 @@ def has_unclosed_tag(answer: str, tags: Sequence[tuple[str, str]] = THOUGHT_TAGS
     return any(answer.rfind(opening) > answer.rfind(closing) for opening, closing in tags)
 
 
+def has_unopened_tag(answer: str, tags: Sequence[tuple[str, str]] = THOUGHT_TAGS) -> bool:
+    """Tells whether an answer closes a section before it opens one."""
+    return any(closing in answer.partition(opening)[0] for opening, closing in tags)
+
+
 @dataclass(frozen=True)
 class ThinkingFormat:
     """The texts that a model writes before and after a thought. `before` and `after` hold its tags and line breaks."""
@@ -71,17 +79,22 @@ class ThinkingFormat:
         """Returns the answer with the thought before it, as Qwen3's template joins them."""
         return self.before + thought.strip("\n") + self.after + answer.lstrip("\n")
 
-    def find_tag(self, text: str) -> str | None:
-        """Returns a tag of a thought that the text holds, of this format or of another known one."""
-        return next((tag for tags in (self.tags, *THOUGHT_TAGS) for tag in tags if tag in text), None)
+    def find_tag(self, *texts: str) -> str | None:
+        """Returns a tag of a thought that a text holds, of this format or of another known one."""
+        tags = [tag for tags in (self.tags, *THOUGHT_TAGS) for tag in tags]
+        return next((tag for tag in tags for text in texts if tag in text), None)
 
 
 @dataclass(frozen=True)
 class ChatTemplate:
-    """The chat template of a tokenizer, with fixed values for its variables."""
+    """The chat template of a tokenizer, with fixed values for its variables.
+
+    `given_tags` are the texts before and after a thought. By default they are what the template writes.
+    """
 
     tokenizer: Any
     arguments: TemplateArguments = field(default_factory=dict)
+    given_tags: tuple[str, str] | None = None
 
     @functools.cached_property
     def text(self) -> str:
@@ -94,46 +107,68 @@ class ChatTemplate:
         return f"{{% macro strftime_now(format) %}}{{{{ format{filters} }}}}{{% endmacro %}}\n{text}"
 
     def check_arguments(self, folder: Any) -> None:
-        """Raises `UserError` for an argument that the template does not read, or that is not the user's to set."""
-        for name in self.arguments:
-            if name in _RESERVED_ARGUMENTS:
+        """Raises `UserError` for an argument that the template does not read, or that is not the user's to set.
+
+        Logs a warning if the value of an argument changes nothing, such as the text "false".
+        """
+        words = re.findall(r"[A-Za-z_]\w*", self.tokenizer.get_chat_template())
+        question: list[Message] = [{"role": "user", "content": QUESTION_MARKER}]
+        for name, value in self.arguments.items():
+            if name in _RESERVED_ARGUMENTS or name in self.tokenizer.special_tokens_map:
                 raise UserError(f"template_arguments: {name!r} is set by this package. Remove it.")
-            if not re.search(rf"\b{re.escape(name)}\b", self.tokenizer.get_chat_template()):
-                problem = f"the chat template of {folder} has no variable {name!r}"
+            if name not in words:
+                problem = f"the chat template of {folder} has no variable {name!r}{did_you_mean(name, words)}"
                 raise UserError(f"template_arguments: {problem}. Correct the name or remove it.")
+            without = dataclasses.replace(self, arguments={k: v for k, v in self.arguments.items() if k != name})
+            prompts = [each.render(question, add_generation_prompt=True) for each in (self, without)]
+            if prompts[0] == prompts[1] and not isinstance(value, bool):
+                log_warning(f"template_arguments: {name}: {value!r} does not change the prompt. Check its value.")
 
     def render(self, messages: Sequence[Message], **options: bool) -> str:
         """Renders a conversation. Raises `UserError` if the template refuses it."""
         values = {"date_string": f"{TEMPLATE_DATE:%d %b %Y}", **self.arguments}
         try:
             return self.tokenizer.apply_chat_template(
-                list(map(_with_reasoning, messages)), chat_template=self.text, tokenize=False, **values, **options
+                list(map(self._to_hf, messages)), chat_template=self.text, tokenize=False, **values, **options
             )
         except Exception as error:  # a template is a program and can raise anything
             roles = [message["role"] for message in messages]
             raise UserError(f"the chat template refuses a conversation with the roles {roles}: {error}") from None
 
-    def find_thinking_format(self) -> ThinkingFormat:
-        """Returns how the template writes a thought that comes in a field of its own.
+    @functools.cached_property
+    def thinking(self) -> ThinkingFormat:
+        """How the model writes a thought that comes in a field of its own.
 
-        It is the default if the template ignores the field, or writes no tag that names a thought.
+        It has the given tags, or those that the template writes. Otherwise it is the default format.
         """
-        before, _, after = self._render_answer(ANSWER_MARKER, thinking=THOUGHT_MARKER).partition(THOUGHT_MARKER)
+        if self.given_tags is not None:
+            return ThinkingFormat(*self.given_tags)
+        before, _, after = self._answer_with_field.partition(THOUGHT_MARKER)
         between, is_rendered, _ = after.partition(ANSWER_MARKER)
-        opening = re.search(r"<[^<>]*>\s*\Z", before)
+        opening = re.search(r"(<[^<>]*>|\[[^\[\]]*\])\s*\Z", before)
         if not (is_rendered and opening):
             return ThinkingFormat()
         found = ThinkingFormat(opening[0], between)
         first, last = found.tags
-        return found if last == first.replace("<", "</") or found.tags in THOUGHT_TAGS else ThinkingFormat()
+        pairs = (f"{first[:1]}/{first[1:]}", first.replace("START", "END"), first.replace("begin", "end"))
+        return found if last != first and last in pairs else ThinkingFormat()
 
-    def keeps_thoughts(self) -> bool:
-        """Tells whether the template keeps the thought of an answer that is passed to it as a message."""
-        return THOUGHT_MARKER in self._render_answer(f"<think>\n{THOUGHT_MARKER}\n</think>\n\n{ANSWER_MARKER}")
+    @functools.cached_property
+    def _answer_with_field(self) -> str:
+        """What the template writes for an answer whose thought is in a field of its own."""
+        answer: Any = {"role": "assistant", "content": ANSWER_MARKER, **dict.fromkeys(THINKING_FIELDS, THOUGHT_MARKER)}
+        return self.render([{"role": "user", "content": QUESTION_MARKER}, answer])
+
+    def keeps_earlier_thoughts(self) -> bool:
+        """Tells whether the template keeps the thought of an answer that another question follows."""
+        answer = f"<think>\n{THOUGHT_MARKER}\n</think>\n\n{ANSWER_MARKER}"
+        roles, texts = ("user", "assistant", "user"), (QUESTION_MARKER, answer, QUESTION_MARKER)
+        return THOUGHT_MARKER in self.render([{"role": r, "content": t} for r, t in zip(roles, texts, strict=True)])
 
     def text_after_answer(self, folder: Any) -> str:
         """Returns what the template writes after an answer. Raises `UserError` if it leaves out a message."""
-        text = self._render_answer(ANSWER_MARKER)
+        messages = [("user", QUESTION_MARKER), ("assistant", ANSWER_MARKER)]
+        text = self.render([{"role": role, "content": content} for role, content in messages])
         if not (ANSWER_MARKER in text and QUESTION_MARKER in text):
             advice = "Use the template of the model"
             raise UserError(f"{folder}: the chat template leaves out the text of a message. {advice}.")
@@ -145,6 +180,7 @@ class ChatTemplate:
         The template may drop their thoughts. It is rendered once more with a marker for each answer. The texts between
         the markers separate the answers. Raises `UserError` if the separators do not occur in this order.
         """
+        answers = [self._to_hf(message)["content"].strip() for message in messages if message["role"] == "assistant"]
         marked: list[Message] = [
             {"role": m["role"], "content": "\ue000" if m["role"] == "assistant" else m["content"]} for m in messages
         ]
@@ -155,19 +191,19 @@ class ChatTemplate:
             end = rendered.find(separator, start) if start >= 0 else -1
             spans.append((start, end))
             start = end + len(separator) if end >= 0 else -1
-        if start != len(rendered) or len(spans) != sum(m["role"] == "assistant" for m in messages):
+        texts = [rendered[start:end].strip() for start, end in spans]
+        are_found = start == len(rendered) and len(texts) == len(answers)
+        if not are_found or not all(t.endswith(a) or a.endswith(t) for t, a in zip(texts, answers, strict=True)):
             raise UserError("the earlier answers cannot be found in what the chat template writes. Use train_on: last.")
         return spans
 
-    def _render_answer(self, content: str, **fields: str) -> str:
-        answer: Any = {"role": "assistant", "content": content, **fields}
-        return self.render([{"role": "user", "content": QUESTION_MARKER}, answer])
-
-
-def _with_reasoning(message: Message) -> dict[str, str]:
-    """Returns the message of a template. Templates read a thought in one of two fields."""
-    fields: dict[str, str] = dict(message)  # pyright: ignore[reportAssignmentType] -- all values are texts
-    return fields | {"reasoning_content": message["thinking"]} if "thinking" in message else fields
+    def _to_hf(self, message: Message) -> dict[str, Any]:
+        """Returns the message for the template. If it does not read a thought, that goes into the text."""
+        if "thinking" not in message or set(THINKING_FIELDS) <= message.keys():
+            return dict(message)
+        if THOUGHT_MARKER in self._answer_with_field:
+            return {**message, **dict.fromkeys(THINKING_FIELDS, message["thinking"])}
+        return {"role": message["role"], "content": self.thinking.join(message["thinking"], message["content"])}
 
 
 def _format_date(directive: str) -> str:

@@ -52,12 +52,10 @@ class ChatTokenizer:
     """A tokenizer with its chat template. `end_of_turn_id` ends an answer, and `stop_token_ids` end a generation.
 
     `special_token_ids` structure a conversation and must not occur inside a text. Tags of thoughts are not among them.
-    `thinking` is how a thought that comes in a field of its own is joined to its answer.
     """
 
     tokenizer: Any
     template: ChatTemplate
-    thinking: ThinkingFormat
     end_of_turn_id: int
     stop_token_ids: tuple[int, ...]
     special_token_ids: frozenset[int]
@@ -87,20 +85,25 @@ class ChatTokenizer:
         if tokenizer.chat_template is None:
             advice = "Add chat_template.jinja, or the key chat_template in tokenizer_config.json"
             raise UserError(f"{folder}: the tokenizer has no chat template to render prompts with. {advice}.")
-        template = ChatTemplate(tokenizer, template_arguments or {})
+        template = ChatTemplate(tokenizer, template_arguments or {}, thinking_tags)
         template.check_arguments(folder)
         end_id = _end_of_turn_id(template, folder)
-        thinking = ThinkingFormat(*thinking_tags) if thinking_tags else template.find_thinking_format()
         special_ids = {token_id for token_id, token in tokenizer.added_tokens_decoder.items() if token.special}
-        tags = [tag for tags in (thinking.tags, *ANSWER_SECTION_TAGS) for tag in tags]
+        tags = [tag for tags in (template.thinking.tags, *ANSWER_SECTION_TAGS) for tag in tags]
         special_ids -= {token_id for token_id, token in tokenizer.added_tokens_decoder.items() if str(token) in tags}
         stop_ids = tuple(sorted({end_id, *stop_token_ids}))
-        return cls(tokenizer, template, thinking, end_id, stop_ids, frozenset(special_ids | {end_id}))
+        return cls(tokenizer, template, end_id, stop_ids, frozenset(special_ids | {end_id}))
+
+    @property
+    def thinking(self) -> ThinkingFormat:
+        """How a thought that comes in a field of its own is joined to its answer."""
+        return self.template.thinking
 
     def encode_prompt(self, messages: Sequence[Message]) -> RenderedPrompt:
         """Renders a conversation up to where the answer of the assistant begins, and encodes it.
 
-        Raises `UserError` for a special token in a message, and for a text that the tokenizer cannot represent.
+        Raises `UserError` for a special token in a message, for a text that the tokenizer cannot represent, and if the
+        template leaves out the text of the system or of a user.
         """
         special_tokens = self.tokenizer.convert_ids_to_tokens(sorted(self.special_token_ids))
         for message in messages:
@@ -108,6 +111,9 @@ class ChatTokenizer:
             if special := [token for token in special_tokens if token in text]:
                 raise _special_token_error(f"the {message['role']}'s text", special)
         text = self.template.render(messages, add_generation_prompt=True)
+        for message in messages:
+            if message["role"] != "assistant" and message["content"].strip() not in text:
+                raise UserError(f"the chat template leaves out the {message['role']}'s text. Use another template.")
         open_tags = [opening for opening, _ in self.thought_tags if text.rstrip().endswith(opening)]
         return RenderedPrompt(text, _encode(self.tokenizer, text, "prompt"), *open_tags[:1])
 
@@ -118,14 +124,16 @@ class ChatTokenizer:
         does not write the answers one after the other, or the tokenizer does not know where a token comes from.
         """
         if not self.tokenizer.is_fast:
-            raise UserError("train_on: all needs a tokenizer.json, which tells where a token comes from.")
+            raise UserError("train_on: all needs a fast tokenizer (tokenizer.json), because only it gives offsets.")
         offsets = self.tokenizer(prompt.text, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
-        starts = [start for start, _ in offsets]
+        starts, ends = zip(*offsets, strict=True)
         spans: list[tuple[int, int]] = []
         for start, end in self.template.find_earlier_answers(messages, prompt.text):
             first, last = bisect.bisect_left(starts, start), bisect.bisect_left(starts, end)
-            has_end_token = last < len(prompt.ids) and prompt.ids[last] == self.end_of_turn_id
-            spans.append((first, last + has_end_token))
+            if ends[first - 1] > start or last == len(starts) or prompt.ids[last] != self.end_of_turn_id:
+                problem = "an earlier answer does not begin with a token of its own, or no end token follows it"
+                raise UserError(f"{problem}. Use train_on: last.")
+            spans.append((first, last + 1))
         return spans
 
     def encode_answer(self, prompt: RenderedPrompt, answer: str) -> list[int]:
@@ -135,8 +143,8 @@ class ChatTokenizer:
         prompt already holds one.
         """
         text = prompt.without_open_tag(answer)
-        if self._ends_in_thought(prompt) and text.lstrip().startswith(self.thinking.tags[0]):
-            advice = "Remove `enable_thinking` from template_arguments, or the thoughts from the data"
+        if self._ends_in_thought(prompt) and text.lstrip().startswith(tuple(tag for tag, _ in self.thought_tags)):
+            advice = "Change `template_arguments` (such as enable_thinking), or remove the thoughts from the data"
             raise UserError(f"the prompt ends in an empty thought, but the answer begins with a thought. {advice}.")
         ids = _encode(self.tokenizer, text, "answer")
         if not ids:
@@ -152,7 +160,7 @@ class ChatTokenizer:
         return _encode(self.tokenizer, prompt.without_open_tag(self.thinking.join("", "")), "empty thought")
 
     def _ends_in_thought(self, prompt: RenderedPrompt) -> bool:
-        return prompt.text.rstrip().endswith(self.thinking.tags[1])
+        return prompt.text.rstrip().endswith(tuple(tag for _, tag in self.thought_tags))
 
     @functools.cached_property
     def thought_tags(self) -> tuple[tuple[str, str], ...]:

@@ -2,7 +2,8 @@
 
 import functools
 import hashlib
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -10,10 +11,12 @@ import pydantic
 
 from thinkpo_jax.runtime.config import ConfigSection, UserError
 
+MAX_LISTED_NAMES = 20  # of fields or columns in a note
+
 
 @dataclass(frozen=True)
 class Segment:
-    """A prompt followed by its answer. Only the answer enters the loss, and `earlier_answers` inside the prompt.
+    """A prompt followed by its answer. The loss covers the answer and the `earlier_answers` inside the prompt.
 
     Each earlier answer is given by the indices of its first token and after its last token.
     """
@@ -50,28 +53,44 @@ class SourceReport:
     too_long_tokens: list[int] = field(default_factory=list)  # Tokens that each record dropped for length needs.
     num_truncated: int = 0  # Answers that were cut to fit a row.
     num_unclosed_thoughts: int = 0  # Used records whose first answer, as trained, opens a thought and never closes it.
+    num_unopened_thoughts: int = 0  # Used records whose first answer closes a thought that nothing opens.
     form: str = ""  # The form of the records and the columns that are read.
-    num_joined_thoughts: int = 0  # Used records with a thought that came in a field of its own.
-    num_untrained_turns: int = 0  # Used records with earlier answers, which are not trained.
-    ignored_fields: dict[str, int] = field(default_factory=dict)  # Number of used records by field that is not read.
-    too_long_tokens: list[int] = field(default_factory=list)  # Tokens of each record that is too long for a row.
+    thinking_tag: str = ""  # The tag before a thought that came in a field of its own.
+    num_joined_thoughts: int | None = None  # Used records with such a thought. None if none is expected.
+    num_untrained_records: int = 0  # Used records with earlier answers, which are not trained.
+    ignored_fields: dict[str, int] = field(default_factory=dict)  # Used records by field of a message that is not read.
+    unread_columns: dict[str, int] = field(default_factory=dict)  # Used records by column that is not read.
 
     def notes(self) -> list[str]:
         """Returns a line about each thing that a user may not expect of the records."""
-        fields = ", ".join(f"{name} ({count} rows)" for name, count in sorted(self.ignored_fields.items()))
-        joined, untrained = self.num_joined_thoughts, self.num_untrained_turns
-        notes = {
-            f"form of the rows: {self.form}": self.form,
-            f"thoughts in a field of their own are joined to the answers of {joined} rows": joined,
-            f"earlier answers of {untrained} rows are not trained (train_on: last)": untrained,
-            f"not read: {fields}": fields,
-        }
-        return [f"{self.name}: {note}" for note, applies in notes.items() if applies]
+        thoughts = [name for name in self.unread_columns if re.search("think|thought|reason", name.lower())]
+        hint = f". To join a thought to its answer, set `thinking_column: {thoughts[0]}`" if thoughts else ""
+        joined, untrained, unopened = self.num_joined_thoughts, self.num_untrained_records, self.num_unopened_thoughts
+        notes = (
+            (self.form, f"form of the rows: {self.form}"),
+            (
+                joined is not None,
+                f"thoughts in a field of their own are joined, with {self.thinking_tag}, in {joined} rows",
+            ),
+            (untrained, f"earlier answers of {untrained} rows are not trained (train_on: last)"),
+            (unopened, f"{unopened} answers close a thought that nothing opens"),
+            (self.ignored_fields, f"fields of messages that are not read: {_list_counts(self.ignored_fields)}"),
+            (self.unread_columns, f"columns that are not read: {_list_counts(self.unread_columns)}{hint}"),
+        )
+        return [f"{self.name}: {note}" for applies, note in notes if applies]
 
     def __str__(self) -> str:
         left_out = "".join(f"; {count} left out: {reason}" for reason, count in self.dropped.items())
         cut = f"; {self.num_truncated} answers cut" if self.num_truncated else ""
         return f"{self.num_used} of {self.rows} rows of {self.name}{left_out}{cut}"
+
+
+def _list_counts(rows_by_name: Mapping[str, int]) -> str:
+    """Lists the most frequent names with their numbers of rows."""
+    first = sorted(rows_by_name.items(), key=lambda item: (-item[1], item[0]))[:MAX_LISTED_NAMES]
+    names = [f"{name} ({count} rows)" for name, count in first]
+    num_others = len(rows_by_name) - len(names)
+    return ", ".join([*names, *([f"and {num_others} more"] if num_others else [])])
 
 
 @dataclass(frozen=True)

@@ -117,8 +117,15 @@ def source_fingerprint(source: DataSourceConfig, *, seed: int) -> str:
 
 def _files_of(folder: Path) -> list[Path]:
     """Returns the sorted files of a folder, also those in linked folders, because `datasets` may read them."""
-    folders = os.walk(folder, followlinks=True)
-    return sorted(file for path, _, names in folders for name in names if (file := Path(path, name)).is_file())
+    files: list[Path] = []
+    seen: set[Path] = set()  # a folder may link to itself
+    for path, subfolders, names in os.walk(folder, followlinks=True):
+        if (real := Path(path).resolve()) in seen:
+            subfolders.clear()
+            continue
+        seen.add(real)
+        files += [file for name in names if (file := Path(path, name)).is_file()]
+    return sorted(files)
 
 
 def _file_digest(path: Path) -> str:
@@ -162,7 +169,7 @@ def _checked_path(source: DataSourceConfig) -> Path:
         # Given a name such as `json`, `datasets` would read the files of the working directory in that format.
         problem = "found the name of a format"
     if problem is not None:
-        raise UserError(f"{source.name}: {problem}; {EXPECTED}.")
+        raise UserError(f"{source.name}: {problem}, {EXPECTED}.")
     return path
 
 

@@ -18,7 +18,7 @@ from typing import BinaryIO
 
 import numpy as np
 
-from thinkpo_jax.data.chat_template import has_unclosed_tag
+from thinkpo_jax.data.chat_template import has_unclosed_tag, has_unopened_tag
 from thinkpo_jax.data.chat_tokenizer import ChatTokenizer
 from thinkpo_jax.data.examples import Example, Segment, SourceReport, TokenizedDataset, TokenizedSource
 from thinkpo_jax.data.readers import LocatedRecord, RecordError, iterate_records, source_fingerprint
@@ -89,6 +89,7 @@ class _TokenizedRecord:
     parsed: PromptAnswers
     num_truncated: int
     has_unclosed_thought: bool
+    has_unopened_thought: bool
 
 
 @dataclass(frozen=True)
@@ -149,6 +150,7 @@ class _SourceTokenizer:
                 num_dropped = report.rows - report.num_used
                 progress.update(report.rows, {"left out": str(num_dropped)} if num_dropped else None)
         file.flush()
+        report.thinking_tag = self.chat.thinking.tags[0]
         report.form = "" if columns is None else describe_form(columns)
         segments_per_example = 2 if isinstance(config, PreferenceDataConfig) else 1
         segments = np.array(bounds, np.int64).reshape(-1, segments_per_example, 3)
@@ -158,10 +160,9 @@ class _SourceTokenizer:
         report.num_used += 1
         report.num_truncated += record.num_truncated
         report.num_unclosed_thoughts += record.has_unclosed_thought
-        report.num_joined_thoughts += record.parsed.has_joined_thought
-        report.num_untrained_turns += record.parsed.has_earlier_answers() and not self._trains_all
-        for name in record.parsed.ignored_fields:
-            report.ignored_fields[name] = report.ignored_fields.get(name, 0) + 1
+        report.num_unopened_thoughts += record.has_unopened_thought
+        report.num_untrained_records += record.parsed.has_earlier_answers() and not self._trains_all
+        record.parsed.count_in(report, self.config)
 
     @property
     def _trains_all(self) -> bool:
@@ -235,8 +236,9 @@ class _SourceTokenizer:
         pairs = zip(prompts, answers, strict=True)
         example = tuple(Segment(np.array(ids + answer, np.int32), len(ids), tuple(earlier)) for ids, answer in pairs)
         first_text = texts[0] if lengths[0] <= max_length else self.chat.decode(answers[0])
-        is_unclosed = has_unclosed_tag(prompt.open_thought_tag + first_text, self.chat.thought_tags)
-        return _TokenizedRecord(example, parsed, num_truncated, is_unclosed)
+        text, tags = prompt.open_thought_tag + first_text, self.chat.thought_tags
+        is_unclosed, is_unopened = has_unclosed_tag(text, tags), has_unopened_tag(text, tags)
+        return _TokenizedRecord(example, parsed, num_truncated, is_unclosed, is_unopened)
 
     def _too_long(self, location: str, size: str, num_tokens: int) -> _TooLongError:
         limit = f"row_length {self.row_length}"

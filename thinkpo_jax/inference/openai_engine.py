@@ -17,8 +17,7 @@ from urllib.parse import urlsplit
 
 import pydantic
 
-from thinkpo_jax.data.chat_template import Message, TemplateArguments, ThinkingFormat
-from thinkpo_jax.data.messages import THINKING_FIELDS
+from thinkpo_jax.data.chat_template import THINKING_FIELDS, Message, TemplateArguments, ThinkingFormat
 from thinkpo_jax.inference.engine import Completion, SamplingConfig
 from thinkpo_jax.runtime.config import ConfigSection, RunError, UserError
 
@@ -106,9 +105,9 @@ def request_completions(
 def _body(config: ServerConfig, messages: Sequence[Message], sampling: SamplingConfig, seed: int) -> dict[str, Any]:
     turns = [(message["role"], message["content"]) for message in messages]
     digest = hashlib.sha256(json.dumps([seed, turns]).encode()).digest()
-    template_arguments = {"chat_template_kwargs": dict(config.template_arguments)} if config.template_arguments else {}
+    extra_body = {"chat_template_kwargs": config.template_arguments} if config.template_arguments else {}
     return {
-        "extra_body": template_arguments,  # not a part of OpenAI's API
+        "extra_body": extra_body,  # not a part of OpenAI's API
         "model": config.model,
         "messages": list(messages),
         "temperature": sampling.temperature,
@@ -161,14 +160,17 @@ def _parse_completion(text: str, thinking: ThinkingFormat) -> Completion | None:
         return None
     if reason == "content_filter":
         return Completion(error="the server's content filter")
-    if thought := next((thought for thought in thoughts if isinstance(thought, str) and thought.strip()), None):
-        if content and (tag := thinking.find_tag(content)):
-            return Completion(error=f"the server sent a thought in a field of its own, and {tag} in the text too")
-        content = thinking.join(thought, content) if content else thinking.before + thought  # it never ended
-    if content is None and reason == "length":
-        content = ""  # the limit cut a thought that the server does not send
+    thought = next((thought for thought in thoughts if isinstance(thought, str) and thought.strip()), "")
+    if content is None and (thought or reason == "length"):
+        content = ""  # the answer did not begin, and the server may send the thought in another field or not at all
     if not isinstance(content, str) or reason == "abort":  # vLLM aborted the request before the answer was complete
         return None
+    if thought and (tag := thinking.find_tag(content, thought)):
+        return Completion(error=f"the server sent a thought in a field of its own, and {tag} in the text too")
+    if thought and not content.strip() and reason != "length":
+        return Completion(error="the server sent a thought without an answer")
+    if thought:
+        content = thinking.join(thought, content) if content.strip() else thinking.before + thought
     printable = content.encode(errors="replace").decode()  # half of a surrogate pair becomes "?"
     return Completion(text=printable, finish_reason="length" if reason == "length" else "stop")
 

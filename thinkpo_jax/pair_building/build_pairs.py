@@ -41,6 +41,11 @@ class LongAnswersConfig(ResponseSourceConfig):
 
     reference: str | None = None
 
+    @property
+    def other_columns(self) -> tuple[str, ...]:
+        """The column of the reference."""
+        return () if self.reference is None else (self.reference,)
+
 
 class DecontaminationConfig(ConfigSection):
     """Benchmarks whose questions are dropped. Questions match if they share `ngram` tokens in a row."""
@@ -91,7 +96,8 @@ def build_pairs(config: PairsConfig) -> Pairs:
         shorts = collect_short_answers(config.short, questions, folder, **options)
         rows["no short answer to the question"] = sum(not completions for completions in shorts)
         pairs = _add_short_answers(tokenizer, longs, shorts, candidates)
-        pairs = pair_filters.filter_pairs(pairs, config.filters, seed=config.seed, counts=candidates)
+        options = {"thought_tags": tokenizer.thought_tags, "seed": config.seed, "counts": candidates}
+        pairs = pair_filters.filter_pairs(pairs, config.filters, **options)
         pairs = pair_filters.filter_for_control(pairs, config.control, candidates)
         pairs = pair_filters.select_pairs(pairs, config.select, seed=config.seed, counts=candidates)
         if config.control == "swapped":  # after the selection, which compares the gaps of the original pairs
@@ -107,7 +113,6 @@ def build_pairs(config: PairsConfig) -> Pairs:
 def _read_long_answers(config: LongAnswersConfig, seed: int, thinking: ThinkingFormat, counts: Counter[str]) -> Pairs:
     """Returns pairs without a short answer."""
     pairs: Pairs = []
-    notes = Counter[str]()
     for response in iterate_responses(config, seed=seed, thinking=thinking):
         counts["read"] += 1
         try:
@@ -117,14 +122,10 @@ def _read_long_answers(config: LongAnswersConfig, seed: int, thinking: ThinkingF
             reference = None if config.reference is None else _read_reference(row, config.reference, location)
             question, prompt = conversation.last_user_message(config.prompt_suffix), tuple(conversation.messages)
             pairs.append(PreferencePair(question, prompt, reference, conversation.answers[0], location))
-            notes.update(f"not read: {name}" for name in conversation.ignored_fields)
-            notes.update(["the thought is in a field of its own, and joined"] * conversation.has_joined_thought)
         except RecordError as error:
             if config.on_bad_row == "raise":
                 raise
             count_skipped_row(error, counts)
-    for note, count in sorted(notes.items()):
-        log_info(f"{config.name}: {note} ({count} rows)")
     return pairs
 
 

@@ -19,6 +19,7 @@ from thinkpo_jax.data.chat_template import ANSWER_SECTION_TAGS, Message, has_unc
 from thinkpo_jax.evaluation.grading import extract_boxed, grade_boxed
 from thinkpo_jax.runtime.config import ConfigSection
 
+ThoughtTags = Sequence[tuple[str, str]]  # the opening and the closing tag of each kind of thought
 LENGTH_MATCH_TOLERANCE = 0.2  # largest difference of matched lengths, as a fraction of the longer one
 ControlKind = Literal["none", "swapped", "length_matched", "correct_only"]
 _ALIASES = pydantic.AliasChoices("max_wrong_short_fraction", "disagreeing_share")  # the new and the old name
@@ -90,9 +91,12 @@ def normalize_question(question: str) -> str:
     return " ".join(unicodedata.normalize("NFC", question).split())
 
 
-def filter_pairs(candidates: Pairs, config: FilterConfig, *, seed: int, counts: Counter[str]) -> Pairs:
+def filter_pairs(
+    candidates: Pairs, config: FilterConfig, *, thought_tags: ThoughtTags, seed: int, counts: Counter[str]
+) -> Pairs:
     """Returns the candidates that pass all filters, with `short_answer_is_correct` set.
 
+    `thought_tags` are those of the model, which `complete` checks besides the tags of other sections.
     The number of dropped candidates goes into `counts`, under the first reason that applies. Boxed answers are compared
     by `grade_boxed`. Pairs with a wrong short answer are drawn at random up to `max_wrong_short_fraction`.
     """
@@ -107,7 +111,7 @@ def filter_pairs(candidates: Pairs, config: FilterConfig, *, seed: int, counts: 
         "both answers are the same": lambda p: p.chosen.strip() == p.rejected.strip(),
         "the long answer exceeds max_long_tokens": lambda p: p.chosen_tokens > (config.max_long_tokens or math.inf),
         "the long answer leaves a thought or solution open": lambda p: (
-            config.complete and has_unclosed_tag(p.chosen, ANSWER_SECTION_TAGS)
+            config.complete and has_unclosed_tag(p.chosen, (*thought_tags, *ANSWER_SECTION_TAGS))
         ),
         "the short answer was cut": lambda p: p.short_is_truncated,
         "the long answer has no closed box": lambda p: config.boxed and not extract_boxed(p.chosen),

@@ -95,10 +95,13 @@ def collect_short_answers(
     prompts: list[list[Message]] = [[*system, {"role": "user", "content": question}] for question in questions]
     keys = [hashlib.sha256(json.dumps(messages).encode()).hexdigest()[:24] for messages in prompts]
     conversations = dict(zip(keys, prompts, strict=True))  # a repeated question is sent once
-    excluded: dict[str, Any] = {"sampling": {"batch_size"}, "mesh": True}
+    # Tags do not change what a model on this machine writes.
+    excluded: dict[str, Any] = {"sampling": {"batch_size"}, "mesh": True, "model": {"thinking_tags"}}
     settings: dict[str, Any] = config.model_dump(mode="json", exclude=excluded)
     settings["seed"] = seed
     if isinstance(config, ModelAnswersConfig):
+        if not config.model.template_arguments:
+            del settings["model"]["template_arguments"]  # so that answers from before this key stay valid
         settings["model"]["fingerprint"] = quick_fingerprint(resolve_model_folder(config.model.path))
     else:
         server = config.server  # its url and limits do not change the answers

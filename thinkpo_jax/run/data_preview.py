@@ -43,9 +43,10 @@ def preview_run_data(config: RunConfig) -> None:
     print(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True, default_flow_style=None))
     source = resolve_model_source(config.model, seed=config.seed, require_weights=False)
     tokenizer = source.tokenizer
-    keeps = "keeps" if tokenizer.template.keeps_thoughts() else "drops"
+    keeps = "keeps" if tokenizer.template.keeps_earlier_thoughts() else "drops"
     print(
-        f"chat template: {keeps} the thinking of answers. Training does not use it for answers, so they stay whole.\n"
+        f"chat template: {keeps} the thinking of earlier answers. The last answer does not pass through it, so it "
+        "stays whole.\n"
     )
     problems: list[str] = []
     warnings: list[str] = []
