@@ -28,7 +28,7 @@ def train_run(config: RunConfig) -> RunFolder:
     # All data and questions are read before anything is written. So an error in the last stage shows at once.
     loaded = [load_stage_inputs(run, stage) for stage in pending]
     questions = load_all_questions(config.evaluation, run.model_source.tokenizer, seed=config.seed)
-    with run.folder.locked(config):
+    with run.folder.locked(config, model=run.model_source.quick_fingerprint()):
         while loaded:
             inputs = loaded.pop(0)
             if not is_stage_finished(run, inputs.config):  # another process may have finished it by now

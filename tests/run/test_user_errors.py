@@ -14,8 +14,8 @@ from thinkpo_jax import evaluate, export, train
 
 # {empty} is a folder with an empty and a wrong data file.
 ERRORS = {
-    "unknown key": (["stages.sft.batch.sise=3"], "stages.0.batch.sise (did you mean size?)"),
-    "bad value": (["stages.thinkpo.beta=-1"], "stages.1.beta"),
+    "unknown key": (["stages.sft.batch.sise=3"], "stages.sft.batch.sise (did you mean size?)"),
+    "bad value": (["stages.thinkpo.beta=-1"], "stages.thinkpo.beta"),
     "missing model": (["model.path=./nowhere"], "./nowhere"),
     "folder without config.json": (["model.path={empty}"], "config.json: there is no such file"),
     "missing data file": (["stages.sft.data={path: nowhere.jsonl}"], "nowhere.jsonl: there is no such file"),
@@ -30,8 +30,8 @@ ERRORS = {
     "run_dir is a file": (["run_dir={empty}/row.jsonl"], "run_dir"),
     "mesh that does not fit the devices": (["mesh={data: 3, fsdp: 1, tensor: 1}"], "does not fit 8"),
     "seed too large": (["seed=1000000000000000000000000000000"], "seed"),
-    "rows larger than any memory": (["stages.sft.batch.row_length=1000000000000"], "stages.0.batch.row_length"),
-    "far too many epochs": (["stages.sft.epochs=1.0e+300"], "stages.0.epochs"),
+    "rows larger than any memory": (["stages.sft.batch.row_length=1000000000000"], "stages.sft.batch.row_length"),
+    "far too many epochs": (["stages.sft.epochs=1.0e+300"], "stages.sft.epochs"),
     "too many questions": (["evaluation.benchmarks=[{name: miniature, questions: 200000}]"], "questions"),
     "empty path": (["model.path=''"], "model.path: expected a path or a name, found an empty text"),
     "path too long": ([f"model.path={'x' * 300}"], "longer than 255 bytes"),

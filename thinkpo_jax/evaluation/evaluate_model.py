@@ -54,7 +54,7 @@ def evaluate_model(
     for benchmark in config.benchmarks:
         benchmark_questions = questions[benchmark.name]
         settings = {
-            "benchmark": benchmark.model_dump(mode="json"),
+            "benchmark": benchmark.model_copy(update={"path": None}).model_dump(mode="json"),
             "sampling": sampling.model_dump(mode="json", exclude={"batch_size"}),
             "seed": seed,
             "dtype": compute.dtype,

@@ -12,7 +12,7 @@ from thinkpo_jax.models.architecture import Architecture
 from thinkpo_jax.models.compute_config import ComputeConfig, resolve_attention_kernel
 from thinkpo_jax.models.model_folder import ModelSource, resolve_model_source
 from thinkpo_jax.models.weight_mapping import abstract_model
-from thinkpo_jax.run.run_config import BASE_MODEL_NAME, RunConfig
+from thinkpo_jax.run.run_config import BASE_MODEL_NAME, DATA_PATH_KEYS, RunConfig
 from thinkpo_jax.run.run_folder import RunFolder
 from thinkpo_jax.runtime.config import UserError
 from thinkpo_jax.runtime.console import log_warning
@@ -44,11 +44,11 @@ class ResolvedRun:
         return self.source_of(self.config.initial_model_of(stage))
 
     def settings_of(self, stage: StageConfig) -> dict[str, Any]:
-        """Returns everything but the data that determines the weights of a stage."""
+        """Returns everything but the data that determines the weights of a stage. Its data has a digest."""
         # How rows are laid out over devices and micro-batches does not change the result.
         # Nor does it matter what happens to updates that are not applied: users change it after one stopped the run.
         excluded: dict[str, Any] = dict.fromkeys(("checkpoint", "init_from", "on_nonfinite", "max_skipped"), True)
-        excluded |= {"batch": {"rows_per_device"}, "validation": {"every"}}
+        excluded |= {"batch": {"rows_per_device"}, "validation": {"every"}, **DATA_PATH_KEYS}
         fingerprint = self.initial_source_of(stage).quick_fingerprint()
         return {
             "stage": stage.model_dump(mode="json", exclude=excluded),
@@ -68,7 +68,7 @@ def resolve_run(config: RunConfig) -> ResolvedRun:
     warn_if_rows_exceed_model(config, source.architecture)
     row_lengths = [stage.batch.row_length for stage in config.stages]
     compute = resolve_attention_kernel(config.compute, source.architecture, mesh, row_lengths)
-    return ResolvedRun(config, source, compute, mesh, RunFolder(Path(config.run_dir).expanduser()))
+    return ResolvedRun(config, source, compute, mesh, RunFolder(Path(config.run_dir)))
 
 
 def warn_if_rows_exceed_model(config: RunConfig, architecture: Architecture) -> None:
@@ -103,7 +103,10 @@ def is_stage_finished(run: ResolvedRun, stage: StageConfig) -> bool:
 
 
 def _differences(old: Any, new: Any, path: str = "") -> list[str]:
+    if isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
+        old, new = dict(enumerate(old)), dict(enumerate(new))
     if isinstance(old, Mapping) and isinstance(new, Mapping):
         keys = {**old, **new}
+        keys.pop("path", None)  # of data. Older records hold it
         return [line for key in keys for line in _differences(old.get(key), new.get(key), f"{path}.{key}")]
     return [] if old == new else [f"{path.lstrip('.')} was {old!r}, is {new!r}"]

@@ -10,12 +10,12 @@ import sys
 import threading
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 from typing import Any, NoReturn
 
 import jax
 
 from thinkpo_jax.runtime.config import RunError, UserError
+from thinkpo_jax.runtime.paths import path_argument
 from thinkpo_jax.runtime.processes import is_distributed, shutdown_distributed
 
 EXIT_STATUS_INTERRUPTED = 130  # after Ctrl-C or SIGTERM
@@ -23,7 +23,9 @@ EXIT_STATUS_INTERRUPTED = 130  # after Ctrl-C or SIGTERM
 
 def add_config_arguments(parser: argparse.ArgumentParser, *, required: bool = True) -> None:
     """Adds --config and --set to a command."""
-    parser.add_argument("--config", type=Path, required=required, metavar="FILE", help="the YAML file of the run")
+    parser.add_argument(
+        "--config", type=path_argument, required=required, metavar="FILE", help="the YAML file of the run"
+    )
     parser.add_argument(
         "--set", action="extend", nargs="+", default=[], metavar="KEY=VALUE", dest="assignments",
         help="override keys of the file, for example --set seed=1 stages.sft.steps=20 mesh.fsdp=8",

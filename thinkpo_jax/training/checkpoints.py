@@ -184,4 +184,3 @@ def _let_one_replica_write() -> None:
 def _raise_if_process_died(error: Exception) -> None:
     if is_distributed() and isinstance(error, jax.errors.JaxRuntimeError):
         raise error
-
