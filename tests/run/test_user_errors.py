@@ -36,7 +36,9 @@ ERRORS = {
     "empty path": (["model.path=''"], "model.path: expected a path or a name, found an empty text"),
     "path too long": ([f"model.path={'x' * 300}"], "longer than 255 bytes"),
     "unknown home folder": (["model.path=~no-such-user/model"], "model.path: cannot be a path"),
-    "impossible date": (["title=2026-13-45"], "not valid YAML"),
+    "octal number": (["seed=010"], "--set seed=010: 010 may be an octal number. Write 10 for the decimal number, 8"),
+    "unset variable": (["run_dir=$NO_SUCH/run"], "run_dir: the environment variable NO_SUCH is not set. Set it"),
+    "key of another program": (["output_dir=x"], "unknown key output_dir. Use `run_dir`, the folder of the run."),
     "reserved stage name": (["stages.thinkpo.name=report.md"], "is taken"),
     "second stage is checked first": (["stages.control.data={path: nowhere.jsonl}"], "stage control: nowhere.jsonl"),
 }  # fmt: skip
@@ -64,7 +66,8 @@ def test_a_missing_config_file_ends_with_exit_status_2() -> None:
     arguments = [sys.executable, "-m", "thinkpo_jax.train", "--config", "nowhere.yaml"]
     result = subprocess.run(arguments, capture_output=True, text=True, env=environment, cwd=ROOT)
     assert result.returncode == 2
-    assert result.stderr == "error: nowhere.yaml: there is no such file. Give an existing YAML file with --config.\n"
+    searched = f"there is no such file (searched from the working directory {ROOT})"
+    assert result.stderr == f"error: nowhere.yaml: {searched}. Give an existing YAML file with --config.\n"
 
 
 @pytest.mark.parametrize("module", [train, evaluate, export], ids=lambda module: module.__name__)

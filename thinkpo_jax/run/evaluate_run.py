@@ -18,6 +18,7 @@ from thinkpo_jax.run.run_folder import RunFolder, is_same_on_all_processes
 from thinkpo_jax.runtime.config import UserError
 from thinkpo_jax.runtime.console import log_info
 from thinkpo_jax.runtime.files import read_json_record, software_versions
+from thinkpo_jax.runtime.paths import describe_missing
 from thinkpo_jax.runtime.processes import is_primary_process
 
 
@@ -115,7 +116,7 @@ def pool_runs(folders: Sequence[Path]) -> str:
 def _check_runs_can_be_pooled(runs: Sequence[RunFolder]) -> None:
     for run in runs:
         if not run.config.is_file():
-            raise UserError(f"{run.path}: no config.yaml. Give the folders of finished runs.")
+            raise UserError(f"--pool {run.config}: {describe_missing(run.config)}. Give the folders of finished runs.")
     configs = [load_run_config(run.config) for run in runs]
     path_by_seed: dict[int, Path] = {}
     for run, config in zip(runs, configs, strict=True):

@@ -7,15 +7,18 @@ import os
 import re
 import signal
 import sys
+import tempfile
 import threading
 import traceback
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any, NoReturn
 
 import jax
 
 from thinkpo_jax.runtime.config import RunError, UserError
-from thinkpo_jax.runtime.paths import path_argument
+from thinkpo_jax.runtime.console import log_warning
+from thinkpo_jax.runtime.paths import expand_path, path_argument
 from thinkpo_jax.runtime.processes import is_distributed, shutdown_distributed
 
 EXIT_STATUS_INTERRUPTED = 130  # after Ctrl-C or SIGTERM
@@ -39,6 +42,7 @@ def run_command(main: Callable[[Sequence[str]], None], arguments: Sequence[str] 
             stream.reconfigure(errors="backslashreplace")  # a terminal may lack a character
     status = 1
     try:
+        _set_cache_folder_without_home()
         main(sys.argv[1:] if arguments is None else arguments)
         sys.stdout.flush()
         return 0
@@ -65,6 +69,18 @@ def run_command(main: Callable[[Sequence[str]], None], arguments: Sequence[str] 
     prefix = f"process {jax.process_index()}: error: " if is_distributed() else "error: "
     print(re.sub(r"(?m)^", prefix, message), file=sys.stderr)
     return status
+
+
+def _set_cache_folder_without_home() -> None:
+    """Puts caches among the temporary files if this user has no home folder, as in some containers."""
+    if os.environ.get("XDG_CACHE_HOME"):
+        return
+    try:
+        expand_path("~")
+    except ValueError:
+        folder = Path(tempfile.gettempdir()) / f"cache-of-user-{os.getuid()}"
+        os.environ["XDG_CACHE_HOME"] = str(folder)  # `datasets` reads it too, and would make a folder called `~`
+        log_warning(f"this user has no home folder. Caches are in {folder}. Set HOME to keep them elsewhere.")
 
 
 def printed_errors(output: str) -> str:

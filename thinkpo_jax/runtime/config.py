@@ -119,6 +119,7 @@ def parse_config(
         raise UserError(f"{source}: nested too deeply, or an alias contains itself. Write the values out.") from None
     # A list also counts as too short if its elements are invalid. Those are reported themselves.
     errors = [e for e in errors if e["type"] != "too_short" or len(e["input"]) <= e["ctx"]["actual_length"]]
+    overrides = {tuple(_assigned_keys(raw, text)): text for text in assignments}  # a later one replaces the same key
     lines: list[str] = []
     for detail in errors:
         keys = _keys_in_file(raw, detail["loc"])
@@ -126,7 +127,7 @@ def parse_config(
             keys.append(detail["loc"][-1])
         elif detail["type"].startswith("union_tag"):
             keys.append(detail["ctx"]["discriminator"].strip("'"))
-        causes = [text for text in assignments if keys and _overlap(_assigned_keys(raw, text), keys)]
+        causes = [text for assigned, text in overrides.items() if keys and _overlap(assigned, tuple(keys))]
         origin = f"{source} with --set {' '.join(causes)}" if causes else source
         path = ".".join(_named_keys(raw, keys))
         if detail["type"] == "extra_forbidden":
@@ -159,7 +160,7 @@ def _child(node: Any, key: Any) -> Any:
     return node.get(key) if isinstance(node, Mapping) else None
 
 
-def _overlap(first: Sequence[Any], second: Sequence[Any]) -> bool:
+def _overlap(first: tuple[Any, ...], second: tuple[Any, ...]) -> bool:
     length = min(len(first), len(second))
     return first[:length] == second[:length]
 

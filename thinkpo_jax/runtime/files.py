@@ -65,19 +65,11 @@ def read_json_object(path: Path, *, missing_hint: str = "") -> dict[str, Any]:
 
 
 def token_cache_folder() -> Path:
-    """Returns the folder of cached tokens, below XDG_CACHE_HOME (default: ~/.cache).
-
-    A container may run as a user without a home folder. Then the folder is one of temporary files. Raises `UserError`
-    if XDG_CACHE_HOME cannot be a path.
-    """
-    if (text := os.environ.get("XDG_CACHE_HOME")) is None or not text:
-        with contextlib.suppress(ValueError):
-            return Path(expand_path("~/.cache")) / "thinkpo_jax" / "tokens"
-        return Path(tempfile.gettempdir()) / f"thinkpo_jax-{os.getuid()}" / "tokens"
+    """Returns the folder of cached tokens, below XDG_CACHE_HOME (default: ~/.cache). `UserError`: it is no path."""
     try:
-        return Path(expand_path(text)) / "thinkpo_jax" / "tokens"
+        return Path(expand_path(os.environ.get("XDG_CACHE_HOME") or "~/.cache")) / "thinkpo_jax" / "tokens"
     except ValueError as error:
-        raise UserError(f"XDG_CACHE_HOME {text}: {error}.") from None
+        raise UserError(f"XDG_CACHE_HOME: {error}. Set XDG_CACHE_HOME to a folder that can be written.") from None
 
 
 def check_writable(path: Path, option: str) -> None:
