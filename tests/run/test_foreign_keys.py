@@ -89,6 +89,7 @@ def test_an_unknown_key_is_answered_with_the_key_to_use(assignment: str, message
             " with --set run_dir=null: run_dir: expected a text (found None). YAML reads `~` and",
         ),
         (["title=no"], " with --set title=no: title: expected a text (found False). YAML reads no, off and false so."),
+        (["title=[a]"], " with --set title=[a]: title: expected a text. Put the text in quotes."),
         (["title=1_000"], " with --set title=1_000: title: expected a text (found 1000). Put the text in quotes."),
         (
             ["stages.sft.name=my stage"],

@@ -63,6 +63,13 @@ def test_the_text_of_an_override_has_no_comment(text: str, value: str) -> None:
     assert apply_overrides({}, [f"run_dir={text}"]) == {"run_dir": value}
 
 
+@pytest.mark.parametrize("text", ["*x", "[1]exp", "@x", "%x"])
+def test_an_override_that_yaml_cannot_read_says_how_to_quote_it(text: str) -> None:
+    with pytest.raises(UserError, match=r"""Put a text in two pairs of quotes: --set run_dir='"TEXT"'\.$"""):
+        apply_overrides({}, [f"run_dir={text}"])
+    assert apply_overrides({}, [f'run_dir="{text}"']) == {"run_dir": text}
+
+
 def test_a_variable_in_braces_must_be_quoted_inside_braces(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r'Quote a text that holds `\$\{\.\.\.\}`: "\$\{NAME\}/x"'):
         read(tmp_path, "data: {path: ${SCRATCH}/x}\n")

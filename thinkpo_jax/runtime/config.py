@@ -201,10 +201,10 @@ def _describe(path: str, detail: Any) -> str:
     hint = ""
     if error_type == "string_type" and isinstance(value, bool):
         hint = f" YAML reads {'yes, on and true' if value else 'no, off and false'} so. Put the text in quotes."
-    elif error_type == "string_type" and isinstance(value, int | float):
-        hint = " Put the text in quotes."
     elif error_type == "string_type" and value is None:
         hint = " YAML reads `~` and a missing value so. Put a text in quotes."
+    elif error_type == "string_type":
+        hint = " Put the text in quotes."
     return (f"{path}: " if path else "") + f"{message}{suffix}.{hint}"
 
 

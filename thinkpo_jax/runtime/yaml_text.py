@@ -90,6 +90,8 @@ def _load_yaml(text: str, source: str) -> Any:
     except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: an impossible number
         reason = str(error).replace('"<unicode string>", ', "")  # PyYAML's name for a text without a file
         hint = ' Quote a text that holds `${...}`: "${NAME}/x".' if "${" in text else ""
+        if source.startswith("--set"):
+            hint += f" Put a text in two pairs of quotes: {source.partition('=')[0]}='\"TEXT\"'."
         raise UserError(f"{source}: not valid YAML: {reason}{hint}") from None
 
 
