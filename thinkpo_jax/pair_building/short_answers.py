@@ -92,7 +92,8 @@ def collect_short_answers(
     settings: dict[str, Any] = config.model_dump(mode="json", exclude={"sampling": {"batch_size"}, "mesh": True})
     settings["seed"] = seed
     if isinstance(config, ModelAnswersConfig):
-        settings["model"]["fingerprint"] = quick_fingerprint(resolve_model_folder(config.model.path))
+        fingerprint = quick_fingerprint(resolve_model_folder(config.model.path))  # the model may lie at another path
+        settings["model"] = {"weights": config.model.weights, "fingerprint": fingerprint}
     else:
         settings["server"] = {"model": config.server.model}  # the url and the limits do not change the answers
     path = folder / "short_answers.jsonl"
@@ -164,6 +165,8 @@ def _load_saved_answers(path: Path, settings: dict[str, Any]) -> dict[str, Compl
         answers = {a["key"]: Completion((), a["text"], "stop" if a["finished"] else "length") for a in lines}
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise UserError(f"{path}: damaged: {error!r}. Remove the file to generate the answers again.") from None
+    if isinstance(saved_model := saved_settings.get("model"), dict):
+        saved_model.pop("path", None)  # older files hold it
     changed = [key for key in {**saved_settings, **settings} if saved_settings.get(key) != settings.get(key)]
     if changed:
         problem = f"{path}: holds answers that were generated with other settings ({', '.join(changed)})"
