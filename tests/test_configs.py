@@ -16,8 +16,9 @@ from thinkpo_jax.models.weight_mapping import abstract_model, expected_tensor_sh
 from thinkpo_jax.pair_building.build_pairs import PairsConfig
 from thinkpo_jax.pair_building.short_answers import ServerAnswersConfig
 from thinkpo_jax.run.run_config import RunConfig, load_run_config
-from thinkpo_jax.runtime.config import parse_config, read_yaml
+from thinkpo_jax.runtime.config import parse_config
 from thinkpo_jax.runtime.sharding import tree_shardings
+from thinkpo_jax.runtime.yaml_text import read_yaml
 from thinkpo_jax.training.stage_config import SftStage, ThinkpoStage
 
 CONFIGS, PAIRS = (

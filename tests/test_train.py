@@ -250,7 +250,18 @@ def test_pooling_needs_runs_that_differ_only_in_the_seed(
     (second_run / "config.yaml").write_text(config.replace("seed: 0", "seed: 1").replace("beta: 0.1", "beta: 0.2"))
     assert run_command(evaluate.main, ["--pool", str(finished_run), str(second_run)]) == 2
     assert "stages differ from" in capsys.readouterr().err
-    (second_run / "config.yaml").write_text(config.replace("seed: 0", "seed: 1"))
+    # The same model may lie at another path, but another model may not.
+    moved = config.replace("seed: 0", "seed: 1").replace("builtin:miniature", "elsewhere/miniature")
+    assert moved.count("elsewhere") == 1
+    (second_run / "config.yaml").write_text(moved)
+    answers = second_run / "evaluation" / "base" / "miniature.json"
+    record = json.loads(answers.read_text())
+    record["settings"]["model"], fingerprint = "another", record["settings"]["model"]
+    answers.write_text(json.dumps(record))
+    assert run_command(evaluate.main, ["--pool", str(finished_run), str(second_run)]) == 2
+    assert "model differ from" in capsys.readouterr().err
+    record["settings"]["model"] = fingerprint
+    answers.write_text(json.dumps(record))
     assert run_command(evaluate.main, ["--pool", str(finished_run), str(second_run)]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 4
@@ -323,7 +334,7 @@ def test_export_errors_do_not_change_other_folders(
         "left from an interrupted export",
         "cannot be written",
         "there is no stage '../sft'",
-        "no config.yaml there",
+        "nowhere/config.yaml: there is no such file. Give the folder of a run.",
     ):
         assert part in errors
 

@@ -16,6 +16,7 @@ from thinkpo_jax.run.run_folder import RunFolder
 from thinkpo_jax.runtime.cli import add_config_arguments, run_and_exit
 from thinkpo_jax.runtime.config import UserError
 from thinkpo_jax.runtime.console import log_info
+from thinkpo_jax.runtime.paths import name_argument, path_argument
 from thinkpo_jax.runtime.processes import add_distributed_arguments, initialize_distributed
 
 
@@ -30,10 +31,10 @@ def main(arguments: Sequence[str]) -> None:
     add_config_arguments(parser, required=False)
     add_distributed_arguments(parser)
     pool_help = "pool the questions of finished runs that differ in the seed"
-    parser.add_argument("--pool", nargs="+", type=Path, metavar="RUN", help=pool_help)
+    parser.add_argument("--pool", nargs="+", type=path_argument, metavar="RUN", help=pool_help)
     model_help = "evaluate this Hugging Face folder or Hub id instead of the run"
-    parser.add_argument("--model", metavar="FOLDER", help=model_help)
-    parser.add_argument("--out", metavar="DIR", help="the folder for the report of --model")
+    parser.add_argument("--model", type=name_argument, metavar="FOLDER", help=model_help)
+    parser.add_argument("--out", type=name_argument, metavar="DIR", help="the folder for the report of --model")
     parsed = parser.parse_args(arguments)
     if parsed.pool is not None:
         if parsed.config or parsed.assignments or parsed.model or parsed.out:
@@ -60,7 +61,7 @@ def main(arguments: Sequence[str]) -> None:
     questions = load_all_questions(config.evaluation, run.model_source.tokenizer, seed=config.seed)
     for stage in config.stages:
         is_stage_finished(run, stage)  # raises if the folder holds a stage with other settings
-    with run.folder.locked(config):
+    with run.folder.locked(config, model=run.model_source.quick_fingerprint()):
         evaluate_run(run, questions)
 
 

@@ -1,5 +1,6 @@
 """Short answers of a model or a server are generated once. A rerun generates only the missing ones."""
 
+import json
 import random
 import re
 import signal
@@ -14,6 +15,7 @@ import yaml
 from support.pairs import UNBOXED, Config, built_pairs, card_counts, nonzero, run_pairs, saved_answers, write_jsonl
 from support.server import Reply, failed, said, serving
 
+from thinkpo_jax.models.model_folder import resolve_model_folder
 from thinkpo_jax.pair_building.build_pairs import PairsConfig
 from thinkpo_jax.pair_building.short_answers import ServerAnswersConfig
 from thinkpo_jax.runtime.config import parse_config
@@ -102,6 +104,14 @@ def test_saved_answers_with_other_settings_are_an_error(miniature: Config, capsy
     assert path.read_bytes() == before
     assert run_pairs(miniature, "select.gap=long", "short.sampling.batch_size=64") == 0  # these change no answer
     assert path.read_bytes() == before
+    builtin = resolve_model_folder("builtin:miniature")
+    assert run_pairs(miniature, f"short.model.path={builtin}") == 0  # the same model at another path
+    assert path.read_bytes() == before
+    settings, _, answers = before.decode().partition("\n")
+    with_path = json.loads(settings)
+    with_path["model"]["path"] = "old/place"
+    path.write_text(json.dumps(with_path) + "\n" + answers)
+    assert run_pairs(miniature) == 0  # the file of an older version
 
 
 @pytest.mark.parametrize(

@@ -14,8 +14,8 @@ from thinkpo_jax import evaluate, export, train
 
 # {empty} is a folder with an empty and a wrong data file.
 ERRORS = {
-    "unknown key": (["stages.sft.batch.sise=3"], "stages.0.batch.sise (did you mean size?)"),
-    "bad value": (["stages.thinkpo.beta=-1"], "stages.1.beta"),
+    "unknown key": (["stages.sft.batch.sise=3"], "stages.sft.batch.sise (did you mean size?)"),
+    "bad value": (["stages.thinkpo.beta=-1"], "stages.thinkpo.beta"),
     "missing model": (["model.path=./nowhere"], "./nowhere"),
     "folder without config.json": (["model.path={empty}"], "config.json: there is no such file"),
     "missing data file": (["stages.sft.data={path: nowhere.jsonl}"], "nowhere.jsonl: there is no such file"),
@@ -30,13 +30,15 @@ ERRORS = {
     "run_dir is a file": (["run_dir={empty}/row.jsonl"], "run_dir"),
     "mesh that does not fit the devices": (["mesh={data: 3, fsdp: 1, tensor: 1}"], "does not fit 8"),
     "seed too large": (["seed=1000000000000000000000000000000"], "seed"),
-    "rows larger than any memory": (["stages.sft.batch.row_length=1000000000000"], "stages.0.batch.row_length"),
-    "far too many epochs": (["stages.sft.epochs=1.0e+300"], "stages.0.epochs"),
+    "rows larger than any memory": (["stages.sft.batch.row_length=1000000000000"], "stages.sft.batch.row_length"),
+    "far too many epochs": (["stages.sft.epochs=1.0e+300"], "stages.sft.epochs"),
     "too many questions": (["evaluation.benchmarks=[{name: miniature, questions: 200000}]"], "questions"),
     "empty path": (["model.path=''"], "model.path: expected a path or a name, found an empty text"),
     "path too long": ([f"model.path={'x' * 300}"], "longer than 255 bytes"),
     "unknown home folder": (["model.path=~no-such-user/model"], "model.path: cannot be a path"),
-    "impossible date": (["title=2026-13-45"], "not valid YAML"),
+    "octal number": (["seed=010"], "--set seed=010: 010 may be an octal number. Write 10 for the decimal number, 8"),
+    "unset variable": (["run_dir=$NO_SUCH/run"], "run_dir: the environment variable NO_SUCH is not set. Set it"),
+    "key of another program": (["output_dir=x"], "unknown key output_dir. Use `run_dir`, the folder of the run."),
     "reserved stage name": (["stages.thinkpo.name=report.md"], "is taken"),
     "second stage is checked first": (["stages.control.data={path: nowhere.jsonl}"], "stage control: nowhere.jsonl"),
 }  # fmt: skip
@@ -64,7 +66,8 @@ def test_a_missing_config_file_ends_with_exit_status_2() -> None:
     arguments = [sys.executable, "-m", "thinkpo_jax.train", "--config", "nowhere.yaml"]
     result = subprocess.run(arguments, capture_output=True, text=True, env=environment, cwd=ROOT)
     assert result.returncode == 2
-    assert result.stderr == "error: nowhere.yaml: there is no such file. Give an existing YAML file with --config.\n"
+    searched = f"there is no such file (searched from the working directory {ROOT})"
+    assert result.stderr == f"error: nowhere.yaml: {searched}. Give an existing YAML file with --config.\n"
 
 
 @pytest.mark.parametrize("module", [train, evaluate, export], ids=lambda module: module.__name__)

@@ -7,7 +7,8 @@ import pydantic
 import pytest
 
 from thinkpo_jax.run.run_config import RunConfig, load_run_config
-from thinkpo_jax.runtime.config import UserError, apply_overrides
+from thinkpo_jax.runtime.config import UserError
+from thinkpo_jax.runtime.yaml_text import apply_overrides
 from thinkpo_jax.training.stage_config import SftStage, ThinkpoStage
 
 TEXT = """\
@@ -39,12 +40,13 @@ def load(tmp_path: Path, text: str = TEXT, *assignments: str) -> RunConfig:
 
 
 def problems(tmp_path: Path, text: str = TEXT, *assignments: str) -> list[str]:
-    """Returns the lines of the error. Each must start with the path of the file, which is removed."""
+    """Returns the lines of the error. Each must start with the path of the file and the override, which are removed."""
     with pytest.raises(UserError) as error:
         load(tmp_path, text, *assignments)
     lines = str(error.value).split("\n")
-    assert all(line.startswith(f"{tmp_path / 'run.yaml'}: ") for line in lines)
-    return [line.removeprefix(f"{tmp_path / 'run.yaml'}: ") for line in lines]
+    source = f"{tmp_path / 'run.yaml'}" + (f" with --set {assignments[0]}" if assignments else "") + ": "
+    assert all(line.startswith(source) for line in lines)
+    return [line.removeprefix(source) for line in lines]
 
 
 def edited(old: str, new: str, *, count: int = 1) -> str:
@@ -71,15 +73,15 @@ def test_a_file_becomes_typed_sections(tmp_path: Path):
     [
         ("run_dir", "rundir", "unknown key rundir (did you mean run_dir?)."),
         ("model: {path", "model: {weight: random, path", "unknown key model.weight (did you mean weights?)."),
-        ("{size: 2", "{sise: 2", "unknown key stages.0.batch.sise (did you mean size?)."),
-        ("{size: 4", "{sise: 4", "unknown key stages.1.batch.sise (did you mean size?)."),
+        ("{size: 2", "{sise: 2", "unknown key stages.sft.batch.sise (did you mean size?)."),
+        ("{size: 4", "{sise: 4", "unknown key stages.thinkpo.batch.sise (did you mean size?)."),
         (
             "{path: a.jsonl}",
             "{generate: {question: 3}}",
-            "unknown key stages.0.data.generate.question (did you mean questions?).",
+            "unknown key stages.sft.data.generate.question (did you mean questions?).",
         ),
         ("[{name", "[{nam", "unknown key evaluation.benchmarks.0.nam (did you mean name?)."),
-        ("    epochs: 1\n", "    epochs: 1\n    betta: 1\n", "unknown key stages.1.betta (did you mean beta?)."),
+        ("    epochs: 1\n", "    epochs: 1\n    betta: 1\n", "unknown key stages.thinkpo.betta (did you mean beta?)."),
     ],
 )
 def test_unknown_key_at_any_depth_names_its_dotted_path_and_the_nearest_key(
@@ -91,8 +93,8 @@ def test_unknown_key_at_any_depth_names_its_dotted_path_and_the_nearest_key(
 @pytest.mark.parametrize(
     ("old", "new", "path", "other_key"),
     [
-        ("{path: a.jsonl}", "{path: a.jsonl, chosen: long}", "stages.0.data.chosen", "rejected"),
-        ("    steps: 3\n", "    steps: 3\n    beta: 0.1\n", "stages.0.beta", "beta"),
+        ("{path: a.jsonl}", "{path: a.jsonl, chosen: long}", "stages.sft.data.chosen", "rejected"),
+        ("    steps: 3\n", "    steps: 3\n    beta: 0.1\n", "stages.sft.beta", "beta"),
     ],
 )
 def test_an_unknown_key_of_a_stage_is_answered_with_the_keys_of_its_objective(
@@ -110,10 +112,10 @@ def test_all_problems_of_a_file_are_reported_together(tmp_path: Path):
     text = edited("{size: 2", "{sise: 2").replace("run_dir", "rundir").replace("steps: 3", "steps: many") + "extra: 1\n"
     assert sorted(problems(tmp_path, text)) == [
         "run_dir is required and not given.",
-        "stages.0.steps: Input should be a valid integer (found 'many').",
+        "stages.sft.steps: Input should be a valid integer (found 'many').",
         "unknown key extra. Keys here: compute, evaluation, mesh, model, run_dir, seed, stages, title.",
         "unknown key rundir (did you mean run_dir?).",
-        "unknown key stages.0.batch.sise (did you mean size?).",
+        "unknown key stages.sft.batch.sise (did you mean size?).",
     ]
 
 
@@ -149,19 +151,19 @@ def test_text_that_only_looks_like_a_number_stays_text(text: str, tmp_path: Path
 @pytest.mark.parametrize(
     ("old", "new", "message"),
     [
-        ("steps: 3", "steps: '3'", "stages.0.steps: Input should be a valid integer (found '3')."),
-        ("steps: 3", "steps: 3.5", "stages.0.steps: Input should be a valid integer (found 3.5)."),
-        ("steps: 3", "steps: yes", "stages.0.steps: Input should be a valid integer (found True)."),
-        ("epochs: 1", "epochs: .nan", "stages.1.epochs: Input should be a finite number (found nan)."),
+        ("steps: 3", "steps: '3'", "stages.sft.steps: Input should be a valid integer (found '3')."),
+        ("steps: 3", "steps: 3.5", "stages.sft.steps: Input should be a valid integer (found 3.5)."),
+        ("steps: 3", "steps: yes", "stages.sft.steps: Input should be a valid integer (found True)."),
+        ("epochs: 1", "epochs: .nan", "stages.thinkpo.epochs: Input should be a finite number (found nan)."),
         ("learning_rate: 1e-5", "learning_rate: fast", "valid number (found 'fast')."),
-        ("{path: m}", "{path: 3}", "model.path: Input should be a valid string (found 3)."),
+        ("{path: m}", "{path: 3}", "model.path: expected a text (found 3). Put the text in quotes."),
         ("{path: m}", "m", "model: expected keys (found 'm')."),
         ("{path: m}", "{path: m, weights: none}", "'pretrained' or 'random' (found 'none')."),
         ("[{name: gsm8k}]", "gsm8k", "evaluation.benchmarks: expected a list (found 'gsm8k')."),
         ("[[base, thinkpo]]", "[[base]]", "evaluation.compare.0.1 is required and not given."),
-        ("objective: sft", "objective: dpo", "stages.0.objective: expected one of 'sft', 'thinkpo' (found 'dpo')."),
-        ("    objective: sft\n", "", "stages.0.objective is required and not given."),
-        ("{path: a.jsonl}", "3", "stages.0.data: expected one source (keys) or a list of sources (found 3)."),
+        ("objective: sft", "objective: dpo", "stages.sft.objective: expected one of 'sft', 'thinkpo' (found 'dpo')."),
+        ("    objective: sft\n", "", "stages.sft.objective is required and not given."),
+        ("{path: a.jsonl}", "3", "stages.sft.data: expected one source (keys) or a list of sources (found 3)."),
     ],
 )
 def test_a_value_of_another_type_is_an_error_with_path_and_value(old: str, new: str, message: str, tmp_path: Path):
@@ -185,7 +187,7 @@ def test_a_configuration_is_frozen_at_every_depth(tmp_path: Path):
 )
 def test_a_stage_needs_either_steps_or_epochs(old: str, new: str, tmp_path: Path):
     (problem,) = problems(tmp_path, edited(old, new))
-    assert problem.startswith("stages.0: give either `steps` or `epochs`")
+    assert problem.startswith("stages.sft: give either `steps` or `epochs`")
 
 
 @pytest.mark.parametrize(
@@ -225,7 +227,7 @@ def test_a_stage_may_start_from_any_model_before_it(start: str, tmp_path: Path):
 )
 def test_a_data_key_that_would_have_no_effect_is_an_error(data: str, message: str, tmp_path: Path):
     (problem,) = problems(tmp_path, edited("{path: a.jsonl}", data))
-    assert problem.startswith("stages.0.data: ")
+    assert problem.startswith("stages.sft.data: ")
     assert re.search(message, problem)
 
 
@@ -331,9 +333,9 @@ def test_an_impossible_override_is_an_error_that_repeats_it(assignment: str, mes
 @pytest.mark.parametrize(
     ("assignment", "message"),
     [
-        ("stages.sft.steps=abc", "stages.0.steps: Input should be a valid integer (found 'abc')."),
-        ("stages.sft.steps=0", "stages.0.steps: Input should be greater than or equal to 1 (found 0)."),
-        ("stages.sft.batch.sise=4", "unknown key stages.0.batch.sise (did you mean size?)."),
+        ("stages.sft.steps=abc", "stages.sft.steps: Input should be a valid integer (found 'abc')."),
+        ("stages.sft.steps=0", "stages.sft.steps: Input should be greater than or equal to 1 (found 0)."),
+        ("stages.sft.batch.sise=4", "unknown key stages.sft.batch.sise (did you mean size?)."),
         ("sead=1", "unknown key sead (did you mean seed?)."),
         ("stages=", "stages: expected a list (found None)."),
     ],

@@ -152,10 +152,10 @@ def single_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.slow
 def test_two_processes_make_the_same_run_as_one(single_run: Path, tmp_path: Path) -> None:
-    with _processes(*[_config(tmp_path, "two")] * 2) as processes:
+    with _processes(*[_config(tmp_path, "two[1]")] * 2) as processes:
         outputs = [process.communicate(timeout=400)[0] for process in processes]
     assert [process.returncode for process in processes] == [0, 0], outputs
-    run = tmp_path / "two"
+    run = tmp_path / "two[1]"
     _assert_same_run(single_run, run)
     # Only process 0 prints messages and writes metrics, checkpoints and the report.
     for index, output in enumerate(outputs):

@@ -139,10 +139,10 @@ def test_skipped_updates_do_not_advance_the_schedule(tmp_path: Path, monkeypatch
     ("keys", "problem"),
     [
         ({"max_skipped": 3}, "`max_skipped` has no effect without `on_nonfinite: skip`"),
-        ({"on_nonfinite": "ignore"}, "stages.0.on_nonfinite: Input should be 'stop' or 'skip'"),
-        ({"validation": {"share": 0.9}}, "stages.0.validation.share: Input should be less than or equal to 0.5"),
-        ({"validation": {"every": 5}}, "stages.0.validation.share is required"),
-        ({"validation": {"shares": 0.1}}, "unknown key stages.0.validation.shares (did you mean share?)"),
+        ({"on_nonfinite": "ignore"}, "stages.thinkpo.on_nonfinite: Input should be 'stop' or 'skip'"),
+        ({"validation": {"share": 0.9}}, "stages.thinkpo.validation.share: Input should be less than or equal to 0.5"),
+        ({"validation": {"every": 5}}, "stages.thinkpo.validation.share is required"),
+        ({"validation": {"shares": 0.1}}, "unknown key stages.thinkpo.validation.shares (did you mean share?)"),
     ],
     ids=str,
 )

@@ -3,7 +3,6 @@
 import argparse
 import json
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from thinkpo_jax.bench.device import PARTS, bench_device
@@ -15,6 +14,7 @@ from thinkpo_jax.runtime.cli import add_config_arguments, run_and_exit
 from thinkpo_jax.runtime.config import UserError
 from thinkpo_jax.runtime.devices import DEVICE_SPECS
 from thinkpo_jax.runtime.files import check_writable, software_versions, write_atomically
+from thinkpo_jax.runtime.paths import path_argument
 
 MIN_MINUTES, MAX_MINUTES = 1, 600
 
@@ -52,14 +52,18 @@ def _parser() -> argparse.ArgumentParser:
     add_config_arguments(growth)
     growth.add_argument("--kind", choices=[spec.name for spec in DEVICE_SPECS], default="v6e", help="(default: v6e)")
     growth.add_argument("--most", type=int, default=256, help="maximum number of devices (default: 256)")
-    growth.add_argument("--out", type=Path, required=True, metavar="FILE", help="file for the plot")
+    growth.add_argument("--out", type=path_argument, required=True, metavar="FILE", help="file for the plot")
     device = commands.add_parser("device", help="numerics, updates, TRL, generation and quality on an accelerator")
-    device.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder for device.md and device.json")
+    device.add_argument(
+        "--out", type=path_argument, required=True, metavar="DIR", help="folder for device.md and device.json"
+    )
     device.add_argument("--minutes", type=float, default=8.0, help="when to stop (default: 8)")
     device.add_argument("--only", type=_parts, default=PARTS, metavar="PARTS", help=f"any of {','.join(PARTS)}")
-    device.add_argument("--data", type=Path, metavar="DIR", help="data and weights of the quality part (bench.pack)")
+    device.add_argument(
+        "--data", type=path_argument, metavar="DIR", help="data and weights of the quality part (bench.pack)"
+    )
     for command in (load, step, growth, device):
-        command.add_argument("--json", type=Path, metavar="FILE", help="also write the result to this file")
+        command.add_argument("--json", type=path_argument, metavar="FILE", help="also write the result to this file")
     return parser
 
 

@@ -13,11 +13,13 @@ import json
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Annotated
 
 import numpy as np
 import pydantic
 
-from thinkpo_jax.runtime.config import ConfigSection
+from thinkpo_jax.runtime.config import ConfigSection, matching
+from thinkpo_jax.runtime.paths import path_argument
 
 NUM_DIGITS = 6
 MARKS = "?!."
@@ -32,7 +34,7 @@ class MiniatureData(ConfigSection):
     """
 
     questions: int = pydantic.Field(ge=1, le=100_000)
-    marks: str = pydantic.Field(default=MARKS, pattern=r"^[?!.]+$")
+    marks: Annotated[str, matching(r"[?!.]+", "one or more of the marks `?`, `!` and `.`")] = MARKS
     short_share: tuple[float, float, float] = (0.6, 0.97, 0.995)
 
     def rows(self, seed: int, *, held_out: bool = False) -> Iterator[dict[str, str]]:
@@ -110,7 +112,7 @@ def main() -> None:
         description="Write the model folder of the paper in miniature, with config.json and tokenizer but no weights.",
         epilog="example: python -m thinkpo_jax.data.miniature --out runs/miniature_shape",
     )
-    parser.add_argument("--out", type=Path, required=True, metavar="DIR")
+    parser.add_argument("--out", type=path_argument, required=True, metavar="DIR")
     out = parser.parse_args().out
     out.mkdir(parents=True, exist_ok=True)
     write_model_folder(out)

@@ -73,7 +73,7 @@ class DataSourceConfig(ConfigSection):
     @property
     def local_path(self) -> Path:
         """`path` in the file system, whether or not it exists."""
-        return Path(str(self.path)).expanduser()
+        return Path(str(self.path))
 
 
 def iterate_records(source: DataSourceConfig, *, seed: int) -> Iterator[LocatedRecord]:

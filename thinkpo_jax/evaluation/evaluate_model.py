@@ -55,7 +55,7 @@ def evaluate_model(
         benchmark_questions = questions[benchmark.name]
         prompts = [tokenizer.encode_prompt(question.messages).ids for question in benchmark_questions]
         settings = {
-            "benchmark": benchmark.model_dump(mode="json"),
+            "benchmark": benchmark.model_copy(update={"path": None}).model_dump(mode="json"),
             "sampling": sampling.model_dump(mode="json", exclude={"batch_size"}),
             "seed": seed,
             "dtype": compute.dtype,

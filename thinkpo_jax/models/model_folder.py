@@ -50,7 +50,7 @@ def resolve_model_folder(path: str, *, weights: bool = True) -> Path:
         if path not in builtins:
             raise UserError(f"model.path: there is no {path}. Built-in models: {', '.join(sorted(builtins))}.")
         return builtins[path]
-    if (folder := Path(path).expanduser()).is_dir():
+    if (folder := Path(path)).is_dir():
         return folder
     if path.startswith((".", "/", "~")) or path.count("/") != 1:
         raise UserError(

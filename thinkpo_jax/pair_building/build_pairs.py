@@ -78,7 +78,7 @@ def build_pairs(config: PairsConfig) -> Pairs:
 
     Raises `UserError` if the input is wrong, or another process writes to `out`. Raises `RunError` if no pair is left.
     """
-    folder = Path(config.out).expanduser()
+    folder = Path(config.out)
     rows, answers, candidates = Counter[str](), Counter[str](), Counter[str]()
     tables = {"Rows with a long answer": rows, "Short answers": answers, "Candidate pairs": candidates}
     with lock_folder(folder, "out"):

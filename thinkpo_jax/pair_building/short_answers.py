@@ -95,14 +95,13 @@ def collect_short_answers(
     prompts: list[list[Message]] = [[*system, {"role": "user", "content": question}] for question in questions]
     keys = [hashlib.sha256(json.dumps(messages).encode()).hexdigest()[:24] for messages in prompts]
     conversations = dict(zip(keys, prompts, strict=True))  # a repeated question is sent once
-    # Tags do not change what a model on this machine writes.
-    excluded: dict[str, Any] = {"sampling": {"batch_size"}, "mesh": True, "model": {"thinking_tags"}}
-    settings: dict[str, Any] = config.model_dump(mode="json", exclude=excluded)
+    settings: dict[str, Any] = config.model_dump(mode="json", exclude={"sampling": {"batch_size"}, "mesh": True})
     settings["seed"] = seed
     if isinstance(config, ModelAnswersConfig):
-        if not config.model.template_arguments:
-            del settings["model"]["template_arguments"]  # so that answers from before this key stay valid
-        settings["model"]["fingerprint"] = quick_fingerprint(resolve_model_folder(config.model.path))
+        fingerprint = quick_fingerprint(resolve_model_folder(config.model.path))  # the model may lie at another path
+        settings["model"] = {"weights": config.model.weights, "fingerprint": fingerprint}
+        if config.model.template_arguments:
+            settings["model"]["template_arguments"] = config.model.template_arguments
     else:
         server = config.server  # its url and limits do not change the answers
         settings["server"] = {"model": server.model} | server.model_dump(
@@ -179,6 +178,8 @@ def _load_saved_answers(path: Path, settings: dict[str, Any]) -> dict[str, Compl
         answers = {a["key"]: Completion((), a["text"], "stop" if a["finished"] else "length") for a in lines}
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise UserError(f"{path}: damaged: {error!r}. Remove the file to generate the answers again.") from None
+    if isinstance(saved_model := saved_settings.get("model"), dict):
+        saved_model.pop("path", None)  # older files hold it
     changed = [key for key in {**saved_settings, **settings} if saved_settings.get(key) != settings.get(key)]
     if changed:
         problem = f"{path}: holds answers that were generated with other settings ({', '.join(changed)})"

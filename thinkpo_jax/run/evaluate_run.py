@@ -13,11 +13,12 @@ from thinkpo_jax.evaluation.report import terminal_summary, write_report
 from thinkpo_jax.evaluation.results import QuestionResult, ReportContents, StageSummary
 from thinkpo_jax.evaluation.statistics import compare_pooled_runs
 from thinkpo_jax.run.resolve import ResolvedRun, is_stage_finished
-from thinkpo_jax.run.run_config import BASE_MODEL_NAME, load_run_config
-from thinkpo_jax.run.run_folder import RunFolder
+from thinkpo_jax.run.run_config import BASE_MODEL_NAME, PATH_KEYS, RunConfig, load_run_config
+from thinkpo_jax.run.run_folder import RunFolder, is_same_on_all_processes
 from thinkpo_jax.runtime.config import UserError
 from thinkpo_jax.runtime.console import log_info
 from thinkpo_jax.runtime.files import read_json_record, software_versions
+from thinkpo_jax.runtime.paths import describe_missing
 from thinkpo_jax.runtime.processes import is_primary_process
 
 
@@ -38,6 +39,8 @@ def evaluate_run(run: ResolvedRun, questions: QuestionsByBenchmark) -> None:
     config, evaluation, folder = run.config, run.config.evaluation, run.folder
     results: dict[str, dict[str, list[QuestionResult]]] = {}
     if evaluation is not None:
+        if not is_same_on_all_processes(repr(questions)):
+            raise UserError("this process reads other questions than process 0. Give all processes the same files.")
         finished = [stage.name for stage in config.stages if is_stage_finished(run, stage)]
         with jax.set_mesh(run.mesh):
             for name in (BASE_MODEL_NAME, *finished):
@@ -113,20 +116,42 @@ def pool_runs(folders: Sequence[Path]) -> str:
 def _check_runs_can_be_pooled(runs: Sequence[RunFolder]) -> None:
     for run in runs:
         if not run.config.is_file():
-            raise UserError(f"{run.path}: no config.yaml. Give the folders of finished runs.")
-    configs = [load_run_config(run.config).model_dump(mode="json") for run in runs]
+            raise UserError(f"--pool {run.config}: {describe_missing(run.config)}. Give the folders of finished runs.")
+    configs = [load_run_config(run.config) for run in runs]
     path_by_seed: dict[int, Path] = {}
     for run, config in zip(runs, configs, strict=True):
-        if (seed := config.pop("seed")) in path_by_seed:
+        if (seed := config.seed) in path_by_seed:
             raise UserError(
                 f"{path_by_seed[seed]} and {run.path} have the same seed, {seed}. Their answers are no new evidence. "
                 "Give runs with different seeds."
             )
         path_by_seed[seed] = run.path
-        different = [key for key in config if key not in ("run_dir", "title") and config[key] != configs[0][key]]
+        settings, first_settings = (
+            each.model_dump(exclude={"run_dir", "title", "seed"}) for each in (config, configs[0])
+        )
+        contents, first_contents = _contents(run, config), _contents(runs[0], configs[0])
+        different = [
+            key
+            for key in settings
+            if settings[key] != first_settings[key] and contents[key] != first_contents[key]  # only a path differs
+        ]
         if different:
             problem = f"{run.path}: {', '.join(different)} differ from {runs[0].path}."
             raise UserError(f"{problem} Pool runs of one configuration.")
+
+
+def _contents(run: RunFolder, config: RunConfig) -> dict[str, object]:
+    """Returns the configuration of a run with the digests of its model, data and questions instead of their paths."""
+    benchmarks = config.evaluation.benchmarks if config.evaluation else ()
+    paths = [run.answers(BASE_MODEL_NAME) / f"{benchmark.name}.json" for benchmark in benchmarks]
+    answers = [record["settings"] for path in paths if (record := read_json_record(path, "settings"))]
+    records = [run.read_stage_record(stage.name) for stage in config.stages]
+    digests = {
+        "model": [settings.get("model") for settings in answers],
+        "stages": [record and record.data_digest for record in records],
+        "evaluation": [settings.get("questions") for settings in answers],
+    }
+    return {key: (value, digests.get(key)) for key, value in config.model_dump(exclude=PATH_KEYS).items()}
 
 
 def _read_answers(run: RunFolder, model: str, benchmark: str) -> list[QuestionResult]:

@@ -1,5 +1,6 @@
 """Resolves a run: turns its configuration into checked parts."""
 
+import contextlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -14,11 +15,11 @@ from thinkpo_jax.models.model_folder import ModelSource, resolve_model_source
 from thinkpo_jax.models.weight_mapping import abstract_model
 from thinkpo_jax.run.run_config import BASE_MODEL_NAME, RunConfig
 from thinkpo_jax.run.run_folder import RunFolder
-from thinkpo_jax.runtime.config import UserError
+from thinkpo_jax.runtime.config import UserError, parse_config
 from thinkpo_jax.runtime.console import log_warning
 from thinkpo_jax.runtime.context_parallel import check_row_divides_context
 from thinkpo_jax.runtime.mesh import make_mesh
-from thinkpo_jax.runtime.processes import broadcast_from_primary
+from thinkpo_jax.runtime.processes import any_process, broadcast_from_primary
 from thinkpo_jax.runtime.sharding import tree_shardings
 from thinkpo_jax.training.stage_config import StageConfig
 
@@ -44,14 +45,13 @@ class ResolvedRun:
         return self.source_of(self.config.initial_model_of(stage))
 
     def settings_of(self, stage: StageConfig) -> dict[str, Any]:
-        """Returns everything but the data that determines the weights of a stage."""
-        # How rows are laid out over devices and micro-batches does not change the result.
-        # Nor does it matter what happens to updates that are not applied: users change it after one stopped the run.
-        excluded: dict[str, Any] = dict.fromkeys(("checkpoint", "init_from", "on_nonfinite", "max_skipped"), True)
-        excluded |= {"batch": {"rows_per_device"}, "validation": {"every"}}
+        """Returns everything but the data that determines the weights of a stage. Its data has a digest.
+
+        The paths of the data are not compared. They tell whether the digest of a finished stage must be checked again.
+        """
         fingerprint = self.initial_source_of(stage).quick_fingerprint()
         return {
-            "stage": stage.model_dump(mode="json", exclude=excluded),
+            "stage": _stage_settings(stage),
             "seed": self.config.seed,
             "dtype": self.config.compute.dtype,
             "start": {"model": self.config.initial_model_of(stage), "fingerprint": fingerprint},
@@ -69,7 +69,7 @@ def resolve_run(config: RunConfig) -> ResolvedRun:
         log_warning(warning)
     row_lengths = [stage.batch.row_length for stage in config.stages]
     compute = resolve_attention_kernel(config.compute, source.architecture, mesh, row_lengths)
-    return ResolvedRun(config, source, compute, mesh, RunFolder(Path(config.run_dir).expanduser()))
+    return ResolvedRun(config, source, compute, mesh, RunFolder(Path(config.run_dir)))
 
 
 def find_length_warnings(config: RunConfig, architecture: Architecture, *, longest_prompt: int = 0) -> list[str]:
@@ -104,7 +104,8 @@ def is_stage_finished(run: ResolvedRun, stage: StageConfig) -> bool:
             f"{initial.folder}: there is no model, but stage {stage.name!r} was trained from it. Put the model back, "
             f"or remove {folder.path} to train both stages again."
         )
-    if changes := record and _differences(record.settings, json.loads(json.dumps(run.settings_of(stage)))):
+    settings = json.loads(json.dumps(run.settings_of(stage)))
+    if changes := record and _differences(_with_defaults(record.settings, stage), settings):
         raise UserError(
             f"{folder.path} holds stage {stage.name!r}, which was trained with other settings: {'; '.join(changes)}. "
             "Choose another run_dir (--set run_dir=...), or remove that folder to train the stage again."
@@ -113,8 +114,34 @@ def is_stage_finished(run: ResolvedRun, stage: StageConfig) -> bool:
     return broadcast_from_primary(is_finished)
 
 
+def has_moved_data(run: ResolvedRun, stage: StageConfig) -> bool:
+    """Returns whether a begun stage read its data from other paths, in any process."""
+    record = run.folder.read_stage_record(stage.name)
+    old = record.settings.get("stage", {}).get("data", []) if record else []
+    old_paths = [source.get("path") for source in old]
+    return any_process(bool(record) and old_paths != [source.path for source in stage.data])
+
+
+def _stage_settings(stage: StageConfig) -> dict[str, Any]:
+    # How rows are laid out over devices and micro-batches does not change the result.
+    # Nor does it matter what happens to updates that are not applied: users change it after one stopped the run.
+    excluded: dict[str, Any] = dict.fromkeys(("checkpoint", "init_from", "on_nonfinite", "max_skipped"), True)
+    excluded |= {"batch": {"rows_per_device"}, "validation": {"every"}}
+    return stage.model_dump(mode="json", exclude=excluded)
+
+
+def _with_defaults(settings: Mapping[str, Any], stage: StageConfig) -> Mapping[str, Any]:
+    """Returns the settings of a record with the defaults of keys that an older version did not know."""
+    with contextlib.suppress(UserError, KeyError):
+        return {**settings, "stage": _stage_settings(parse_config(type(stage), settings["stage"], source="record"))}
+    return settings
+
+
 def _differences(old: Any, new: Any, path: str = "") -> list[str]:
+    if isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
+        old, new = dict(enumerate(old)), dict(enumerate(new))
     if isinstance(old, Mapping) and isinstance(new, Mapping):
         keys = {**old, **new}
+        keys.pop("path", None)  # of data, which has a digest
         return [line for key in keys for line in _differences(old.get(key), new.get(key), f"{path}.{key}")]
     return [] if old == new else [f"{path.lstrip('.')} was {old!r}, is {new!r}"]

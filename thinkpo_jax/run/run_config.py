@@ -2,18 +2,27 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import pydantic
 
 from thinkpo_jax.evaluation.evaluate_model import EvaluationConfig
 from thinkpo_jax.models.compute_config import ComputeConfig
 from thinkpo_jax.models.model_folder import ModelConfig
-from thinkpo_jax.runtime.config import ConfigPath, ConfigSection, apply_overrides, did_you_mean, parse_config, read_yaml
+from thinkpo_jax.run.foreign_keys import FOREIGN_KEYS
+from thinkpo_jax.runtime.config import ConfigPath, ConfigSection, did_you_mean, parse_config
 from thinkpo_jax.runtime.mesh import MeshConfig
+from thinkpo_jax.runtime.yaml_text import apply_overrides, read_yaml
 from thinkpo_jax.training.stage_config import StageConfig
 
 BASE_MODEL_NAME = "base"  # the start model
+# Where things are. What they hold is compared instead, because it may lie at another path.
+DATA_PATH_KEYS: dict[str, Any] = {"data": {"__all__": {"path"}}}  # of a stage
+PATH_KEYS: dict[str, Any] = {
+    "model": {"path"},
+    "stages": {"__all__": DATA_PATH_KEYS},
+    "evaluation": {"benchmarks": {"__all__": {"path"}}},
+}
 RESERVED_NAMES = (BASE_MODEL_NAME, "evaluation", "plots", "config.yaml", "report.md", "report.json")
 
 
@@ -53,4 +62,6 @@ class RunConfig(ConfigSection):
 
 def load_run_config(path: Path, assignments: Sequence[str] = ()) -> RunConfig:
     """Reads a YAML file and applies `--set` assignments. Raises one `UserError` that lists every problem."""
-    return parse_config(RunConfig, apply_overrides(read_yaml(path), assignments), source=str(path))
+    raw = apply_overrides(read_yaml(path), assignments)
+    options = {"source": str(path), "assignments": assignments, "foreign_keys": FOREIGN_KEYS}
+    return parse_config(RunConfig, raw, **options)

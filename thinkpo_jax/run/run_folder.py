@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import yaml
 
-from thinkpo_jax.run.run_config import RunConfig
+from thinkpo_jax.run.run_config import PATH_KEYS, RunConfig
 from thinkpo_jax.runtime.config import UserError
 from thinkpo_jax.runtime.files import StageFolder, lock_folder, read_json_record, software_versions, write_atomically
 from thinkpo_jax.runtime.processes import barrier, broadcast_from_primary
+from thinkpo_jax.runtime.yaml_text import dump_yaml
 
 STAGE_FORMAT = 2  # raised when older stage records or checkpoints cannot be resumed. 1 had no number.
 
@@ -70,23 +70,22 @@ class RunFolder:
         write_atomically(self.stage(name).record, content.encode())
 
     @contextlib.contextmanager
-    def locked(self, config: RunConfig) -> Iterator[None]:
+    def locked(self, config: RunConfig, *, model: str | None) -> Iterator[None]:
         """Locks the folder for this run, checks that all processes agree, and writes config.yaml.
 
-        No process writes before all processes have read what is there. Raises `UserError` if another run holds the
-        lock, or the processes do not agree.
+        Paths of models and data may differ among hosts. `model` is the fingerprint of the start model. No process
+        writes before all processes have read what is there. Raises `UserError` if another run holds the lock, or the
+        processes do not agree.
         """
         with lock_folder(self.path, "run_dir"):
-            if not is_same_on_all_processes(
-                config.model_dump_json() + json.dumps({**software_versions(), "devices": ""})
-            ):
+            versions = {**software_versions(), "devices": ""}
+            if not is_same_on_all_processes(config.model_dump_json(exclude=PATH_KEYS) + json.dumps([versions, model])):
                 raise UserError(
-                    "this process has another configuration or other package versions than process 0. Start all "
-                    "processes with the same --config and --set, from the same installation."
+                    "this process has another configuration, start model or run_dir, or other package versions than "
+                    "process 0. Start all processes with the same --config and --set, from the same installation."
                 )
             versions = "".join(f"# {name}: {version}\n" for name, version in software_versions().items())
-            text = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
-            write_atomically(self.config, (versions + text).encode())
+            write_atomically(self.config, (versions + dump_yaml(config.model_dump(mode="json"))).encode())
             barrier("the configuration is written")
             if not self.config.exists():
                 raise UserError(

@@ -7,6 +7,7 @@ import os
 import re
 import signal
 import sys
+import tempfile
 import threading
 import traceback
 from collections.abc import Callable, Iterator, Sequence
@@ -16,6 +17,8 @@ from typing import Any, NoReturn
 import jax
 
 from thinkpo_jax.runtime.config import RunError, UserError
+from thinkpo_jax.runtime.console import log_warning
+from thinkpo_jax.runtime.paths import expand_path, path_argument
 from thinkpo_jax.runtime.processes import is_distributed, shutdown_distributed
 
 EXIT_STATUS_INTERRUPTED = 130  # after Ctrl-C or SIGTERM
@@ -23,7 +26,9 @@ EXIT_STATUS_INTERRUPTED = 130  # after Ctrl-C or SIGTERM
 
 def add_config_arguments(parser: argparse.ArgumentParser, *, required: bool = True) -> None:
     """Adds --config and --set to a command."""
-    parser.add_argument("--config", type=Path, required=required, metavar="FILE", help="the YAML file of the run")
+    parser.add_argument(
+        "--config", type=path_argument, required=required, metavar="FILE", help="the YAML file of the run"
+    )
     parser.add_argument(
         "--set", action="extend", nargs="+", default=[], metavar="KEY=VALUE", dest="assignments",
         help="override keys of the file, for example --set seed=1 stages.sft.steps=20 mesh.fsdp=8",
@@ -37,6 +42,7 @@ def run_command(main: Callable[[Sequence[str]], None], arguments: Sequence[str] 
             stream.reconfigure(errors="backslashreplace")  # a terminal may lack a character
     status = 1
     try:
+        _set_cache_folder_without_home()
         main(sys.argv[1:] if arguments is None else arguments)
         sys.stdout.flush()
         return 0
@@ -63,6 +69,18 @@ def run_command(main: Callable[[Sequence[str]], None], arguments: Sequence[str] 
     prefix = f"process {jax.process_index()}: error: " if is_distributed() else "error: "
     print(re.sub(r"(?m)^", prefix, message), file=sys.stderr)
     return status
+
+
+def _set_cache_folder_without_home() -> None:
+    """Puts caches among the temporary files if this user has no home folder, as in some containers."""
+    if os.environ.get("XDG_CACHE_HOME"):
+        return
+    try:
+        expand_path("~")
+    except ValueError:
+        folder = Path(tempfile.gettempdir()) / f"cache-of-user-{os.getuid()}"
+        os.environ["XDG_CACHE_HOME"] = str(folder)  # `datasets` reads it too, and would make a folder called `~`
+        log_warning(f"this user has no home folder. Caches are in {folder}. Set HOME to keep them elsewhere.")
 
 
 def printed_errors(output: str) -> str:

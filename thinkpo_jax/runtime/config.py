@@ -1,19 +1,19 @@
-"""Reads YAML and `--set` overrides into typed, frozen sections, and defines the two error classes.
+"""Turns plain values into typed, frozen sections, and defines the two error classes.
 
-The steps are: YAML text, a dict, `apply_overrides`, `parse_config`, a tree of `ConfigSection` objects. Each folder of
-the package owns the sections that it reads. All problems of one file are reported together.
+The steps are: YAML text, a dict (yaml_text.py), `parse_config`, a tree of `ConfigSection` objects. Each folder of the
+package owns the sections that it reads. All problems of one file are reported together.
 """
 
 import contextlib
 import difflib
-import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from pathlib import Path
+from types import MappingProxyType
 from typing import Annotated, Any, ParamSpec, TypeVar, get_args
 
 import pydantic
-import yaml
+
+from thinkpo_jax.runtime.paths import expand_path
 
 
 class UserError(ValueError):
@@ -35,19 +35,19 @@ P = ParamSpec("P")
 ResultT = TypeVar("ResultT")
 
 
-def _check_path(text: str) -> str:
-    if not text.strip():
-        raise ValueError("expected a path or a name, found an empty text")
-    try:
-        too_long = any(len(os.fsencode(part)) > 255 for part in Path(text).expanduser().parts)
-    except (RuntimeError, UnicodeEncodeError) as error:
-        raise ValueError(f"cannot be a path: {error}") from None
-    if too_long or "\0" in text:
-        raise ValueError("cannot be a path: a name in it is longer than 255 bytes, or has a null character")
-    return text
+# A path or a name of the Hub. `~` and environment variables are replaced when the configuration is read.
+ConfigPath = Annotated[str, pydantic.AfterValidator(expand_path)]
 
 
-ConfigPath = Annotated[str, pydantic.AfterValidator(_check_path)]  # a path as the user wrote it
+def matching(pattern: str, description: str) -> pydantic.AfterValidator:
+    """Returns a validator of a text that must match `pattern` as a whole. The error says `description` instead."""
+
+    def check(text: str) -> str:
+        if not re.fullmatch(pattern, text):
+            raise ValueError(f"expected {description}")
+        return text
+
+    return pydantic.AfterValidator(check)
 
 
 def exactly_one_of(first: str, second: str, *, allow_neither: bool = False) -> Any:
@@ -98,89 +98,81 @@ def collect_errors() -> Iterator[ErrorCollector]:
         raise UserError("\n".join(map(str, collector.errors)))
 
 
-class _Loader(yaml.SafeLoader):
-    """YAML's safe loader with two changes: a repeated key is an error, and `1e-5` is a number."""
+def parse_config(
+    section: type[SectionT],
+    raw: Mapping[str, Any],
+    *,
+    source: str,
+    assignments: Sequence[str] = (),
+    foreign_keys: Mapping[str, str] = MappingProxyType({}),
+) -> SectionT:
+    """Parses `raw` into a `section`. Raises one `UserError` that lists every problem with its dotted path.
 
-    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
-        node = super().compose_mapping_node(anchor)
-        seen: set[tuple[str, str]] = set()
-        for key_node, _ in node.value:
-            key = (key_node.tag, str(key_node.value))
-            if key in seen:
-                problem = f"the key {key_node.value!r} is given twice"
-                raise yaml.MarkedYAMLError(problem=problem, problem_mark=key_node.start_mark)
-            seen.add(key)
-        return node
-
-
-_EXPONENT = re.compile(r"^[-+]?([0-9]+(\.[0-9]*)?|\.[0-9]+)[eE][-+]?[0-9]+$")
-_Loader.add_implicit_resolver("tag:yaml.org,2002:float", _EXPONENT, list("-+.0123456789"))
-
-
-def _load_yaml(text: str, source: str) -> Any:
-    try:
-        return yaml.load(text, Loader=_Loader)
-    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: an impossible date or number
-        reason = str(error).replace('"<unicode string>", ', "")  # PyYAML's name for a text without a file
-        raise UserError(f"{source}: not valid YAML: {reason}") from None
-
-
-def read_yaml(path: Path) -> dict[str, Any]:
-    """Returns the mapping in a YAML file. Raises `UserError` for a missing, malformed or empty file."""
-    try:
-        text = path.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        raise UserError(f"{path}: there is no such file. Give an existing YAML file with --config.") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: cannot be read as UTF-8 text: {error}") from None
-    loaded = _load_yaml(text, str(path))
-    if not isinstance(loaded, dict):
-        content = "an empty file" if loaded is None else f"a {type(loaded).__name__}"
-        raise UserError(f"{path}: expected `key: value` lines at the top, found {content}.")
-    return loaded
-
-
-def apply_overrides(raw: dict[str, Any], assignments: Sequence[str]) -> dict[str, Any]:
-    """Returns a copy of `raw` with each `dotted.key=value` of `assignments` set. Values are read as YAML.
-
-    An element of a list is selected by its index or by its `name`: `stages.sft.steps=10`.
+    `assignments` are the overrides in `raw`, which the message repeats. `foreign_keys` are keys of other programs, each
+    with a sentence that says what to write instead. It writes NAME for the name of a stage.
     """
-    for assignment in assignments:
-        dotted, separator, text = assignment.partition("=")
-        if not separator or not dotted:
-            raise UserError(f"--set {assignment}: expected the form dotted.key=value.")
-        raw = _assign(raw, dotted.split("."), _load_yaml(text, f"--set {assignment}"), assignment)
-    return raw
-
-
-def _assign(node: Any, keys: list[str], value: Any, assignment: str) -> Any:
-    if not keys:
-        return value
-    key, rest = keys[0], keys[1:]
-    if isinstance(node, list):
-        names = [str(item.get("name", i) if isinstance(item, dict) else i) for i, item in enumerate(node)]
-        index = names.index(key) if key in names else int(key) if key.isdecimal() else -1
-        if not 0 <= index < len(node):
-            raise UserError(f"--set {assignment}: no element {key!r}{did_you_mean(key, names)}. There are: {names}.")
-        return [_assign(item, rest, value, assignment) if i == index else item for i, item in enumerate(node)]
-    if node is None:
-        node = {}
-    if not isinstance(node, dict):
-        raise UserError(f"--set {assignment}: {key!r} is below {node!r}, which has no keys.")
-    return {**node, key: _assign(node.get(key), rest, value, assignment)}
-
-
-def parse_config(section: type[SectionT], raw: Mapping[str, Any], *, source: str) -> SectionT:
-    """Parses `raw` into a `section`. Raises one `UserError` that lists every problem with its dotted path."""
     try:
         return section.model_validate(_lists_to_tuples(raw), strict=True)  # strict: `steps: yes` is not 1
     except pydantic.ValidationError as error:
         errors: list[Any] = error.errors()
-        # A list also counts as too short if its elements are invalid. Those are reported themselves.
-        errors = [e for e in errors if e["type"] != "too_short" or len(e["input"]) <= e["ctx"]["actual_length"]]
-        raise UserError("\n".join(f"{source}: {_describe(section, raw, detail)}" for detail in errors)) from None
     except RecursionError:
         raise UserError(f"{source}: nested too deeply, or an alias contains itself. Write the values out.") from None
+    # A list also counts as too short if its elements are invalid. Those are reported themselves.
+    errors = [e for e in errors if e["type"] != "too_short" or len(e["input"]) <= e["ctx"]["actual_length"]]
+    overrides = {tuple(_assigned_keys(raw, text)): text for text in assignments}  # a later one replaces the same key
+    lines: list[str] = []
+    for detail in errors:
+        keys = _keys_in_file(raw, detail["loc"])
+        if detail["type"] == "missing":
+            keys.append(detail["loc"][-1])
+        elif detail["type"].startswith("union_tag"):
+            keys.append(detail["ctx"]["discriminator"].strip("'"))
+        causes = [text for assigned, text in overrides.items() if keys and _overlap(assigned, tuple(keys))]
+        origin = f"{source} with --set {' '.join(causes)}" if causes else source
+        path = ".".join(_named_keys(raw, keys))
+        if detail["type"] == "extra_forbidden":
+            lines.append(f"{origin}: {_describe_unknown_key(section, path, detail, foreign_keys)}")
+        else:
+            lines.append(f"{origin}: {_describe(path, detail)}")
+    raise UserError("\n".join(lines))
+
+
+def element_index(elements: Sequence[Any], key: str) -> int | None:
+    """Returns the position of a list element that `--set` selects by its `name` or its index, or None."""
+    names = [str(item.get("name", i) if isinstance(item, dict) else i) for i, item in enumerate(elements)]
+    index = names.index(key) if key in names else int(key) if key.isdecimal() else len(names)
+    return index if index < len(names) else None
+
+
+def _assigned_keys(raw: Any, assignment: str) -> list[Any]:
+    """Returns the keys that an override sets, with the index of each list element."""
+    keys, node = list[Any](), raw
+    for key in assignment.partition("=")[0].split("."):
+        keys.append(element_index(node, key) if isinstance(node, list) else key)
+        node = _child(node, keys[-1])
+    return keys
+
+
+def _child(node: Any, key: Any) -> Any:
+    """Returns what a key or an index leads to, or None."""
+    if isinstance(node, list):
+        return node[key] if isinstance(key, int) and key < len(node) else None
+    return node.get(key) if isinstance(node, Mapping) else None
+
+
+def _overlap(first: tuple[Any, ...], second: tuple[Any, ...]) -> bool:
+    length = min(len(first), len(second))
+    return first[:length] == second[:length]
+
+
+def _named_keys(raw: Any, keys: Sequence[Any]) -> list[str]:
+    """Returns keys as texts. An element of a list gets its `name`, if it has one, or else its index."""
+    names, node = list[str](), raw
+    for key in keys:
+        node = _child(node, key)
+        name = node.get("name") if isinstance(key, int) and isinstance(node, Mapping) else None
+        names.append(name if isinstance(name, str) else str(key))
+    return names
 
 
 def _lists_to_tuples(node: Any) -> Any:
@@ -193,29 +185,55 @@ EXPECTATION_BY_ERROR_TYPE = {
     "tuple_type": "expected a list",
     "model_type": "expected keys",
     "model_attributes_type": "expected keys",
+    "string_type": "expected a text",
 }
 
 
-def _describe(section: type[ConfigSection], raw: Mapping[str, Any], detail: Any) -> str:
+def _describe(path: str, detail: Any) -> str:
     """Returns one of pydantic's errors as a line that names the key in the file."""
     error_type, value, context = detail["type"], detail["input"], detail.get("ctx", {})
-    keys = _keys_in_file(raw, detail["loc"])
-    if error_type == "missing":
-        keys.append(detail["loc"][-1])
-    elif error_type.startswith("union_tag"):
-        keys.append(context["discriminator"].strip("'"))
-    path = ".".join(map(str, keys))
-    if error_type == "extra_forbidden":
-        known = sorted(_known_keys(section, detail["loc"][:-1]))
-        hint = did_you_mean(str(keys[-1]), known) or f". Keys here: {', '.join(known)}"
-        return f"unknown key {path}{hint}."
     if error_type in ("missing", "union_tag_not_found"):
         return f"{path} is required and not given."
     if error_type == "union_tag_invalid":
         return f"{path}: expected one of {context['expected_tags']} (found {context['tag']!r})."
     message = EXPECTATION_BY_ERROR_TYPE.get(error_type, detail["msg"].removeprefix("Value error, "))
     suffix = f" (found {value!r})" if isinstance(value, str | int | float | bool | None) else ""
-    return f"{path}: {message}{suffix}." if path else f"{message}{suffix}."
+    hint = ""
+    if error_type == "string_type" and isinstance(value, bool):
+        hint = f" YAML reads {'yes, on and true' if value else 'no, off and false'} so. Put the text in quotes."
+    elif error_type == "string_type" and value is None:
+        hint = " YAML reads `~` and a missing value so. Put a text in quotes."
+    elif error_type == "string_type":
+        hint = " Put the text in quotes."
+    return (f"{path}: " if path else "") + f"{message}{suffix}.{hint}"
+
+
+def _describe_unknown_key(section: type[ConfigSection], path: str, detail: Any, foreign_keys: Mapping[str, str]) -> str:
+    *parents, key = detail["loc"]
+    name = path.split(".")[1] if path.startswith("stages.") else "NAME"
+    if key in foreign_keys:
+        return f"unknown key {path}. {foreign_keys[key].replace('NAME', name)}."
+    known = sorted(_known_keys(section, tuple(parents)))
+    if hint := did_you_mean(str(key), known):
+        return f"unknown key {path}{hint}."
+    elsewhere = sorted({found.replace("NAME", name) for found in _paths_to(section, key)} - {path})
+    if 1 <= len(elsewhere) <= 2:
+        return f"unknown key {path}. The key is {' or '.join(elsewhere)}."
+    return f"unknown key {path}. Keys here: {', '.join(known)}."
+
+
+def _paths_to(annotation: Any, key: object, parents: tuple[str, ...] = ()) -> Iterator[str]:
+    """Yields the dotted paths of all keys of a name. NAME stands for the name of a list element."""
+    if not (isinstance(annotation, type) and issubclass(annotation, ConfigSection)):
+        for argument in get_args(annotation):
+            yield from _paths_to(argument, key, parents)
+        return
+    fields = annotation.model_fields
+    parents = (*parents, "NAME") if "name" in fields else parents
+    if key in fields:
+        yield ".".join((*parents, str(key)))
+    for name, field in fields.items():
+        yield from _paths_to(field.annotation, key, (*parents, name))
 
 
 def _keys_in_file(node: Any, location: tuple[Any, ...]) -> list[str | int]:

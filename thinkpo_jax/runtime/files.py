@@ -17,6 +17,7 @@ import jax
 from thinkpo_jax import __version__
 from thinkpo_jax.runtime.config import UserError
 from thinkpo_jax.runtime.console import log_info, log_warning
+from thinkpo_jax.runtime.paths import describe_missing, expand_path
 from thinkpo_jax.runtime.processes import is_primary_process
 
 
@@ -55,7 +56,7 @@ def read_json_object(path: Path, *, missing_hint: str = "") -> dict[str, Any]:
     try:
         loaded = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise UserError(f"{path}: there is no such file. {missing_hint}".rstrip()) from None
+        raise UserError(f"{path}: {describe_missing(path)}. {missing_hint}".rstrip()) from None
     except (OSError, ValueError, RecursionError) as error:  # ValueError: not UTF-8, not JSON, a number of many digits
         raise UserError(f"{path}: cannot be read as JSON: {error}") from None
     if not isinstance(loaded, dict):
@@ -64,9 +65,11 @@ def read_json_object(path: Path, *, missing_hint: str = "") -> dict[str, Any]:
 
 
 def token_cache_folder() -> Path:
-    """Returns the folder of cached tokens, below XDG_CACHE_HOME (default: ~/.cache)."""
-    home = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    return Path(home).expanduser() / "thinkpo_jax" / "tokens"
+    """Returns the folder of cached tokens, below XDG_CACHE_HOME (default: ~/.cache). `UserError`: it is no path."""
+    try:
+        return Path(expand_path(os.environ.get("XDG_CACHE_HOME") or "~/.cache")) / "thinkpo_jax" / "tokens"
+    except ValueError as error:
+        raise UserError(f"XDG_CACHE_HOME: {error}. Set XDG_CACHE_HOME to a folder that can be written.") from None
 
 
 def check_writable(path: Path, option: str) -> None:

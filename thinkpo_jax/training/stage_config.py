@@ -8,12 +8,14 @@ import pydantic
 from thinkpo_jax.data.batches import BatchConfig
 from thinkpo_jax.data.examples import ValidationConfig
 from thinkpo_jax.data.record_formats import PreferenceDataConfig, SftDataConfig
-from thinkpo_jax.runtime.config import ConfigSection, exactly_one_of
+from thinkpo_jax.runtime.config import ConfigSection, exactly_one_of, matching
 from thinkpo_jax.training.checkpoints import CheckpointConfig
 from thinkpo_jax.training.objectives import PreferenceConfig
 from thinkpo_jax.training.optimizer import OptimizerConfig
 
 DataT = TypeVar("DataT")
+STAGE_NAME = r"[A-Za-z0-9][A-Za-z0-9_.-]*"  # it names a folder
+STAGE_NAME_RULE = "a name of letters a to z, digits, `_`, `-` and `.`, which starts with a letter or a digit"
 
 
 def _as_tuple(value: Any) -> Any:
@@ -34,7 +36,7 @@ class _StageConfig(ConfigSection):
     `max_skipped` times.
     """
 
-    name: str = pydantic.Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")
+    name: Annotated[str, matching(STAGE_NAME, STAGE_NAME_RULE)]
     # `start` is the old name of this key.
     init_from: str | None = pydantic.Field(default=None, validation_alias=pydantic.AliasChoices("init_from", "start"))
     steps: int | None = pydantic.Field(default=None, ge=1)
@@ -47,6 +49,13 @@ class _StageConfig(ConfigSection):
     checkpoint: CheckpointConfig = CheckpointConfig()
 
     _one_length = exactly_one_of("steps", "epochs")
+
+    @pydantic.model_validator(mode="before")
+    @classmethod
+    def _check_old_name(cls, raw: Any) -> Any:
+        if isinstance(raw, Mapping) and {"start", "init_from"} <= raw.keys():
+            raise ValueError("`start` is the old name of `init_from`. Give `init_from` only")
+        return raw
 
     @pydantic.model_validator(mode="after")
     def _check_keys(self) -> "_StageConfig":

@@ -1,0 +1,76 @@
+"""YAML texts and `--set` values mean what they look like."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from thinkpo_jax.runtime.config import UserError
+from thinkpo_jax.runtime.yaml_text import apply_overrides, dump_yaml, read_yaml
+
+
+def read(tmp_path: Path, text: str) -> Any:
+    path = tmp_path / "run.yaml"
+    path.write_text(text, encoding="utf-8")
+    return read_yaml(path)
+
+
+AMBIGUOUS = {
+    "010": "010 may be an octal number. Write 10 for the decimal number, 8 for the octal one, or '010' for a text",
+    "-07": "-07 may be an octal number. Write -7 for the decimal number, -7 for the octal one, or '-07' for a text",
+    "0o10": "0o10 may be an octal number. Write 10 for the decimal number, 8 for the octal one, or '0o10' for a text",
+    "08": "08 may be an octal number. Write 8 for the decimal number, or '08' for a text",
+    "00": "00 may be an octal number. Write 0 for the decimal number, 0 for the octal one, or '00' for a text",
+    "10:00": "YAML reads 10:00 in base 60, as 600. Write that number, or '10:00' for a text",
+    "1:30.5": "YAML reads 1:30.5 in base 60, as 90.5. Write that number, or '1:30.5' for a text",
+    "-1:30": "YAML reads -1:30 in base 60, as -90. Write that number, or '-1:30' for a text",
+}
+
+
+@pytest.mark.parametrize("written", AMBIGUOUS)
+def test_an_ambiguous_number_is_an_error_that_says_what_to_write(written: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError) as error:
+        read(tmp_path, f"title: x\nlist: [1, {{seed: {written}}}]\n")
+    assert str(error.value) == f"{tmp_path / 'run.yaml'}, line 2: {AMBIGUOUS[written]}."
+    with pytest.raises(UserError) as error:
+        apply_overrides({}, [f"seed={written}"])
+    assert str(error.value) == f"--set seed={written}: {AMBIGUOUS[written]}."
+
+
+VALUES: dict[str, Any] = {
+    "0": 0, "-3": -3, "1_000": 1000, "0x10": 16, "0b11": 3, "1e-5": 1e-5, "0.5": 0.5, "010.5": 10.5, "1_000.5": 1000.5,
+    "'010'": "010", '"10:00"': "10:00", "2024-01-01": "2024-01-01", "2026-13-45": "2026-13-45", "yes": True,
+    "off": False, "v010": "v010", "09:30": "09:30", "0xfg": "0xfg", "null": None, "~": None,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("written", VALUES)
+def test_other_values_mean_what_they_look_like(written: str, tmp_path: Path) -> None:
+    value, assigned = read(tmp_path, f"key: {written}\n")["key"], apply_overrides({}, [f"key={written}"])["key"]
+    assert value == assigned == VALUES[written]
+    assert type(value) is type(assigned) is type(VALUES[written])
+
+
+@pytest.mark.parametrize("text", [*AMBIGUOUS, *VALUES, "a: b", "a #b", "ünï", "{", "1e5", "[1]", "=", "on", " x", ""])
+def test_a_dumped_text_is_read_back_as_the_same_text(text: str, tmp_path: Path) -> None:
+    assert read(tmp_path, dump_yaml({"key": text, "list": [text]})) == {"key": text, "list": [text]}
+
+
+@pytest.mark.parametrize(
+    ("text", "value"), [("a #1", "a #1"), ("'a' #1", "a"), ("/x/exp[1] 100% #", "/x/exp[1] 100% #"), (" a  b ", "a  b")]
+)
+def test_the_text_of_an_override_has_no_comment(text: str, value: str) -> None:
+    assert apply_overrides({}, [f"run_dir={text}"]) == {"run_dir": value}
+
+
+@pytest.mark.parametrize("text", ["*x", "[1]exp", "@x", "%x"])
+def test_an_override_that_yaml_cannot_read_says_how_to_quote_it(text: str) -> None:
+    with pytest.raises(UserError, match=r"""Put a text in two pairs of quotes: --set run_dir='"TEXT"'\.$"""):
+        apply_overrides({}, [f"run_dir={text}"])
+    assert apply_overrides({}, [f'run_dir="{text}"']) == {"run_dir": text}
+
+
+def test_a_variable_in_braces_must_be_quoted_inside_braces(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r'Quote a text that holds `\$\{\.\.\.\}`: "\$\{NAME\}/x"'):
+        read(tmp_path, "data: {path: ${SCRATCH}/x}\n")
+    assert read(tmp_path, "run_dir: ${SCRATCH}/x\n") == {"run_dir": "${SCRATCH}/x"}
