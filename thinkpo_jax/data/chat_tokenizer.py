@@ -12,11 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, TypedDict
 
-from transformers import AutoTokenizer
-
+from thinkpo_jax.data.text_encoding import encode_text
+from thinkpo_jax.data.tokenizer_files import load_tokenizer
 from thinkpo_jax.runtime.config import UserError
 
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 TEMPLATE_DATE = "26 Jul 2024"  # the default date of Llama 3's template, which otherwise writes today's date
 # Tags of thoughts: R1 and Qwen3, then Sky-T1 and Bespoke-Stratos. The last two also mark the solution.
 THOUGHT_TAGS = (("<think>", "</think>"), ("<|begin_of_thought|>", "<|end_of_thought|>"))
@@ -71,13 +70,7 @@ class ChatTokenizer:
     @classmethod
     def from_folder(cls, folder: Path, *, stop_token_ids: Sequence[int] = ()) -> "ChatTokenizer":
         """Loads the tokenizer of a Hugging Face folder. Raises `UserError` if it or its chat template is missing."""
-        if not any((folder / name).is_file() for name in TOKENIZER_FILES):
-            raise UserError(f"{folder}: no tokenizer: expected {' or '.join(TOKENIZER_FILES)}.")
-        try:
-            options = {"trust_remote_code": False, "clean_up_tokenization_spaces": False}
-            tokenizer = AutoTokenizer.from_pretrained(folder, **options)
-        except Exception as error:  # a malformed file can raise anything
-            raise UserError(f"{folder}: no usable tokenizer: {error}") from None
+        tokenizer = load_tokenizer(folder)
         if tokenizer.chat_template is None:
             advice = "Add chat_template.jinja, or the key chat_template in tokenizer_config.json"
             raise UserError(f"{folder}: the tokenizer has no chat template to render prompts with. {advice}.")
@@ -99,7 +92,7 @@ class ChatTokenizer:
 
     def encode_answer(self, prompt: RenderedPrompt, answer: str) -> list[int]:
         """Encodes an answer and its end token. Raises `UserError` as `encode_prompt` does, or if there is no token."""
-        ids = _encode(self.tokenizer, prompt.without_open_tag(answer), "answer")
+        ids = _encode(self.tokenizer, prompt.without_open_tag(answer), "answer", prompt=prompt.text)
         if not ids:
             raise UserError(f"the answer {answer!r:.60} gives no token to train. Remove the row from the data.")
         if special_ids := self.special_token_ids.intersection(ids):
@@ -108,11 +101,12 @@ class ChatTokenizer:
 
     def encode_empty_thought(self, prompt: RenderedPrompt) -> list[int]:
         """Encodes a thought without content. A tag that the prompt already opens is left out. It is not trained."""
-        return _encode(self.tokenizer, prompt.without_open_tag(EMPTY_THOUGHT), "empty thought")
+        thought = prompt.without_open_tag(EMPTY_THOUGHT)
+        return _encode(self.tokenizer, thought, "empty thought", prompt=prompt.text)
 
     def thought_end_token_ids(self) -> list[list[int]]:
         """Returns for each tag that ends a thought its ids at the start of a line."""
-        tags = (self.tokenizer.encode(closing, add_special_tokens=False) for _, closing in THOUGHT_TAGS)
+        tags = (_encode(self.tokenizer, closing, "tag", prompt="\n") for _, closing in THOUGHT_TAGS)
         return [ids[:-1] or ids for ids in tags]  # the last of several ids may merge with the text after the tag
 
     def template_keeps_thoughts(self) -> bool:
@@ -140,19 +134,9 @@ def _special_token_error(owner: str, tokens: Sequence[str]) -> UserError:
     return UserError(f"{owner} holds {', '.join(map(repr, tokens))}, special to this tokenizer. {advice}.")
 
 
-def _encode(tokenizer: Any, text: str, description: str) -> list[int]:
+def _encode(tokenizer: Any, text: str, description: str, *, prompt: str = "") -> list[int]:
     """Encodes a text. Raises `UserError` if decoding the ids does not give back the (normalized) text."""
-    ids = tokenizer(text, add_special_tokens=False)["input_ids"]  # the template writes the BOS token, if there is one
-    decoded = tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
-    normalizer = tokenizer.backend_tokenizer.normalizer if tokenizer.is_fast else None
-    expected = text if normalizer is None else normalizer.normalize_str(text)
-    if decoded != expected:
-        start = next((i for i, (a, b) in enumerate(zip(decoded, expected, strict=False)) if a != b), len(decoded))
-        raise UserError(
-            f"the tokenizer cannot write the {description}: {expected[start : start + 20]!r} at character {start + 1} "
-            f"comes back as {decoded[start : start + 20]!r}. Use the tokenizer of the model, or remove the row."
-        )
-    return ids
+    return encode_text(tokenizer, text, description, prompt=prompt)
 
 
 def _render(tokenizer: Any, messages: Sequence[Message], **options: bool) -> str:
