@@ -16,6 +16,7 @@ from tokenizers import AddedToken, Tokenizer
 
 from thinkpo_jax.data.chat_tokenizer import ChatTokenizer, Message
 from thinkpo_jax.data.tokenizer_files import load_tokenizer
+from thinkpo_jax.models.model_folder import resolve_model_folder
 from thinkpo_jax.runtime.config import UserError
 
 QUESTION: list[Message] = [{"role": "user", "content": "Hello there, what is the sum?"}]
@@ -134,6 +135,11 @@ def test_an_answer_has_the_ids_of_the_whole_conversation(prefix: str, template: 
         num_prompt = len(prompt.ids)
         assert expected[: num_prompt + len(ids)] == prompt.ids + ids
         assert chat.decode(ids) == answer
+
+
+def test_a_tag_that_the_tokenizer_cannot_write_has_no_ids() -> None:
+    chat = ChatTokenizer.from_folder(resolve_model_folder("builtin:miniature"))
+    assert chat.thought_end_token_ids() == [[], []]
 
 
 def test_tags_are_found_at_the_start_of_a_line(tmp_path: Path) -> None:

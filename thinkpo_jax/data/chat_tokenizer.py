@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, TypedDict
 
-from thinkpo_jax.data.text_encoding import encode_text
+from thinkpo_jax.data.text_encoding import encode_tag, encode_text
 from thinkpo_jax.data.tokenizer_files import load_tokenizer
 from thinkpo_jax.runtime.config import UserError
 
@@ -106,7 +106,7 @@ class ChatTokenizer:
 
     def thought_end_token_ids(self) -> list[list[int]]:
         """Returns for each tag that ends a thought its ids at the start of a line."""
-        tags = (_encode(self.tokenizer, closing, "tag", prompt="\n") for _, closing in THOUGHT_TAGS)
+        tags = (encode_tag(self.tokenizer, closing) for _, closing in THOUGHT_TAGS)
         return [ids[:-1] or ids for ids in tags]  # the last of several ids may merge with the text after the tag
 
     def template_keeps_thoughts(self) -> bool:

@@ -29,12 +29,7 @@ def encode_text(tokenizer: Any, text: str, description: str, *, prompt: str = ""
     not give back the text as the tokenizer normalizes it.
     """
     has_prefix = _has_dummy_prefix(tokenizer)
-    for anchor in _anchors(tokenizer, prompt) if has_prefix else ():
-        head, ids = _ids(tokenizer, anchor), _ids(tokenizer, anchor + text)
-        if ids[: len(head)] == head:  # else the anchor and the text share a token
-            break
-    else:
-        anchor, head, ids = "", [], _ids(tokenizer, text)
+    anchor, num_anchor, ids = _encode_after(tokenizer, prompt if has_prefix else "", text)
     if loss := _find_loss(tokenizer, anchor + text, ids, has_prefix=has_prefix):
         position, before, after = loss
         reason = "" if tokenizer.unk_token_id not in ids else " The vocabulary has no token for it."
@@ -43,7 +38,22 @@ def encode_text(tokenizer: Any, text: str, description: str, *, prompt: str = ""
             f"the tokenizer cannot write the {description}: {before!r} at character {position + 1 - len(anchor)} "
             f"comes back as {after!r}.{reason} Use the tokenizer of the model, or remove the row."
         )
-    return ids[len(head) :]
+    return ids[num_anchor:]
+
+
+def encode_tag(tokenizer: Any, tag: str) -> list[int]:
+    """Returns the ids of a tag at the start of a line. The tokenizer may have no tokens for it."""
+    _, num_anchor, ids = _encode_after(tokenizer, "\n" if _has_dummy_prefix(tokenizer) else "", tag)
+    return ids[num_anchor:]
+
+
+def _encode_after(tokenizer: Any, prompt: str, text: str) -> tuple[str, int, list[int]]:
+    """Encodes an anchor and a text. Returns the anchor, the number of its ids, and the ids of both together."""
+    for anchor in _anchors(tokenizer, prompt):
+        head, ids = _ids(tokenizer, anchor), _ids(tokenizer, anchor + text)
+        if ids[: len(head)] == head:  # else the anchor and the text share a token
+            return anchor, len(head), ids
+    return "", 0, _ids(tokenizer, text)
 
 
 def _ids(tokenizer: Any, text: str) -> list[int]:
