@@ -52,7 +52,8 @@ def main(arguments: Sequence[str]) -> None:
         old_config = RunFolder(Path(parsed.out)).config
         if old_config.exists() and load_run_config(old_config).stages:
             raise UserError(f"--out {parsed.out} is the folder of a run with stages. Choose another folder.")
-        changes = {"model": ModelConfig(path=parsed.model), "stages": (), "run_dir": parsed.out}
+        model = ModelConfig(path=parsed.model, resize_embeddings=config.model.resize_embeddings)
+        changes = {"model": model, "stages": (), "run_dir": parsed.out}
         changes["evaluation"] = config.evaluation.model_copy(update={"compare": ()})
         config = config.model_copy(update=changes)
     run = resolve_run(config)

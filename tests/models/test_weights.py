@@ -147,7 +147,7 @@ def test_all_problems_of_the_tensors_are_reported_together(tmp_path: Path) -> No
     save_file(tensors, file)
     message = _load_error(file.parent)
     assert "tensor model.layers.1.self_attn.k_proj.bias is missing" in message
-    assert "tensor model.layers.0.self_attn.q_norm.weight is unknown" in message
+    assert "tensor model.layers.0.self_attn.q_norm.weight is unknown for this architecture. Remove it" in message
     assert "tensor model.norm.weight has shape (33,), but config.json asks for (32,)" in message
     assert message.startswith(f"{file.parent}: the weights do not match config.json")
     assert len(message.splitlines()) == 4
@@ -216,12 +216,34 @@ def test_a_stale_file_beside_the_index_is_load_error(sharded: Path) -> None:
     assert _load_error(sharded) == expected
 
 
-@pytest.mark.parametrize("name", [None, "model.gguf", "pytorch_model.bin"], ids=["nothing", "gguf", "bin"])
+@pytest.mark.parametrize("name", [None, "model.gguf"], ids=["nothing", "gguf"])
 def test_only_safetensors_are_read(tmp_path: Path, name: str | None) -> None:
     folder = like(tmp_path)
     if name is not None:
-        (folder / name).write_bytes(b"pickle")
+        (folder / name).write_bytes(b"weights")
     message = _load_error(folder)
     assert message.startswith(f"{folder}: no *.safetensors file (found chat_template.jinja, config.json, ")
     assert name is None or name in message
-    assert "Pickled weights can run code, so they are never loaded." in message
+    assert "Other formats are not read. Download the model again" in message
+
+
+@pytest.mark.parametrize("name", ["model.layers.0.self_attn.rotary_emb.inv_freq", "model.rotary_emb.inv_freq"])
+def test_rotary_frequencies_of_old_checkpoints_are_ignored(name: str, tmp_path: Path) -> None:
+    file = save_random_model(tmp_path) / "model.safetensors"
+    save_file(load_file(file) | {name: np.ones(4, np.float32)}, file)
+    _assert_equal(load_model(file.parent, small.FLOAT32, small.mesh()), random_model())
+
+
+def test_saving_copies_known_files_only(tmp_path: Path) -> None:
+    template = like(tmp_path)
+    (template / "additional_chat_templates").mkdir()
+    copied = {"LICENSE.txt", "NOTICE", "additional_chat_templates/tool_use.jinja", "special_tokens_map.json"}
+    left_out = {"adapter_config.json", "trainer_state.json", ".secret.json", "other.jinja", "notes.txt"}
+    for name in copied | left_out:
+        (template / name).write_text("{}")
+    save_small_model(random_model(), tmp_path / "saved", template)
+    saved = {str(file.relative_to(tmp_path / "saved")) for file in (tmp_path / "saved").rglob("*") if file.is_file()}
+    known = {"config.json", "generation_config.json", "model.safetensors", "README.md"}
+    assert saved == copied | known | set(TOKENIZER)
+    templates = ChatTokenizer.from_folder(tmp_path / "saved").tokenizer.chat_template
+    assert templates.keys() == {"default", "tool_use"}

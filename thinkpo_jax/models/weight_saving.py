@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from safetensors.numpy import save_file
 
-from thinkpo_jax.models.model_folder import MODEL_FILES
+from thinkpo_jax.models.model_folder import COPIED_FILES
 from thinkpo_jax.models.safetensors_files import WEIGHTS_INDEX_FILE
 from thinkpo_jax.models.transformer import Transformer
 from thinkpo_jax.models.weight_mapping import flatten_by_name, mappings_by_hf_name
@@ -37,8 +37,10 @@ def save_model(
 ) -> None:
     """Writes the model as a Hugging Face folder, which appears when it is complete.
 
-    Config, tokenizer and chat template come from `template_folder`. `stop_token_ids` (`ChatTokenizer.stop_token_ids`)
-    go into generation_config.json. Then other programs end a generation where our sampler does.
+    Config, tokenizer, chat templates and license come from `template_folder`. Other files are not copied.
+    For example, transformers cannot load a model beside an old adapter_config.json. `stop_token_ids`
+    (`ChatTokenizer.stop_token_ids`) go into generation_config.json. Then other programs end a generation where our
+    sampler does.
     """
     partial = temporary_folder(folder)
     if is_primary_process():
@@ -46,10 +48,12 @@ def save_model(
         partial.mkdir(parents=True)
     _save_weights(model, partial, jnp.dtype(dtype))
     if is_primary_process():
-        for file in [file for pattern in MODEL_FILES for file in template_folder.glob(pattern)]:
-            if file.suffix != ".safetensors" and file.name != WEIGHTS_INDEX_FILE:
-                shutil.copyfile(file, partial / file.name)
+        for file in [file for pattern in COPIED_FILES for file in template_folder.glob(pattern) if file.is_file()]:
+            copy = partial / file.relative_to(template_folder)
+            copy.parent.mkdir(exist_ok=True)
+            shutil.copyfile(file, copy)
         config = read_json_object(template_folder / "config.json") | {"dtype": dtype, "torch_dtype": dtype}
+        config["vocab_size"] = model.arch.vocab_size  # larger than in the template folder if the model was resized
         _write_json(partial / "config.json", config)
         generation = partial / "generation_config.json"
         settings = read_json_object(generation) if generation.exists() else {}
