@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from thinkpo_jax.models.compute_config import describe_compute
-from thinkpo_jax.models.model_folder import ModelConfig
 from thinkpo_jax.run.evaluate_run import evaluate_run, load_all_questions, pool_runs
 from thinkpo_jax.run.resolve import is_stage_finished, resolve_run
 from thinkpo_jax.run.run_config import load_run_config
@@ -53,7 +52,9 @@ def main(arguments: Sequence[str]) -> None:
         old_config = RunFolder(Path(parsed.out)).config
         if old_config.exists() and load_run_config(old_config).stages:
             raise UserError(f"--out {parsed.out} is the folder of a run with stages. Choose another folder.")
-        changes = {"model": ModelConfig(path=parsed.model), "stages": (), "run_dir": parsed.out}
+        # The template arguments and the other keys of the section hold for every model that is compared.
+        model = config.model.model_copy(update={"path": parsed.model, "weights": "pretrained"})
+        changes = {"model": model, "stages": (), "run_dir": parsed.out}
         changes["evaluation"] = config.evaluation.model_copy(update={"compare": ()})
         config = config.model_copy(update=changes)
     run = resolve_run(config)

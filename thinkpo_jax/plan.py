@@ -4,7 +4,8 @@ Examples:
     python -m thinkpo_jax.plan --config configs/thinkpo_bespoke_stratos_7b.yaml --topology v5e:4x4
     python -m thinkpo_jax.plan --config configs/thinkpo_bespoke_stratos_7b.yaml --topology v6e --smallest
 
-Only the model's config.json is read: no weights, no tokenizer, no data. Exit status: 0 fits, 1 does not fit, 2 error.
+Only the model's config.json is read: no weights, no data, and no tokenizer unless it may resize the embedding.
+Exit status: 0 fits, 1 does not fit, 2 error.
 """
 
 import argparse

@@ -1,16 +1,27 @@
 """Model folders are found by path, Hub id or built-in name, and all their problems are reported together."""
 
+import functools
 import shutil
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
+from huggingface_hub.utils import filter_repo_objects
 from support.model_folders import edit_json, save_random_model
 from support.weights import like
 
 from thinkpo_jax.models import weight_saving
-from thinkpo_jax.models.model_folder import ModelConfig, check_model_folder, read_stop_token_ids, resolve_model_folder
+from thinkpo_jax.models.model_folder import (
+    ModelConfig,
+    check_model_folder,
+    read_stop_token_ids,
+    resolve_architecture,
+    resolve_model_folder,
+    resolve_model_source,
+)
+from thinkpo_jax.models.safetensors_files import WEIGHTS_INDEX_FILE, find_weight_problems
 from thinkpo_jax.runtime.config import UserError
 
 
@@ -50,6 +61,64 @@ def test_a_tokenizer_larger_than_the_embedding_is_reported_with_other_problems(t
         check_model_folder(ModelConfig(path=str(folder)), folder, weights=True)
     assert "no *.safetensors file" in str(caught.value)
     assert "the embedding has only 3 rows" in str(caught.value)
+
+
+def _adapter(folder: Path) -> Path:
+    (folder / "adapter_config.json").write_text("{}")
+    (folder / "adapter_model.safetensors").write_bytes(b"")
+    return folder
+
+
+def test_a_lora_adapter_is_named_before_any_other_problem(tmp_path: Path) -> None:
+    config = ModelConfig(path=str(_adapter(tmp_path)))
+    for resolve in (functools.partial(resolve_model_source, seed=0), resolve_architecture):
+        with pytest.raises(UserError) as caught:
+            resolve(config)
+        message = str(caught.value)
+        assert message.startswith(f"{tmp_path}: holds only a LoRA adapter (adapter_config.json, adapter_model.safe")
+        assert "merge_and_unload()" in message
+        assert "\n" not in message
+
+
+def test_weight_files_are_judged_by_their_names(tmp_path: Path) -> None:
+    model = save_random_model(tmp_path)
+    assert find_weight_problems(model) == find_weight_problems(_adapter(model)) == []  # a merged model
+    folder = tmp_path / "like"
+    (folder / "pytorch_model-00001-of-00002.bin").write_bytes(b"pickle")
+    (problem,) = find_weight_problems(folder)
+    assert problem.startswith(f"{folder}: the weights are pickled (pytorch_model-00001-of-00002.bin).")
+    assert "save_pretrained(OUT, safe_serialization=True)" in problem
+    (problem,) = find_weight_problems(_adapter(folder))
+    assert problem.startswith(f"{folder}: holds only a LoRA adapter")
+    (folder / WEIGHTS_INDEX_FILE).write_text('{"weight_map": {"a": "model-1.safetensors"}}')
+    assert "lists missing files: model-1.safetensors" in find_weight_problems(folder)[0]
+
+
+def test_weights_of_a_hub_id_may_be_missing_before_they_are_downloaded(tmp_path: Path) -> None:
+    like(tmp_path).rename(tmp_path / "snapshots")
+    (tmp_path / "snapshots" / "abc").mkdir()
+    assert find_weight_problems(tmp_path / "snapshots" / "abc") == []
+
+
+REPOSITORY = (
+    "config.json", "tokenizer.json", "LICENSE", "additional_chat_templates/rag.jinja", "adapter_config.json",
+    "model-00001-of-00002.safetensors", "model.safetensors.index.json", "trainer_state.json", "pytorch_model.bin",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize(("weights", "expected"), [(True, REPOSITORY[:7]), (False, REPOSITORY[:5])])
+def test_a_download_has_the_files_that_are_used(
+    weights: bool, expected: Sequence[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    downloaded: list[str] = []
+
+    def download(path: str, *, allow_patterns: list[str]) -> str:
+        downloaded.extend(filter_repo_objects(REPOSITORY, allow_patterns=allow_patterns))
+        return path
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    resolve_model_folder("owner/name", weights=weights)
+    assert downloaded == list(expected)
 
 
 @pytest.mark.parametrize("name", ["nothing", "", "../builtin/miniature", "."])

@@ -13,8 +13,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from transformers import AutoTokenizer
-
 from thinkpo_jax.data.chat_template import (
     ANSWER_SECTION_TAGS,
     THOUGHT_TAGS,
@@ -23,9 +21,9 @@ from thinkpo_jax.data.chat_template import (
     TemplateArguments,
     ThinkingFormat,
 )
+from thinkpo_jax.data.text_encoding import encode_tag, encode_text
+from thinkpo_jax.data.tokenizer_files import load_tokenizer
 from thinkpo_jax.runtime.config import UserError
-
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 
 
 class RenderedPrompt(NamedTuple):
@@ -75,13 +73,7 @@ class ChatTokenizer:
         thought. By default they are what the template writes. Raises `UserError` if the tokenizer or its template is
         missing, or if the template has no such variable.
         """
-        if not any((folder / name).is_file() for name in TOKENIZER_FILES):
-            raise UserError(f"{folder}: no tokenizer: expected {' or '.join(TOKENIZER_FILES)}.")
-        try:
-            options = {"trust_remote_code": False, "clean_up_tokenization_spaces": False}
-            tokenizer = AutoTokenizer.from_pretrained(folder, **options)
-        except Exception as error:  # a malformed file can raise anything
-            raise UserError(f"{folder}: no usable tokenizer: {error}") from None
+        tokenizer = load_tokenizer(folder)
         if tokenizer.chat_template is None:
             advice = "Add chat_template.jinja, or the key chat_template in tokenizer_config.json"
             raise UserError(f"{folder}: the tokenizer has no chat template to render prompts with. {advice}.")
@@ -115,7 +107,7 @@ class ChatTokenizer:
             if message["role"] != "assistant" and message["content"].strip() not in text:
                 raise UserError(f"the chat template leaves out the {message['role']}'s text. Use another template.")
         open_tags = [opening for opening, _ in self.thought_tags if text.rstrip().endswith(opening)]
-        return RenderedPrompt(text, _encode(self.tokenizer, text, "prompt"), *open_tags[:1])
+        return RenderedPrompt(text, encode_text(self.tokenizer, text, "prompt"), *open_tags[:1])
 
     def find_earlier_answers(self, messages: Sequence[Message], prompt: RenderedPrompt) -> list[tuple[int, int]]:
         """Returns where the ids of earlier answers begin and end in `prompt.ids`, each with its end token.
@@ -146,7 +138,7 @@ class ChatTokenizer:
         if self._ends_in_thought(prompt) and text.lstrip().startswith(tuple(tag for tag, _ in self.thought_tags)):
             advice = "Change `template_arguments` (such as enable_thinking), or remove the thoughts from the data"
             raise UserError(f"the prompt ends in an empty thought, but the answer begins with a thought. {advice}.")
-        ids = _encode(self.tokenizer, text, "answer")
+        ids = encode_text(self.tokenizer, text, "answer", prompt=prompt.text)
         if not ids:
             raise UserError(f"the answer {answer!r:.60} gives no token to train. Remove the row from the data.")
         if special_ids := self.special_token_ids.intersection(ids):
@@ -157,7 +149,8 @@ class ChatTokenizer:
         """Encodes a thought without content. What the prompt already holds of it is left out. It is not trained."""
         if self._ends_in_thought(prompt):
             return []
-        return _encode(self.tokenizer, prompt.without_open_tag(self.thinking.join("", "")), "empty thought")
+        thought = prompt.without_open_tag(self.thinking.join("", ""))
+        return encode_text(self.tokenizer, thought, "empty thought", prompt=prompt.text)
 
     def _ends_in_thought(self, prompt: RenderedPrompt) -> bool:
         return prompt.text.rstrip().endswith(tuple(tag for _, tag in self.thought_tags))
@@ -169,7 +162,7 @@ class ChatTokenizer:
 
     def thought_end_token_ids(self) -> list[list[int]]:
         """Returns for each tag that ends a thought its ids at the start of a line."""
-        tags = (self.tokenizer.encode(closing, add_special_tokens=False) for _, closing in self.thought_tags)
+        tags = (encode_tag(self.tokenizer, closing) for _, closing in self.thought_tags)
         return [ids[:-1] or ids for ids in tags]  # the last of several ids may merge with the text after the tag
 
     @functools.cached_property
@@ -192,25 +185,10 @@ def _special_token_error(owner: str, tokens: Sequence[str]) -> UserError:
     return UserError(f"{owner} holds {', '.join(map(repr, tokens))}, special to this tokenizer. {advice}.")
 
 
-def _encode(tokenizer: Any, text: str, description: str) -> list[int]:
-    """Encodes a text. Raises `UserError` if decoding the ids does not give back the (normalized) text."""
-    ids = tokenizer(text, add_special_tokens=False)["input_ids"]  # the template writes the BOS token, if there is one
-    decoded = tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
-    normalizer = tokenizer.backend_tokenizer.normalizer if tokenizer.is_fast else None
-    expected = text if normalizer is None else normalizer.normalize_str(text)
-    if decoded != expected:
-        start = next((i for i, (a, b) in enumerate(zip(decoded, expected, strict=False)) if a != b), len(decoded))
-        raise UserError(
-            f"the tokenizer cannot write the {description}: {expected[start : start + 20]!r} at character {start + 1} "
-            f"comes back as {decoded[start : start + 20]!r}. Use the tokenizer of the model, or remove the row."
-        )
-    return ids
-
-
 def _end_of_turn_id(template: ChatTemplate, folder: Path) -> int:
     """Returns the token that the template writes after an answer, or the EOS token if it writes none."""
     tokenizer = template.tokenizer
-    first_ids = _encode(tokenizer, template.text_after_answer(folder), "end of a turn")[:1]
+    first_ids = encode_text(tokenizer, template.text_after_answer(folder), "end of a turn")[:1]
     if first_ids and first_ids[0] in tokenizer.added_tokens_decoder:
         return first_ids[0]
     if tokenizer.eos_token_id is None:

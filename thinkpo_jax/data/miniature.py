@@ -88,19 +88,16 @@ CHAT_TEMPLATE = (
 
 def write_model_folder(folder: Path) -> None:
     """Writes a model folder without weights: config.json and a character tokenizer with its chat template."""
-    from tokenizers import AddedToken, Regex, Tokenizer, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
+    from transformers import Qwen2Tokenizer
 
     characters = "0123456789+=;#" + MARKS
     vocabulary = {token: i for i, token in enumerate((*SPECIAL_TOKENS, *characters))}
-    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<pad>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
-    tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in SPECIAL_TOKENS])
-    fast = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<|end|>", clean_up_tokenization_spaces=False
+    tokenizer = Qwen2Tokenizer(
+        vocab=vocabulary, merges=[], pad_token="<pad>", eos_token="<|end|>", clean_up_tokenization_spaces=False
     )
-    fast.chat_template = CHAT_TEMPLATE
-    fast.save_pretrained(folder)
+    tokenizer.add_tokens(list(SPECIAL_TOKENS), special_tokens=True)
+    tokenizer.chat_template = CHAT_TEMPLATE
+    tokenizer.save_pretrained(folder)
     ids = {"vocab_size": 32, "eos_token_id": vocabulary["<|end|>"], "pad_token_id": 0, "bos_token_id": None}
     (folder / "config.json").write_text(json.dumps(MODEL_CONFIG | ids, indent=2) + "\n", encoding="utf-8")
 

@@ -3,7 +3,7 @@
 import hashlib
 import os
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -13,17 +13,26 @@ from jax.sharding import Mesh
 
 from thinkpo_jax.data.chat_template import TemplateArguments, ThinkingTags
 from thinkpo_jax.data.chat_tokenizer import ChatTokenizer
+from thinkpo_jax.data.tokenizer_files import load_tokenizer
 from thinkpo_jax.models.architecture import Architecture, read_architecture
 from thinkpo_jax.models.compute_config import ComputeConfig
-from thinkpo_jax.models.safetensors_files import describe_other_weights
+from thinkpo_jax.models.safetensors_files import WEIGHTS_INDEX_FILE, check_has_config
 from thinkpo_jax.models.transformer import Transformer
 from thinkpo_jax.models.weight_loading import check_weights, init_model, load_model
 from thinkpo_jax.runtime.config import ConfigPath, ConfigSection, UserError, collect_errors
+from thinkpo_jax.runtime.console import log_info
 from thinkpo_jax.runtime.files import read_json_object
+from thinkpo_jax.runtime.integers import round_up
 
 _SAMPLED_BYTES = 2**22  # read from each end of a file
 BUILTIN_MODELS_FOLDER = Path(__file__).parent / "builtin"
-DOWNLOADED_FILES = ("*.json", "*.safetensors", "*.jinja", "*.txt", "tokenizer.model", "LICENSE*", "NOTICE*")
+COPIED_FILES = (  # from the start model to an export
+    "config.json", "generation_config.json", "tokenizer.json", "tokenizer.model", "tokenizer_config.json",
+    "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt", "vocab.txt", "chat_template.jinja",
+    "chat_template.json", "additional_chat_templates/*.jinja", "LICENSE*", "NOTICE*",
+)  # fmt: skip
+WEIGHT_FILES = ("*.safetensors", WEIGHTS_INDEX_FILE)
+ROW_MULTIPLE = 128  # of a resized embedding, so that a mesh can split it
 
 
 class ModelConfig(ConfigSection):
@@ -31,12 +40,16 @@ class ModelConfig(ConfigSection):
 
     `template_arguments` are variables of the chat template, such as Qwen3's `enable_thinking`. `thinking_tags` are the
     texts before and after a thought (default: those of the template).
+
+    `resize_embeddings` adds rows to the embedding and to an untied head if the tokenizer has more tokens than there are
+    rows. The number of rows becomes a multiple of 128. A new row is the mean of the old ones.
     """
 
     path: ConfigPath  # a Hugging Face folder, a Hub id or `builtin:NAME`
     weights: Literal["pretrained", "random"] = "pretrained"
     template_arguments: TemplateArguments = pydantic.Field(default_factory=dict)
     thinking_tags: ThinkingTags | None = None
+    resize_embeddings: bool = False
 
 
 def resolve_model_folder(path: str, *, weights: bool = True) -> Path:
@@ -57,7 +70,7 @@ def resolve_model_folder(path: str, *, weights: bool = True) -> Path:
             f"model.path: {path}: there is no such folder. Give a Hugging Face folder or a Hub id (owner/name)."
         )
     try:
-        files = [name for name in DOWNLOADED_FILES if weights or not name.endswith(".safetensors")]
+        files = [*COPIED_FILES, "adapter_config.json", *(WEIGHT_FILES if weights else ())]
         return Path(huggingface_hub.snapshot_download(path, allow_patterns=files))
     except (OSError, ValueError, huggingface_hub.errors.HfHubHTTPError) as error:
         raise UserError(
@@ -100,7 +113,10 @@ def _file_digest(path: Path) -> bytes:
 
 @dataclass(frozen=True)
 class ModelSource:
-    """An opened model folder. `random_seed` is None for pretrained weights. Otherwise the seed gives the weights."""
+    """An opened model folder. `random_seed` is None for pretrained weights. Otherwise the seed gives the weights.
+
+    If `architecture` has more rows of the embedding than the folder, `load` adds them.
+    """
 
     folder: Path
     architecture: Architecture
@@ -110,18 +126,23 @@ class ModelSource:
     def load(self, compute: ComputeConfig, mesh: Mesh) -> Transformer:
         """Loads or initializes the weights, sharded over the mesh."""
         if self.random_seed is None:
-            return load_model(self.folder, compute, mesh)
+            return load_model(self.folder, compute, mesh, vocab_size=self.architecture.vocab_size)
         return init_model(self.architecture, compute, mesh, seed=self.random_seed)
 
     def quick_fingerprint(self) -> str | None:
-        """Returns `quick_fingerprint` of the folder."""
-        return quick_fingerprint(self.folder)
+        """Returns `quick_fingerprint` of the folder, with the number of rows if the embedding is resized."""
+        fingerprint = quick_fingerprint(self.folder)
+        return fingerprint and f"{fingerprint}{self._resize_suffix()}"
+
+    def _resize_suffix(self) -> str:
+        old = read_json_object(self.folder / "config.json").get("vocab_size")
+        return "" if old == self.architecture.vocab_size else f", resized to {self.architecture.vocab_size} rows"
 
     def weights_digest(self) -> str:
         """Returns a digest of the configuration and of every byte of the weights, and the seed of random weights."""
         files = [self.folder / "config.json", *sorted(self.folder.glob("*.safetensors"))]
         with ThreadPoolExecutor(os.cpu_count()) as pool:  # hashing releases the interpreter lock
-            digest = hashlib.sha256(b"".join(pool.map(_file_digest, files))).hexdigest()[:32]
+            digest = hashlib.sha256(b"".join(pool.map(_file_digest, files))).hexdigest()[:32] + self._resize_suffix()
         return digest if self.random_seed is None else f"random, seed {self.random_seed}, {digest}"
 
 
@@ -137,10 +158,20 @@ def resolve_model_source(config: ModelConfig, *, seed: int, require_weights: boo
     return ModelSource(folder, architecture, tokenizer, seed if config.weights == "random" else None)
 
 
+def resolve_architecture(config: ModelConfig) -> Architecture:
+    """Returns the shape of a model without its weights. Reads the tokenizer only if the embedding may be resized."""
+    folder = resolve_model_folder(config.path, weights=False)
+    check_has_config(folder)
+    architecture = read_architecture(folder)
+    return _resize(architecture, len(load_tokenizer(folder))) if config.resize_embeddings else architecture
+
+
 def check_model_folder(config: ModelConfig, folder: Path, *, weights: bool) -> tuple[Architecture, ChatTokenizer]:
-    """Reads architecture and tokenizer, and checks weights if asked to. Raises one `UserError` with all problems."""
-    if not (folder / "config.json").exists() and (problem := describe_other_weights(folder)):
-        raise UserError(problem)
+    """Reads architecture and tokenizer, and checks weights if asked to. Raises one `UserError` with all problems.
+
+    With `resize_embeddings` the architecture has an embedding row for each token.
+    """
+    check_has_config(folder)
     with collect_errors() as collector:
         architecture = collector(read_architecture, folder)
         if weights:
@@ -153,10 +184,22 @@ def check_model_folder(config: ModelConfig, folder: Path, *, weights: bool) -> t
                 thinking_tags=config.thinking_tags,
             )
         )
-        if architecture is not None and tokenizer is not None and len(tokenizer.tokenizer) > architecture.vocab_size:
-            collector.fail(
-                f"{folder}: the tokenizer has {len(tokenizer.tokenizer)} tokens, but the embedding has only "
-                f"{architecture.vocab_size} rows. Use the tokenizer that belongs to the weights."
-            )
+        if architecture is not None and tokenizer is not None:
+            num_tokens, num_rows = len(tokenizer.tokenizer), architecture.vocab_size
+            problem = f"{folder}: the tokenizer has {num_tokens} tokens, but the embedding has only {num_rows} rows."
+            if num_tokens > num_rows and not config.resize_embeddings:
+                collector.fail(
+                    f"{problem} Use the tokenizer that belongs to the weights. If you added tokens to it, set "
+                    "`resize_embeddings: true` in the section `model`."
+                )
+            elif num_tokens > num_rows:
+                architecture = _resize(architecture, num_tokens)
+                log_info(f"{problem} It gets {architecture.vocab_size - num_rows} more rows (model.resize_embeddings).")
     assert architecture is not None and tokenizer is not None  # noqa: PT018 -- `collect_errors` raised otherwise
     return architecture, tokenizer
+
+
+def _resize(architecture: Architecture, num_tokens: int) -> Architecture:
+    if num_tokens <= architecture.vocab_size:
+        return architecture
+    return replace(architecture, vocab_size=round_up(num_tokens, ROW_MULTIPLE))

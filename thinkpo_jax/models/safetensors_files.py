@@ -16,8 +16,7 @@ from thinkpo_jax.runtime.files import read_json_object
 
 WEIGHTS_FILE = "model.safetensors"
 WEIGHTS_INDEX_FILE = "model.safetensors.index.json"
-PICKLED_WEIGHTS = ("*.bin", "*.pt", "*.pth", "*.ckpt")
-ADAPTER_CONFIG_FILE, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_*"  # of a LoRA adapter
+ADAPTER_PREFIX = "adapter_"  # of the names of peft's files: adapter_config.json and adapter_model.safetensors
 DTYPES = {"F32": np.dtype(np.float32), "BF16": np.dtype(ml_dtypes.bfloat16), "F16": np.dtype(np.float16)}
 
 _PREFETCH_BYTES = 2**20
@@ -94,34 +93,58 @@ def _list_weight_files(folder: Path, indexed: set[str]) -> list[Path]:
         raise UserError(f"{folder}: {WEIGHTS_INDEX_FILE} does not list {WEIGHTS_FILE}. Remove the stale one.")
     if missing := join_first(sorted(name for name in indexed if not (folder / name).is_file())):
         raise UserError(f"{folder}: {WEIGHTS_INDEX_FILE} lists missing files: {missing}. Download them.")
-    files = [folder / name for name in sorted(indexed)] or single_file or _glob_weights(folder, "*.safetensors")
-    if not files:
-        names = join_first(sorted(file.name for file in folder.iterdir()))
-        other = f"{folder}: no *.safetensors file (found {names}). Convert the model to safetensors."
-        raise UserError(describe_other_weights(folder) or other)
-    return files
-
-
-def _glob_weights(folder: Path, pattern: str) -> list[Path]:
-    return sorted(file for file in folder.glob(pattern) if not file.match(ADAPTER_WEIGHTS))
-
-
-def describe_other_weights(folder: Path) -> str | None:
-    """Says what a folder without safetensors weights holds instead: an adapter or pickled weights. Otherwise None."""
-    if _glob_weights(folder, "*.safetensors"):
-        return None
-    pickled = [file.name for pattern in PICKLED_WEIGHTS for file in _glob_weights(folder, pattern)]
-    if pickled:
-        return (
-            f"{folder}: the weights are pickled ({join_first(pickled)}). They can run code, so they are never loaded. "
-            "Convert the model with transformers: AutoModelForCausalLM.from_pretrained(FOLDER).save_pretrained(NEW)."
+    files = [folder / name for name in sorted(indexed)] or single_file or _model_files(folder, "*.safetensors")
+    if files:
+        return files
+    _check_is_no_adapter(folder)
+    if pickled := [file.name for file in _model_files(folder, "pytorch_model*.bin")]:
+        raise UserError(
+            f"{folder}: the weights are pickled ({join_first(pickled)}). Pickled weights can run code, so they are "
+            "never loaded. Convert a model that you trust with transformers: "
+            "AutoModelForCausalLM.from_pretrained(FOLDER).save_pretrained(OUT, safe_serialization=True). Copy the "
+            "tokenizer files too, and give OUT."
         )
-    if (folder / ADAPTER_CONFIG_FILE).is_file():
-        return (
-            f"{folder}: there is only a LoRA adapter ({ADAPTER_CONFIG_FILE}), not a model. Merge it into its base "
-            "model with peft: AutoPeftModelForCausalLM.from_pretrained(FOLDER).merge_and_unload().save_pretrained(NEW)."
+    names = join_first(sorted(file.name for file in folder.iterdir())) or "nothing"
+    raise UserError(
+        f"{folder}: no *.safetensors file (found {names}). Other formats are not read. Download the model again, or "
+        "convert it to safetensors."
+    )
+
+
+def _model_files(folder: Path, pattern: str) -> list[Path]:
+    """Lists the weight files of a model. Those of an adapter are not among them."""
+    return sorted(file for file in folder.glob(pattern) if not file.name.startswith(ADAPTER_PREFIX))
+
+
+def find_weight_problems(folder: Path) -> list[str]:
+    """Returns what is wrong with the weight files of a model folder. Reads their names and an index, but no weights.
+
+    The folder of a Hub id whose weights are not downloaded has no problem.
+    """
+    is_hub_snapshot = folder.absolute().parent.name == "snapshots"
+    if is_hub_snapshot and not any(folder.glob("*.safetensors")):
+        return []
+    index = folder / WEIGHTS_INDEX_FILE
+    try:
+        _list_weight_files(folder, set(_read_weight_map(index).values()) if index.exists() else set())
+    except UserError as error:
+        return [str(error)]
+    return []
+
+
+def check_has_config(folder: Path) -> None:
+    """Raises `UserError` if the folder holds a LoRA adapter and no config.json, so it is no model."""
+    if not (folder / "config.json").exists():
+        _check_is_no_adapter(folder)
+
+
+def _check_is_no_adapter(folder: Path) -> None:
+    if names := sorted(file.name for file in folder.glob(f"{ADAPTER_PREFIX}*")):
+        raise UserError(
+            f"{folder}: holds only a LoRA adapter ({join_first(names)}), without the model that it belongs to. Merge "
+            "them with peft: AutoPeftModelForCausalLM.from_pretrained(FOLDER).merge_and_unload().save_pretrained(OUT). "
+            "Copy the tokenizer files too, and give OUT."
         )
-    return None
 
 
 def _read_header(file: Path) -> dict[str, TensorLocation]:

@@ -1,10 +1,11 @@
 """Loads weights from a Hugging Face folder onto the mesh."""
 
-import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -21,24 +22,25 @@ from thinkpo_jax.runtime.config import UserError, collect_errors
 from thinkpo_jax.runtime.console import log_warning
 from thinkpo_jax.runtime.sharding import abstract_with_shardings, tree_shardings
 
-# transformers ignores these too. Old Llama checkpoints hold the frequencies of RoPE, which config.json determines.
-IGNORED_TENSORS = re.compile(r"rotary_emb\.inv_freq$")
 PREFETCH_TENSORS = 8  # Tensors that are read before they are used.
+COMPUTED_TENSOR = "rotary_emb.inv_freq"  # Old checkpoints hold it. config.json gives the same frequencies.
 
 
-def load_model(folder: Path, compute: ComputeConfig, mesh: Mesh) -> Transformer:
+def load_model(folder: Path, compute: ComputeConfig, mesh: Mesh, *, vocab_size: int | None = None) -> Transformer:
     """Loads the folder's weights as float32 parameters on the mesh.
 
     The loader reads one Hugging Face tensor at a time, in the order of the files. Each process reads only the slices
     that its devices hold. Parameters are filled in place, so memory holds about one tensor beside them. A warning names
-    the tensors with NaN or infinite weights. Raises one `UserError` with all problems of config.json and the weights.
+    the tensors with NaN or infinite weights. If `vocab_size` is larger than that of config.json, embedding and untied
+    head get more rows: the mean of the others. Raises one `UserError` with all problems of config.json and the weights.
     """
     with collect_errors() as collector:
         arch = collector(read_architecture, folder)
         tensors = collector(check_weights, folder, arch)
     assert arch is not None and tensors is not None  # noqa: PT018 -- `collect_errors` raised otherwise
-    abstract = abstract_model(arch, compute)
-    targets, mappings = flatten_by_name(abstract_with_shardings(abstract, mesh)), mappings_by_hf_name(abstract)
+    mappings = mappings_by_hf_name(abstract_model(arch, compute))
+    abstract = abstract_model(replace(arch, vocab_size=vocab_size or arch.vocab_size), compute)
+    targets = flatten_by_name(abstract_with_shardings(abstract, mesh))
     order = sorted(mappings, key=lambda name: (tensors[name].file, tensors[name].begin))
     max_bytes = max(tensors[name].nbytes for name in order)
     parameters: dict[str, Array] = {}
@@ -54,7 +56,9 @@ def load_model(folder: Path, compute: ComputeConfig, mesh: Mesh) -> Transformer:
         if previous_bytes + tensors[name].nbytes > max_bytes:
             jax.block_until_ready(check)
         view = mapping.from_hf(tensors[name].memory_map())  # Transposed on the way to the device, which is fast.
-        tensor = jax.make_array_from_callback(view.shape, NamedSharding(mesh, PartitionSpec(*spec)), view.__getitem__)
+        shape = target.shape[1:] if mapping.is_per_layer else target.shape
+        sharding = NamedSharding(mesh, PartitionSpec(*spec))
+        tensor = jax.make_array_from_callback(shape, sharding, _slice_reader(view, shape))
         jax.block_until_ready(check)
         parameters[mapping.path], check = _fill(parameters.get(mapping.path), tensor, layer, sharding=target.sharding)
         nan_checks[name], previous_bytes = check, tensors[name].nbytes
@@ -62,6 +66,24 @@ def load_model(folder: Path, compute: ComputeConfig, mesh: Mesh) -> Transformer:
     if broken := [name for name, check in nan_checks.items() if np.isnan(check)]:
         log_warning(f"{folder}: NaN or infinite weights in {len(broken)} tensor(s): {join_first(broken)}.")
     return jax.tree.unflatten(jax.tree.structure(abstract), [parameters[path] for path in targets])
+
+
+def _slice_reader(view: np.ndarray, shape: tuple[int, ...]) -> Callable[[Any], np.ndarray]:
+    """Returns a function that reads a slice of the view. If `shape` has more rows, they are the mean of the view's."""
+    if view.shape == shape:
+        return view.__getitem__
+    axis = next(axis for axis, size in enumerate(shape) if size != view.shape[axis])
+    num_rows = view.shape[axis]
+    mean = view.mean(axis=axis, dtype=np.float64, keepdims=True).astype(view.dtype)
+
+    def read(index: Any) -> np.ndarray:
+        start, stop, _ = index[axis].indices(shape[axis])
+        old = view[*index[:axis], slice(start, min(stop, num_rows)), *index[axis + 1 :]]
+        new = mean[*index[:axis], :, *index[axis + 1 :]]
+        num_new = max(stop - max(start, num_rows), 0)
+        return np.concatenate([old, np.repeat(new, num_new, axis)], axis)
+
+    return read
 
 
 def init_model(arch: Architecture, compute: ComputeConfig, mesh: Mesh, *, seed: int) -> Transformer:
@@ -95,7 +117,7 @@ def _fill(parameter: Array | None, tensor: Array, layer: int, *, sharding: Named
 
 def check_weights(folder: Path, arch: Architecture | None) -> dict[str, TensorLocation]:
     """Locates each tensor. Checks names and shapes unless `arch` is None. Raises one `UserError` with all problems."""
-    tensors = {name: t for name, t in read_tensor_index(folder).items() if not IGNORED_TENSORS.search(name)}
+    tensors = read_tensor_index(folder)
     if arch is None:
         return tensors
     mappings = mappings_by_hf_name(abstract_model(arch, ComputeConfig()))
@@ -106,7 +128,10 @@ def check_weights(folder: Path, arch: Architecture | None) -> dict[str, TensorLo
             problems.append("lm_head.weight differs from the tied embedding. Remove it, or untie them in config.json.")
     for name in sorted(tensors):
         if name not in mappings:
-            problems.append(f"tensor {name} is unknown for this architecture.")
+            if not name.endswith(COMPUTED_TENSOR):
+                problems.append(
+                    f"tensor {name} is unknown for this architecture. Remove it if it is no part of the model."
+                )
         elif tensors[name].shape != (expected := mappings[name][0].hf_shape):
             problems.append(f"tensor {name} has shape {tensors[name].shape}, but config.json asks for {expected}.")
     if problems:

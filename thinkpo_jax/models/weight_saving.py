@@ -11,19 +11,13 @@ import jax.numpy as jnp
 import numpy as np
 from safetensors.numpy import save_file
 
+from thinkpo_jax.models.model_folder import COPIED_FILES
 from thinkpo_jax.models.safetensors_files import WEIGHTS_INDEX_FILE
 from thinkpo_jax.models.transformer import Transformer
 from thinkpo_jax.models.weight_mapping import flatten_by_name, mappings_by_hf_name
 from thinkpo_jax.runtime.files import read_json_object
 from thinkpo_jax.runtime.processes import barrier, gather_to_host, is_primary_process
 
-# Files of the start model that belong to every model trained from it. Others may describe what it was before, such as
-# an adapter or a quantization.
-COPIED_FILES = (
-    *("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
-    *("vocab.json", "vocab.txt", "merges.txt", "generation_config.json"),
-    *("chat_template.jinja", "chat_template.json", "additional_chat_templates/*.jinja", "LICENSE*", "NOTICE*"),
-)
 MAX_SHARD = "5GB"  # Largest safetensors file. A larger model is written as several files with an index.
 
 
@@ -43,8 +37,10 @@ def save_model(
 ) -> None:
     """Writes the model as a Hugging Face folder, which appears when it is complete.
 
-    Config, tokenizer and chat template come from `template_folder`. `stop_token_ids` (`ChatTokenizer.stop_token_ids`)
-    go into generation_config.json. Then other programs end a generation where our sampler does.
+    Config, tokenizer, chat templates and license come from `template_folder`. Other files are not copied.
+    For example, transformers cannot load a model beside an old adapter_config.json. `stop_token_ids`
+    (`ChatTokenizer.stop_token_ids`) go into generation_config.json. Then other programs end a generation where our
+    sampler does.
     """
     partial = temporary_folder(folder)
     if is_primary_process():
@@ -57,6 +53,7 @@ def save_model(
             copy.parent.mkdir(exist_ok=True)
             shutil.copyfile(file, copy)
         config = read_json_object(template_folder / "config.json") | {"dtype": dtype, "torch_dtype": dtype}
+        config["vocab_size"] = model.arch.vocab_size  # larger than in the template folder if the model was resized
         _write_json(partial / "config.json", config)
         generation = partial / "generation_config.json"
         settings = read_json_object(generation) if generation.exists() else {}

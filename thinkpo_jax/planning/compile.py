@@ -24,9 +24,8 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
 from thinkpo_jax.data.batches import NUM_REGIONS, Batch
-from thinkpo_jax.models.architecture import read_architecture
 from thinkpo_jax.models.compute_config import resolve_attention_kernel
-from thinkpo_jax.models.model_folder import resolve_model_folder
+from thinkpo_jax.models.model_folder import resolve_architecture
 from thinkpo_jax.planning import estimates
 from thinkpo_jax.planning.estimates import BatchShape, DeviceMemory, TimeBounds
 from thinkpo_jax.planning.hlo import Collective, find_collectives, total_memory
@@ -76,7 +75,7 @@ def program_names(stage: StageConfig) -> tuple[str, ...]:
 
 def lower_program(config: RunConfig, stage: StageConfig, name: str, mesh: Mesh) -> tuple[Any, dict[str, Any]]:
     """Lowers a program of a stage for the devices of a mesh. Returns it with what is known before it is compiled."""
-    arch = read_architecture(resolve_model_folder(config.model.path, weights=False))
+    arch = resolve_architecture(config.model)
     check_row_divides_context(mesh, stage.batch.row_length, f"stages.{stage.name}.batch.row_length")
     compute = resolve_attention_kernel(config.compute, arch, mesh, [stage.batch.row_length])
     state, batch = estimates.abstract_state(arch, compute, stage, mesh), _abstract_batch(stage, mesh)
@@ -134,7 +133,7 @@ def compile_stage_program(config: RunConfig, stage: StageConfig, name: str, topo
         collectives = find_collectives(dump[1].read_text(encoding="utf-8"), topology.size)
     parameters, optimizer = known["state_bytes"]
     memory, shape = DeviceMemory(parameters, optimizer, total - parameters - optimizer), BatchShape(*known["shape"])
-    arch = read_architecture(resolve_model_folder(config.model.path, weights=False))
+    arch = resolve_architecture(config.model)
     flops = estimates.max_update_flops(arch, config.compute, shape)
     if name == REFERENCE:  # A forward pass is a third of an update without recomputation.
         flops = FlopCount(flops.model / 3, flops.model / 3)

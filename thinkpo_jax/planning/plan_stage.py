@@ -2,8 +2,7 @@
 
 from collections.abc import Sequence
 
-from thinkpo_jax.models.architecture import read_architecture
-from thinkpo_jax.models.model_folder import resolve_model_folder
+from thinkpo_jax.models.model_folder import resolve_architecture
 from thinkpo_jax.planning import estimates
 from thinkpo_jax.planning.compile import CompiledProgram, compile_stage_program, program_names
 from thinkpo_jax.planning.hlo import COLLECTIVE_KINDS
@@ -16,7 +15,7 @@ from thinkpo_jax.training.stage_config import StageConfig
 
 def plan_stages(config: RunConfig, stages: Sequence[StageConfig], topology: Topology) -> None:
     """Compiles the stages and prints what each device needs. Raises `RunError` if a stage does not fit."""
-    arch = read_architecture(resolve_model_folder(config.model.path, weights=False))
+    arch = resolve_architecture(config.model)
     problems: list[str] = []
     for stage in stages:
         programs = [compile_stage_program(config, stage, name, topology) for name in program_names(stage)]

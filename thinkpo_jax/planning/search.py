@@ -11,10 +11,10 @@ from dataclasses import dataclass, replace
 from typing import Any, get_args
 
 from thinkpo_jax.data.batches import micro_batch_shape
-from thinkpo_jax.models.architecture import Architecture, read_architecture
+from thinkpo_jax.models.architecture import Architecture
 from thinkpo_jax.models.attention.dispatch import splash_multiple
 from thinkpo_jax.models.compute_config import ComputeConfig
-from thinkpo_jax.models.model_folder import resolve_model_folder
+from thinkpo_jax.models.model_folder import resolve_architecture
 from thinkpo_jax.planning import estimates
 from thinkpo_jax.planning.compile import UPDATE, compile_stage_program
 from thinkpo_jax.planning.estimates import BatchShape, DeviceMemory, TimeBounds
@@ -83,7 +83,7 @@ class LayoutCandidate:
 
 def search_layouts(config: RunConfig, stages: Sequence[StageConfig], topology: Topology) -> None:
     """Prints the fastest layouts that fit and the settings to use. Raises `RunError` if a stage has none."""
-    arch = read_architecture(resolve_model_folder(config.model.path, weights=False))
+    arch = resolve_architecture(config.model)
     problems: list[str] = []
     for stage in stages:
         lengths = [factor * stage.batch.row_length for factor in ROW_LENGTH_FACTORS]
@@ -121,7 +121,7 @@ def find_smallest_slice(config: RunConfig, stages: Sequence[StageConfig], slices
 
     Prints one layout per stage. `search_layouts` may find a faster one there. Raises `RunError` if no slice fits.
     """
-    arch = read_architecture(resolve_model_folder(config.model.path, weights=False))
+    arch = resolve_architecture(config.model)
     for topology in slices:
         lines: list[str] = []
         for stage in stages:

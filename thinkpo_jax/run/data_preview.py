@@ -3,7 +3,6 @@
 import os
 import sys
 from collections.abc import Iterator
-from pathlib import Path
 
 import numpy as np
 import yaml
@@ -12,7 +11,7 @@ from thinkpo_jax.data.batches import BatchPlan, pack_best_fit
 from thinkpo_jax.data.chat_tokenizer import ChatTokenizer
 from thinkpo_jax.data.examples import Example, TokenizedDataset
 from thinkpo_jax.models.model_folder import resolve_model_source
-from thinkpo_jax.models.safetensors_files import describe_other_weights
+from thinkpo_jax.models.safetensors_files import find_weight_problems
 from thinkpo_jax.run.evaluate_run import load_all_questions
 from thinkpo_jax.run.resolve import find_length_warnings
 from thinkpo_jax.run.run_config import RunConfig
@@ -50,8 +49,8 @@ def preview_run_data(config: RunConfig) -> None:
     )
     problems: list[str] = []
     warnings: list[str] = []
-    if config.model.weights == "pretrained" and Path(config.model.path).is_dir():  # the Hub may have other files
-        warnings += filter(None, [describe_other_weights(source.folder)])
+    if config.model.weights == "pretrained":
+        warnings += find_weight_problems(source.folder)
     longest_prompt = 0
     with collect_errors() as collector:
         questions_by_name = collector(load_all_questions, config.evaluation, tokenizer, seed=config.seed) or {}

@@ -1,0 +1,88 @@
+"""Loads the tokenizer of a model folder, with the token ids of its tokenizer.json.
+
+transformers builds a tokenizer by the class that tokenizer_config.json names. Many classes take only the vocabulary
+from tokenizer.json, and bring their own normalizer and pre-tokenizer. If a folder names another class than the file
+was made for, texts get other token ids than in the training of the model.
+"""
+
+import re
+from pathlib import Path
+from typing import Any
+
+from tokenizers import Tokenizer
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+from thinkpo_jax.runtime.config import UserError
+from thinkpo_jax.runtime.console import log_warning
+
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
+_OPTIONS: dict[str, Any] = {"trust_remote_code": False, "clean_up_tokenization_spaces": False}
+_PARTS = ("normalizer", "pre_tokenizer", "model", "decoder")
+# Offsets are not used here, and a byte-level decoder does not read its options.
+_WITHOUT_EFFECT = re.compile(rb'"trim_offsets":\w+')
+_BYTE_LEVEL_OPTIONS = re.compile(rb'(?<={"type":"ByteLevel")[^}]*')
+
+
+def load_tokenizer(folder: Path) -> Any:
+    """Returns the tokenizer of a Hugging Face folder.
+
+    If the folder has a tokenizer.json, that file decides the token ids. A warning names a class that would change them.
+    Raises `UserError` if the folder has no tokenizer, or none that can be read.
+    """
+    if not any((folder / name).is_file() for name in TOKENIZER_FILES):
+        raise UserError(f"{folder}: no tokenizer: expected {' or '.join(TOKENIZER_FILES)}.")
+    path = folder / TOKENIZER_FILES[0]
+    try:
+        if path.is_file():
+            return _load_as_file_says(folder, Tokenizer.from_file(str(path)))
+        return AutoTokenizer.from_pretrained(folder, **_OPTIONS)
+    except Exception as error:  # a malformed file can raise anything
+        advice = "" if path.is_file() else (
+            " Convert it where sentencepiece and tiktoken are installed, with "
+            "`AutoTokenizer.from_pretrained(FOLDER).save_pretrained(FOLDER)`, which writes tokenizer.json."
+        )  # fmt: skip
+        raise UserError(f"{folder}: no usable tokenizer: {error}{advice}") from None
+
+
+def _load_as_file_says(folder: Path, file: Tokenizer) -> Any:
+    """Returns the tokenizer that transformers loads, or one with the parts of `file` if they differ."""
+    loaded, problem = None, ""
+    try:
+        loaded = AutoTokenizer.from_pretrained(folder, **_OPTIONS)
+        if not _find_differences(loaded.backend_tokenizer, file):
+            return loaded
+    except Exception as error:  # a class that does not fit the file can raise anything
+        problem = f"transformers cannot load it with the settings of tokenizer_config.json ({error})"
+    # This class takes all parts from the file. It adds the tokens that only tokenizer_config.json names.
+    special_tokens = {} if loaded is None else loaded.special_tokens_map
+    known = {name: token for name, token in special_tokens.items() if _is_known(file, token)}
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(folder, **_OPTIONS, **known)
+    backend = tokenizer.backend_tokenizer
+    backend.add_tokens(list(file.get_added_tokens_decoder().values()))  # restores the settings that the file gives them
+    if not problem and loaded is not None and (changed := _find_differences(loaded.backend_tokenizer, backend)):
+        problem = f"the class {type(loaded).__name__}, which transformers would use, changes its {', '.join(changed)}"
+    if problem:
+        log_warning(f"{folder}: the token ids are those of tokenizer.json, although {problem}.")
+    return tokenizer
+
+
+def _is_known(file: Tokenizer, token: Any) -> bool:
+    return isinstance(token, str) and file.token_to_id(token) is not None
+
+
+def _find_differences(first: Tokenizer, second: Tokenizer) -> list[str]:
+    """Returns the names of the parts in which two tokenizers differ. Post-processors do not matter here."""
+    parts = [name for name in _PARTS if _part_state(first, name) != _part_state(second, name)]
+    return parts + (["added tokens"] if _added_tokens(first) != _added_tokens(second) else [])
+
+
+def _added_tokens(backend: Tokenizer) -> dict[int, Any]:
+    return {token_id: token.__getstate__() for token_id, token in backend.get_added_tokens_decoder().items()}
+
+
+def _part_state(backend: Tokenizer, name: str) -> bytes | None:
+    part = getattr(backend, name)
+    if part is None:
+        return None
+    state: bytes = _WITHOUT_EFFECT.sub(b"", part.__getstate__())
+    return _BYTE_LEVEL_OPTIONS.sub(b"", state) if name == "decoder" else state
