@@ -61,14 +61,14 @@ def test_a_file_without_rows_is_an_error_with_its_name(content: bytes, tmp_path:
 @pytest.mark.parametrize("name", ["absent.jsonl", "absent.parquet"])
 def test_a_missing_file_is_an_error_with_its_name(name: str, tmp_path: Path, chat: ChatTokenizer):
     message = error_message(SftDataConfig(path=str(tmp_path / name)), chat)
-    assert message.startswith(f"{tmp_path / name}: there is no such file; {EXPECTED}.")
+    assert message.startswith(f"{tmp_path / name}: there is no such file, {EXPECTED}.")
 
 
 @pytest.mark.parametrize("name", ["rows", "rows.jsonl", "rows.parquet"])
 def test_an_empty_folder_is_an_error_with_its_name(name: str, tmp_path: Path, chat: ChatTokenizer):
     (tmp_path / name).mkdir()
     message = error_message(SftDataConfig(path=str(tmp_path / name)), chat)
-    assert message == f"{tmp_path / name}: found an empty folder; {EXPECTED}."
+    assert message == f"{tmp_path / name}: found an empty folder, {EXPECTED}."
 
 
 def test_a_local_folder_takes_precedence_over_a_hub_data_set_of_the_same_name(
@@ -76,7 +76,7 @@ def test_a_local_folder_takes_precedence_over_a_hub_data_set_of_the_same_name(
 ):
     (tmp_path / "owner" / "name").mkdir(parents=True)
     monkeypatch.chdir(tmp_path)
-    assert error_message(SftDataConfig(path="owner/name"), chat) == f"owner/name: found an empty folder; {EXPECTED}."
+    assert error_message(SftDataConfig(path="owner/name"), chat) == f"owner/name: found an empty folder, {EXPECTED}."
     (tmp_path / "owner" / "name" / "other.bin").write_bytes(b"1")
     message = error_message(SftDataConfig(path="owner/name"), chat)
     assert message.startswith("owner/name: cannot be read as a data set: ")
@@ -85,7 +85,7 @@ def test_a_local_folder_takes_precedence_over_a_hub_data_set_of_the_same_name(
 def test_a_file_with_another_suffix_is_an_error_with_its_name(tmp_path: Path, chat: ChatTokenizer):
     path = write_rows(tmp_path / "rows.txt", ROW)
     message = error_message(SftDataConfig(path=str(path)), chat)
-    assert message == f"{path}: found another kind of file; {EXPECTED}."
+    assert message == f"{path}: found another kind of file, {EXPECTED}."
 
 
 def test_an_error_of_a_missing_relative_path_names_the_folder_that_was_searched(
@@ -94,9 +94,9 @@ def test_an_error_of_a_missing_relative_path_names_the_folder_that_was_searched(
     monkeypatch.chdir(tmp_path)
     for absent in ("absent.jsonl", "rows/absent.txt", "a/b/c", "../rows"):
         message = error_message(SftDataConfig(path=absent), chat)
-        assert message == f"{absent}: there is no such file in {tmp_path}; {EXPECTED}."
+        assert message == f"{absent}: there is no such file in {tmp_path}, {EXPECTED}."
     absent = str(tmp_path / "rows")
-    assert error_message(SftDataConfig(path=absent), chat) == f"{absent}: there is no such file; {EXPECTED}."
+    assert error_message(SftDataConfig(path=absent), chat) == f"{absent}: there is no such file, {EXPECTED}."
     assert f"There is no folder {tmp_path / 'owner/name'}. " in error_message(SftDataConfig(path="owner/name"), chat)
 
 
