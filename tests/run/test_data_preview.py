@@ -147,7 +147,7 @@ def test_the_check_counts_all_bad_rows_before_it_fails(model: Path, tmp_path: Pa
         f"stage only: {file}: 2 rows: not JSON. The first: {file}, line 2: not valid JSON: Expecting property name "
         "enclosed in double quotes, at character 3. Expected one object per line.",
         f"stage only: {file}: 1 rows: identical answers. The first: {file}, line 3: chosen and rejected are the same "
-        "text; a pair needs two answers.",
+        "text, but a pair needs two answers. Change one of them or remove the row.",
         f"stage only: {file}: 2 rows: no text. The first: {file}, line 4, chosen: expected a text, found null.",
     ]
 
