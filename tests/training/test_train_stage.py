@@ -88,7 +88,7 @@ def test_a_nonfinite_update_stops_the_run_and_the_last_good_checkpoint_remains(
         in error
     )
     assert f"Its examples, counted among the rows used of {tmp_path / 'pairs.jsonl'}: " in error
-    example_numbers = error.split("pairs.jsonl: ")[1].split(".")[0].split(", ")
+    example_numbers = error.split("rows used of ")[1].split(": ")[1].split(".")[0].split(", ")
     assert 4 <= len(example_numbers) <= 8
     assert {int(number) for number in example_numbers} <= set(range(1, 25))
     folder = tmp_path / "run" / "thinkpo"
