@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from thinkpo_jax.models.compute_config import describe_compute
 from thinkpo_jax.run.data_preview import preview_run_data
 from thinkpo_jax.run.evaluate_run import evaluate_run, load_all_questions
-from thinkpo_jax.run.resolve import has_moved_data, is_stage_finished, resolve_run
+from thinkpo_jax.run.resolve import has_changed_files, is_stage_finished, resolve_run
 from thinkpo_jax.run.run_config import RunConfig, load_run_config
 from thinkpo_jax.run.run_folder import RunFolder
 from thinkpo_jax.run.stage_data import load_stage_inputs
@@ -24,14 +24,14 @@ def train_run(config: RunConfig) -> RunFolder:
     """Trains each unfinished stage in order, evaluates every model, and writes the report."""
     run = resolve_run(config)
     log_info(describe_compute(run.compute, run.mesh))
-    pending = [stage for stage in config.stages if not is_stage_finished(run, stage) or has_moved_data(run, stage)]
+    pending = [stage for stage in config.stages if not is_stage_finished(run, stage) or has_changed_files(run, stage)]
     # All data and questions are read before anything is written. So an error in the last stage shows at once.
     questions = load_all_questions(config.evaluation, run.model_source.tokenizer, seed=config.seed)
     loaded = [load_stage_inputs(run, stage, questions) for stage in pending]
     with run.folder.locked(config, model=run.model_source.quick_fingerprint()):
         while loaded:
             inputs = loaded.pop(0)
-            # A stage with moved data was only checked. Another process may have finished a stage by now.
+            # Of a finished stage, only changed files were checked. Another process may have finished one by now.
             if not is_stage_finished(run, inputs.config):
                 begin_stage(run, inputs)
                 save_stage_output(run, inputs, train_stage(inputs))

@@ -1,6 +1,7 @@
 """Model folders are found by path, Hub id or built-in name, and all their problems are reported together."""
 
 import functools
+import json
 import shutil
 import time
 from collections.abc import Sequence
@@ -148,3 +149,22 @@ def test_an_unavailable_hub_id_says_how_to_download_it(path: str) -> None:
     with pytest.raises(UserError, match=f"hf download {path}"):
         resolve_model_folder(path)
     assert time.monotonic() - start < 120
+
+
+def test_an_adapter_beside_the_weights_gives_a_warning(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """transformers applies it if peft is installed."""
+    folder = save_random_model(tmp_path)
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        (folder / name).write_text("{}")
+    check_model_folder(ModelConfig(path=str(folder)), folder, weights=True)
+    assert "the LoRA adapter in adapter_model.safetensors is not applied" in capsys.readouterr().err
+
+
+def test_a_tokenizer_with_an_id_beyond_the_embedding_is_an_error(tmp_path: Path) -> None:
+    """Its ids have a gap, so its number of tokens is smaller than its largest id."""
+    folder = save_random_model(tmp_path)
+    tokenizer = json.loads((folder / "tokenizer.json").read_text())
+    tokenizer["model"]["vocab"]["?"] = 100
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
+    with pytest.raises(UserError, match="the tokenizer has 101 tokens, but the embedding has only"):
+        check_model_folder(ModelConfig(path=str(folder)), folder, weights=False)

@@ -1,12 +1,14 @@
 """A run is identified by what its data holds, not by where it lies."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 from support.stages import ROWS, STAGE
 
-from thinkpo_jax.run.resolve import ResolvedRun, has_moved_data, is_stage_finished, resolve_run
+from thinkpo_jax.models.model_folder import ModelConfig, resolve_model_folder
+from thinkpo_jax.run.resolve import ResolvedRun, has_changed_files, is_stage_finished, resolve_run
 from thinkpo_jax.run.run_config import RunConfig, load_run_config
 from thinkpo_jax.run.run_folder import StageRecord
 from thinkpo_jax.run.stage_data import load_stage_inputs
@@ -73,14 +75,20 @@ def test_a_record_of_an_older_version_has_the_defaults_of_new_keys(tmp_path: Pat
         resume(resolve(tmp_path, {"path": str(path), "train_on": "all"}, objective="sft", beta=None))
 
 
-def test_a_finished_stage_is_checked_again_only_if_its_data_moved(tmp_path: Path) -> None:
+def test_a_finished_stage_is_checked_again_only_if_its_files_changed(tmp_path: Path) -> None:
     path, other = tmp_path / "pairs.jsonl", tmp_path / "other.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
     other.write_text(path.read_text())
     begin(resolve(tmp_path, {"path": str(path)}))
-    for name, has_moved in ((path, False), (other, True)):
+
+    def has_changed(name: Path) -> bool:
         run = resolve(tmp_path, {"path": str(name)})
-        assert has_moved_data(run, run.config.stages[0]) == has_moved
+        return has_changed_files(run, run.config.stages[0])
+
+    assert not has_changed(path)
+    assert has_changed(other)
+    path.write_text(path.read_text() + "\n")
+    assert has_changed(path)
 
 
 def test_the_resolved_configuration_is_read_back_without_the_variables(
@@ -93,3 +101,37 @@ def test_the_resolved_configuration_is_read_back_without_the_variables(
     (tmp_path / "config.yaml").write_text(dump_yaml(config.model_dump(mode="json")))
     assert load_run_config(tmp_path / "config.yaml") == config
     assert config.stages[0].data[0].path == str(tmp_path / "a.jsonl")
+
+
+@pytest.mark.parametrize(
+    ("change", "difference"),
+    [
+        ({"weights": "random"}, "start.fingerprint was"),
+        ({"thinking_tags": ["<a>", "</a>"]}, "tokenizer.thinking_tags was None, is ['<a>', '</a>']"),
+    ],
+    ids=str,
+)
+def test_a_stage_of_another_start_model_or_template_is_refused(
+    change: dict[str, object], difference: str, tmp_path: Path
+) -> None:
+    path = tmp_path / "pairs.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    run = resolve(tmp_path, {"path": str(path)})
+    begin(run)
+    model = parse_config(ModelConfig, {"path": "builtin:miniature", **change}, source="test")
+    with pytest.raises(UserError) as error:
+        resume(resolve_run(run.config.model_copy(update={"model": model})))
+    assert difference in str(error.value)
+
+
+def test_a_stage_of_an_edited_template_is_refused(tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(resolve_model_folder("builtin:miniature"), tmp_path / "model"))
+    path = tmp_path / "pairs.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    config = resolve(tmp_path, {"path": str(path)}).config.model_copy(update={"model": ModelConfig(path=str(folder))})
+    begin(resolve_run(config))
+    resume(resolve_run(config))
+    with (folder / "chat_template.jinja").open("a") as file:
+        file.write("{# edited #}")
+    with pytest.raises(UserError, match=r"tokenizer\.files was"):
+        resume(resolve_run(config))

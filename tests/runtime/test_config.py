@@ -72,6 +72,7 @@ def test_a_file_becomes_typed_sections(tmp_path: Path):
     ("old", "new", "message"),
     [
         ("run_dir", "rundir", "unknown key rundir (did you mean run_dir?)."),
+        ("run_dir: runs/x", "run_dir: runs/x\nsteps: 3", "unknown key steps. The key is stages.NAME.steps."),
         ("model: {path", "model: {weight: random, path", "unknown key model.weight (did you mean weights?)."),
         ("{size: 2", "{sise: 2", "unknown key stages.sft.batch.sise (did you mean size?)."),
         ("{size: 4", "{sise: 4", "unknown key stages.thinkpo.batch.sise (did you mean size?)."),

@@ -74,3 +74,14 @@ def test_a_variable_in_braces_must_be_quoted_inside_braces(tmp_path: Path) -> No
     with pytest.raises(UserError, match=r'Quote a text that holds `\$\{\.\.\.\}`: "\$\{NAME\}/x"'):
         read(tmp_path, "data: {path: ${SCRATCH}/x}\n")
     assert read(tmp_path, "run_dir: ${SCRATCH}/x\n") == {"run_dir": "${SCRATCH}/x"}
+
+
+def test_a_text_of_set_that_begins_with_a_hash_is_a_text() -> None:
+    assert apply_overrides({}, ["system=# Solve"]) == {"system": "# Solve"}
+
+
+@pytest.mark.parametrize("text", ["a\x85b", "a\u2028b", "\u2029", "é 六"])
+def test_dumped_texts_with_any_line_break_are_read_back(text: str, tmp_path: Path) -> None:
+    path = tmp_path / "a.yaml"
+    path.write_text(dump_yaml({"title": text}), encoding="utf-8")
+    assert read_yaml(path) == {"title": text}

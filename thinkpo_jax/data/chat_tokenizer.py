@@ -22,7 +22,7 @@ from thinkpo_jax.data.chat_template import (
     ThinkingFormat,
 )
 from thinkpo_jax.data.text_encoding import encode_tag, encode_text
-from thinkpo_jax.data.tokenizer_files import load_tokenizer
+from thinkpo_jax.data.tokenizer_files import count_token_ids, load_tokenizer
 from thinkpo_jax.runtime.config import UserError
 
 
@@ -164,6 +164,11 @@ class ChatTokenizer:
         """Returns for each tag that ends a thought its ids at the start of a line."""
         tags = (encode_tag(self.tokenizer, closing) for _, closing in self.thought_tags)
         return [ids[:-1] or ids for ids in tags]  # the last of several ids may merge with the text after the tag
+
+    @functools.cached_property
+    def vocab_size(self) -> int:
+        """The largest token id plus one. Rows of the embedding after it belong to no token."""
+        return count_token_ids(self.tokenizer)
 
     @functools.cached_property
     def max_token_characters(self) -> int:

@@ -115,6 +115,14 @@ def source_fingerprint(source: DataSourceConfig, *, seed: int) -> str:
         raise _as_user_error(error, source) from None
 
 
+def source_state(source: DataSourceConfig) -> str:
+    """Returns where the data of a source are, and the sizes and times of its files. Reads none of them."""
+    path = source.local_path
+    files = [path] if path.is_file() else _files_of(path) if source.path and path.is_dir() else []
+    stats = [(str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+    return hashlib.sha256(repr((source.name if not files else "", source.revision, stats)).encode()).hexdigest()[:16]
+
+
 def _files_of(folder: Path) -> list[Path]:
     """Returns the sorted files of a folder, also those in linked folders, because `datasets` may read them."""
     files: list[Path] = []

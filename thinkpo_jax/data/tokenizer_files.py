@@ -44,6 +44,11 @@ def load_tokenizer(folder: Path) -> Any:
         raise UserError(f"{folder}: no usable tokenizer: {error}{advice}") from None
 
 
+def count_token_ids(tokenizer: Any) -> int:
+    """Returns the largest token id plus one, which is the number of embedding rows that the tokenizer needs."""
+    return max(tokenizer.get_vocab().values()) + 1
+
+
 def _load_as_file_says(folder: Path, file: Tokenizer) -> Any:
     """Returns the tokenizer that transformers loads, or one with the parts of `file` if they differ."""
     loaded, problem = None, ""

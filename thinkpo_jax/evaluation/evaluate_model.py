@@ -76,7 +76,7 @@ def evaluate_model(
                 repeated,
                 sampling,
                 stop_token_ids=tokenizer.stop_token_ids,
-                vocab_size=len(tokenizer.tokenizer),
+                vocab_size=tokenizer.vocab_size,
                 seed=seed,
                 mesh=mesh,
                 on_progress=progress.update,

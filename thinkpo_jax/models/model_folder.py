@@ -13,24 +13,26 @@ from jax.sharding import Mesh
 
 from thinkpo_jax.data.chat_template import TemplateArguments, ThinkingTags
 from thinkpo_jax.data.chat_tokenizer import ChatTokenizer
-from thinkpo_jax.data.tokenizer_files import load_tokenizer
+from thinkpo_jax.data.tokenizer_files import count_token_ids, load_tokenizer
 from thinkpo_jax.models.architecture import Architecture, read_architecture
 from thinkpo_jax.models.compute_config import ComputeConfig
 from thinkpo_jax.models.safetensors_files import WEIGHTS_INDEX_FILE, check_has_config
 from thinkpo_jax.models.transformer import Transformer
 from thinkpo_jax.models.weight_loading import check_weights, init_model, load_model
 from thinkpo_jax.runtime.config import ConfigPath, ConfigSection, UserError, collect_errors
-from thinkpo_jax.runtime.console import log_info
+from thinkpo_jax.runtime.console import log_info, log_warning
 from thinkpo_jax.runtime.files import read_json_object
 from thinkpo_jax.runtime.integers import round_up
 
 _SAMPLED_BYTES = 2**22  # read from each end of a file
 BUILTIN_MODELS_FOLDER = Path(__file__).parent / "builtin"
-COPIED_FILES = (  # from the start model to an export
-    "config.json", "generation_config.json", "tokenizer.json", "tokenizer.model", "tokenizer_config.json",
-    "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt", "vocab.txt", "chat_template.jinja",
-    "chat_template.json", "additional_chat_templates/*.jinja", "LICENSE*", "NOTICE*",
+TOKENIZER_FILE_PATTERNS = (
+    "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
+    "vocab.json", "merges.txt", "vocab.txt", "chat_template.jinja", "chat_template.json",
+    "additional_chat_templates/*.jinja",
 )  # fmt: skip
+# From the start model to an export.
+COPIED_FILES = ("config.json", "generation_config.json", *TOKENIZER_FILE_PATTERNS, "LICENSE*", "NOTICE*")
 WEIGHT_FILES = ("*.safetensors", WEIGHTS_INDEX_FILE)
 ROW_MULTIPLE = 128  # of a resized embedding, so that a mesh can split it
 
@@ -72,7 +74,7 @@ def resolve_model_folder(path: str, *, weights: bool = True) -> Path:
     try:
         files = [*COPIED_FILES, "adapter_config.json", *(WEIGHT_FILES if weights else ())]
         return Path(huggingface_hub.snapshot_download(path, allow_patterns=files))
-    except (OSError, ValueError, huggingface_hub.errors.HfHubHTTPError) as error:
+    except (OSError, ValueError, RuntimeError, huggingface_hub.errors.HfHubHTTPError) as error:  # RuntimeError: no home
         raise UserError(
             f"model.path: {path} is neither a local folder nor available from the Hub: {error} Check the name. "
             f"Without a network, download it elsewhere (hf download {path}) and give the folder."
@@ -130,9 +132,16 @@ class ModelSource:
         return init_model(self.architecture, compute, mesh, seed=self.random_seed)
 
     def quick_fingerprint(self) -> str | None:
-        """Returns `quick_fingerprint` of the folder, with the number of rows if the embedding is resized."""
-        fingerprint = quick_fingerprint(self.folder)
-        return fingerprint and f"{fingerprint}{self._resize_suffix()}"
+        """Returns `quick_fingerprint` of the folder. It includes a resized embedding and the seed of random weights."""
+        if (fingerprint := quick_fingerprint(self.folder)) is None:
+            return None
+        random = "" if self.random_seed is None else f", random weights of seed {self.random_seed}"
+        return f"{fingerprint}{self._resize_suffix()}{random}"
+
+    def tokenizer_fingerprint(self) -> str:
+        """Returns a digest of the files of the tokenizer and of its chat templates."""
+        files = sorted(file for pattern in TOKENIZER_FILE_PATTERNS for file in self.folder.glob(pattern))
+        return hashlib.sha256(b"".join(map(_file_digest, files))).hexdigest()[:16]
 
     def _resize_suffix(self) -> str:
         old = read_json_object(self.folder / "config.json").get("vocab_size")
@@ -163,7 +172,7 @@ def resolve_architecture(config: ModelConfig) -> Architecture:
     folder = resolve_model_folder(config.path, weights=False)
     check_has_config(folder)
     architecture = read_architecture(folder)
-    return _resize(architecture, len(load_tokenizer(folder))) if config.resize_embeddings else architecture
+    return _resize(architecture, count_token_ids(load_tokenizer(folder))) if config.resize_embeddings else architecture
 
 
 def check_model_folder(config: ModelConfig, folder: Path, *, weights: bool) -> tuple[Architecture, ChatTokenizer]:
@@ -172,6 +181,10 @@ def check_model_folder(config: ModelConfig, folder: Path, *, weights: bool) -> t
     With `resize_embeddings` the architecture has an embedding row for each token.
     """
     check_has_config(folder)
+    if adapters := sorted(file.name for file in folder.glob("adapter_model*")):
+        log_warning(
+            f"{folder}: the LoRA adapter in {', '.join(adapters)} is not applied. Merge it, or remove the file."
+        )
     with collect_errors() as collector:
         architecture = collector(read_architecture, folder)
         if weights:
@@ -185,7 +198,7 @@ def check_model_folder(config: ModelConfig, folder: Path, *, weights: bool) -> t
             )
         )
         if architecture is not None and tokenizer is not None:
-            num_tokens, num_rows = len(tokenizer.tokenizer), architecture.vocab_size
+            num_tokens, num_rows = count_token_ids(tokenizer.tokenizer), architecture.vocab_size
             problem = f"{folder}: the tokenizer has {num_tokens} tokens, but the embedding has only {num_rows} rows."
             if num_tokens > num_rows and not config.resize_embeddings:
                 collector.fail(

@@ -217,7 +217,7 @@ def _generate_missing(
                 [prompts[key] for key in batch],
                 config.sampling,
                 stop_token_ids=source.tokenizer.stop_token_ids,
-                vocab_size=len(source.tokenizer.tokenizer),
+                vocab_size=source.tokenizer.vocab_size,
                 seed=int(np.random.SeedSequence((seed, start)).generate_state(1)[0] >> 1),
                 mesh=mesh,
             )

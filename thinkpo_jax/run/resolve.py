@@ -9,6 +9,7 @@ from typing import Any
 
 from jax.sharding import Mesh
 
+from thinkpo_jax.data.readers import source_state
 from thinkpo_jax.models.architecture import Architecture
 from thinkpo_jax.models.compute_config import ComputeConfig, resolve_attention_kernel
 from thinkpo_jax.models.model_folder import ModelSource, resolve_model_source
@@ -47,11 +48,16 @@ class ResolvedRun:
     def settings_of(self, stage: StageConfig) -> dict[str, Any]:
         """Returns everything but the data that determines the weights of a stage. Its data has a digest.
 
-        The paths of the data are not compared. They tell whether the digest of a finished stage must be checked again.
+        Paths and `data_state` are not compared. They tell whether the digest of a finished stage must be checked again.
         """
         fingerprint = self.initial_source_of(stage).quick_fingerprint()
         return {
             "stage": _stage_settings(stage),
+            "tokenizer": {
+                "files": self.model_source.tokenizer_fingerprint(),
+                **self.config.model.model_dump(mode="json", include={"template_arguments", "thinking_tags"}),
+            },
+            "data_state": [source_state(source) for source in stage.data],
             "seed": self.config.seed,
             "dtype": self.config.compute.dtype,
             "start": {"model": self.config.initial_model_of(stage), "fingerprint": fingerprint},
@@ -105,6 +111,8 @@ def is_stage_finished(run: ResolvedRun, stage: StageConfig) -> bool:
             f"or remove {folder.path} to train both stages again."
         )
     settings = json.loads(json.dumps(run.settings_of(stage)))
+    if record is not None and "tokenizer" not in record.settings:
+        del settings["tokenizer"]  # an older version did not know it
     if changes := record and _differences(_with_defaults(record.settings, stage), settings):
         raise UserError(
             f"{folder.path} holds stage {stage.name!r}, which was trained with other settings: {'; '.join(changes)}. "
@@ -114,12 +122,11 @@ def is_stage_finished(run: ResolvedRun, stage: StageConfig) -> bool:
     return broadcast_from_primary(is_finished)
 
 
-def has_moved_data(run: ResolvedRun, stage: StageConfig) -> bool:
-    """Returns whether a begun stage read its data from other paths, in any process."""
+def has_changed_files(run: ResolvedRun, stage: StageConfig) -> bool:
+    """Returns whether the data files of a begun stage moved or were written again, in any process."""
     record = run.folder.read_stage_record(stage.name)
-    old = record.settings.get("stage", {}).get("data", []) if record else []
-    old_paths = [source.get("path") for source in old]
-    return any_process(bool(record) and old_paths != [source.path for source in stage.data])
+    states = [source_state(source) for source in stage.data]
+    return any_process(record is not None and record.settings.get("data_state") != states)
 
 
 def _stage_settings(stage: StageConfig) -> dict[str, Any]:
@@ -131,7 +138,7 @@ def _stage_settings(stage: StageConfig) -> dict[str, Any]:
 
 
 def _with_defaults(settings: Mapping[str, Any], stage: StageConfig) -> Mapping[str, Any]:
-    """Returns the settings of a record with the defaults of keys that an older version did not know."""
+    """Returns the settings of a record with the defaults of stage keys that an older version did not know."""
     with contextlib.suppress(UserError, KeyError):
         return {**settings, "stage": _stage_settings(parse_config(type(stage), settings["stage"], source="record"))}
     return settings
@@ -142,6 +149,7 @@ def _differences(old: Any, new: Any, path: str = "") -> list[str]:
         old, new = dict(enumerate(old)), dict(enumerate(new))
     if isinstance(old, Mapping) and isinstance(new, Mapping):
         keys = {**old, **new}
-        keys.pop("path", None)  # of data, which has a digest
+        for key in ("path", "data_state"):  # of data, which has a digest
+            keys.pop(key, None)
         return [line for key in keys for line in _differences(old.get(key), new.get(key), f"{path}.{key}")]
     return [] if old == new else [f"{path.lstrip('.')} was {old!r}, is {new!r}"]

@@ -9,7 +9,7 @@ import yaml
 from thinkpo_jax.models.transformer import Transformer
 from thinkpo_jax.models.weight_mapping import abstract_model
 from thinkpo_jax.models.weight_saving import save_model, temporary_folder
-from thinkpo_jax.run.resolve import ResolvedRun
+from thinkpo_jax.run.resolve import ResolvedRun, is_stage_finished
 from thinkpo_jax.run.run_folder import StageRecord
 from thinkpo_jax.run.stage_data import check_data_unchanged
 from thinkpo_jax.runtime.config import UserError
@@ -52,7 +52,7 @@ def export_checkpoint(
     with_checkpoint = [each for each in names if _has_checkpoint(run.folder.stage(each).checkpoints)]
     if not with_checkpoint:
         raise UserError(f"{run.folder.path}: no stage has a checkpoint yet.")
-    if out.exists():
+    if out.exists() or out.is_symlink():
         raise UserError(f"{out} exists already. Choose another folder with --out.")
     if (leftover := temporary_folder(out)).exists():
         raise UserError(f"{leftover} is left from an interrupted export. Remove it, or choose another --out.")
@@ -62,6 +62,7 @@ def export_checkpoint(
     stage, folder = run.config.stages[names.index(name)], run.folder.stage(name).checkpoints
     if not folder.is_dir():
         raise UserError(f"{run.folder.path}: stage {name!r} has no checkpoints. These stages have: {with_checkpoint}.")
+    is_stage_finished(run, stage)  # raises if the files at model.path are not those that the stage started from
     abstract = abstract_with_shardings(abstract_model(run.model_source.architecture, run.config.compute), run.mesh)
     with CheckpointStore(folder, read_only=True) as checkpoints:
         step = (checkpoints.latest_step() or 0) if step is None else step
@@ -119,7 +120,8 @@ def _model_card(run: ResolvedRun, stage: StageConfig, *, step: int, notes: Seque
         ],
         "Made with": [f"{name}: {version}" for name, version in software_versions().items()],
     }
-    settings = yaml.safe_dump(run.settings_of(stage), sort_keys=False, allow_unicode=True)
+    settings = {key: value for key, value in run.settings_of(stage).items() if key != "data_state"}
+    settings = yaml.safe_dump(settings, sort_keys=False, allow_unicode=True)
     body = "".join(
         f"\n## {title}\n\n" + "".join(f"- {line}\n" for line in lines) for title, lines in sections.items() if lines
     )

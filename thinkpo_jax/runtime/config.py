@@ -214,11 +214,15 @@ def _describe_unknown_key(section: type[ConfigSection], path: str, detail: Any, 
     if key in foreign_keys:
         return f"unknown key {path}. {foreign_keys[key].replace('NAME', name)}."
     known = sorted(_known_keys(section, tuple(parents)))
-    if hint := did_you_mean(str(key), known):
+    if hint := did_you_mean(str(key), known, similarity=0.9):
         return f"unknown key {path}{hint}."
-    elsewhere = sorted({found.replace("NAME", name) for found in _paths_to(section, key)} - {path})
+    # The exact name in another section says more than a name here that is only similar.
+    paths = {found.replace("stages.NAME", f"stages.{name}") for found in _paths_to(section, key)}
+    elsewhere = sorted(found for found in paths - {path} if key not in ("name", "path"))
     if 1 <= len(elsewhere) <= 2:
         return f"unknown key {path}. The key is {' or '.join(elsewhere)}."
+    if hint := did_you_mean(str(key), known):
+        return f"unknown key {path}{hint}."
     return f"unknown key {path}. Keys here: {', '.join(known)}."
 
 
@@ -262,7 +266,7 @@ def _known_keys(annotation: Any, location: tuple[Any, ...]) -> set[str]:
     return _known_keys(annotation, rest) if is_tag or isinstance(step, int) else set()
 
 
-def did_you_mean(word: str, known: Sequence[str]) -> str:
+def did_you_mean(word: str, known: Sequence[str], *, similarity: float = 0.6) -> str:
     """Returns a hint such as ' (did you mean X?)' with the nearest known word, or an empty string."""
-    close = difflib.get_close_matches(word, known, n=1)
+    close = difflib.get_close_matches(word, known, n=1, cutoff=similarity)
     return f" (did you mean {close[0]}?)" if close else ""

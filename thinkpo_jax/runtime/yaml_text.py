@@ -110,9 +110,15 @@ def read_yaml(path: Path) -> dict[str, Any]:
     return loaded
 
 
+_UNICODE_LINE_BREAK = re.compile("[\x85\u2028\u2029]")
+
+
 def dump_yaml(values: Mapping[str, Any]) -> str:
     """Returns values as a YAML text, from which `read_yaml` gives the same values."""
-    return yaml.dump(dict(values), Dumper=_Dumper, sort_keys=False, allow_unicode=True)
+    text = yaml.dump(dict(values), Dumper=_Dumper, sort_keys=False, allow_unicode=True)
+    if not _UNICODE_LINE_BREAK.search(text):
+        return text
+    return yaml.dump(dict(values), Dumper=_Dumper, sort_keys=False)  # PyYAML would read these back as spaces
 
 
 def apply_overrides(raw: dict[str, Any], assignments: Sequence[str]) -> dict[str, Any]:
@@ -129,6 +135,8 @@ def apply_overrides(raw: dict[str, Any], assignments: Sequence[str]) -> dict[str
 
 
 def _read_value(text: str, assignment: str) -> Any:
+    if text.lstrip().startswith("#"):
+        return text.strip()
     value = _load_yaml(text, f"--set {assignment}")
     # There is no comment in an argument. YAML would cut `runs/a #1` short.
     is_plain_text = isinstance(value, str) and not text.lstrip().startswith(("'", '"', "|", ">", "!", "&"))

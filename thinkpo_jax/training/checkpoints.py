@@ -158,6 +158,9 @@ def _plain_link(folder: Path, *, make: bool) -> Iterator[Path]:
         folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="thinkpo_jax-") as parent:
         link = Path(parent) / "checkpoints"
+        if not PLAIN_PATH.fullmatch(str(link)):
+            problem = f"TMPDIR: the temporary folder {parent} and {folder} both have special characters"
+            raise UserError(f"{problem}. Set TMPDIR to a folder with letters, digits, `-` and `_` only.")
         link.symlink_to(folder, target_is_directory=True)
         yield link
 
