@@ -167,3 +167,10 @@ def test_errors_of_parquet_files_name_the_file_and_the_row(tmp_path: Path, chat:
     assert message == f"{tmp_path / 'rows.parquet'}, row 1, response: expected a text, found null."
     broken = write_rows(tmp_path / "broken.parquet", ROW)
     assert error_message(SftDataConfig(path=str(broken)), chat).startswith(f"{broken}: ")
+
+
+@pytest.mark.parametrize(("path", "kind"), [("d/*.jsonl", "Patterns"), ("https://a.b/c.jsonl", "URLs")])
+def test_a_pattern_and_a_url_are_refused_as_such(path: str, kind: str, chat: ChatTokenizer):
+    assert f"({kind} are not read. Give a file, a folder or a list of sources)" in error_message(
+        SftDataConfig(path=path), chat
+    )

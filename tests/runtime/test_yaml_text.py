@@ -34,7 +34,8 @@ def test_an_ambiguous_number_is_an_error_that_says_what_to_write(written: str, t
     assert str(error.value) == f"{tmp_path / 'run.yaml'}, line 2: {AMBIGUOUS[written]}."
     with pytest.raises(UserError) as error:
         apply_overrides({}, [f"seed={written}"])
-    assert str(error.value) == f"--set seed={written}: {AMBIGUOUS[written]}."
+    hint = "The shell removes one pair of quotes, so write two."
+    assert str(error.value) == f"--set seed={written}: {AMBIGUOUS[written]}. {hint}"
 
 
 VALUES: dict[str, Any] = {
@@ -85,3 +86,11 @@ def test_dumped_texts_with_any_line_break_are_read_back(text: str, tmp_path: Pat
     path = tmp_path / "a.yaml"
     path.write_text(dump_yaml({"title": text}), encoding="utf-8")
     assert read_yaml(path) == {"title": text}
+
+
+@pytest.mark.parametrize(
+    ("text", "value"), [("1e3", 1000), ("2E+2", 200), ("1e-5", 1e-5), ("1.5e3", 1500.0), ("-1e1", -10)]
+)
+def test_an_exponent_without_a_fraction_is_an_integer(text: str, value: float) -> None:
+    read = apply_overrides({}, [f"steps={text}"])["steps"]
+    assert (read, type(read)) == (value, type(value))

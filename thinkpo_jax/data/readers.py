@@ -172,7 +172,9 @@ def _checked_path(source: DataSourceConfig) -> Path:
         path.name.lower().endswith((*DATA_FILE_SUFFIXES, *UNSUPPORTED_FILE_SUFFIXES))
         or not HUB_ID.fullmatch(str(source.path))
     ):
-        problem = f"there is no such file{_searched_folder(path)}"
+        kind = "URLs" if "://" in source.name else "Patterns" if set("*?") & set(source.name) else None
+        remedy = f" ({kind} are not read. Give a file, a folder or a list of sources)" if kind else ""
+        problem = f"there is no such file{_searched_folder(path)}{remedy}"
     elif not exists and (importlib.resources.files("datasets.packaged_modules") / str(source.path)).is_dir():
         # Given a name such as `json`, `datasets` would read the files of the working directory in that format.
         problem = "found the name of a format"

@@ -12,7 +12,7 @@ from thinkpo_jax.models.weight_saving import save_model, temporary_folder
 from thinkpo_jax.run.resolve import ResolvedRun, is_stage_finished
 from thinkpo_jax.run.run_folder import StageRecord
 from thinkpo_jax.run.stage_data import check_data_unchanged
-from thinkpo_jax.runtime.config import UserError
+from thinkpo_jax.runtime.config import UserError, did_you_mean
 from thinkpo_jax.runtime.console import log_info, read_metrics
 from thinkpo_jax.runtime.files import read_json_record, software_versions
 from thinkpo_jax.runtime.processes import barrier
@@ -58,7 +58,9 @@ def export_checkpoint(
         raise UserError(f"{leftover} is left from an interrupted export. Remove it, or choose another --out.")
     name = name or with_checkpoint[-1]
     if name not in names:
-        raise UserError(f"{run.folder.path}: there is no stage {name!r}. The run has the stages {names}.")
+        raise UserError(
+            f"{run.folder.path}: there is no stage {name!r}{did_you_mean(name, names)}. The run has the stages {names}."
+        )
     stage, folder = run.config.stages[names.index(name)], run.folder.stage(name).checkpoints
     if not folder.is_dir():
         raise UserError(f"{run.folder.path}: stage {name!r} has no checkpoints. These stages have: {with_checkpoint}.")

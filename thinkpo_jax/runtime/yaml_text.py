@@ -4,7 +4,7 @@ Numbers and texts mean what they look like:
 
 | text | PyYAML reads | here |
 |---|---|---|
-| `1e-5` | a text | the number 0.00001 |
+| `1e-5`, `1e3` | a text | the numbers 0.00001 and 1000 |
 | `010`, `0o10`, `10:00` | 8, a text, 600 | an error that says what to write |
 | `1_000`, `0x10`, `0b1` | 1000, 16, 1 | the same |
 | `2024-01-01` | a date | a text |
@@ -64,6 +64,15 @@ class _Loader(_Resolver, yaml.SafeLoader):
         return node
 
 
+def _construct_float(loader: _Loader, node: yaml.ScalarNode) -> float:
+    """Returns the number, as an int if it is written without a fraction, such as `1e3`. A float accepts an int too."""
+    number = loader.construct_yaml_float(node)
+    return int(number) if re.fullmatch(r"[-+]?[0-9]+[eE]\+?[0-9]{1,2}", node.value) else number
+
+
+_Loader.add_constructor(FLOAT_TAG, _construct_float)
+
+
 class _Dumper(_Resolver, yaml.SafeDumper):
     """YAML's safe dumper. It quotes a text that `_Loader` would read as a number."""
 
@@ -86,7 +95,8 @@ def _load_yaml(text: str, source: str) -> Any:
     except _AmbiguousNumberError as error:
         line = 0 if error.problem_mark is None else error.problem_mark.line + 1
         location = source if source.startswith("--set") else f"{source}, line {line}"
-        raise UserError(f"{location}: {error.problem}.") from None
+        hint = " The shell removes one pair of quotes, so write two." if source.startswith("--set") else ""
+        raise UserError(f"{location}: {error.problem}.{hint}") from None
     except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: an impossible number
         reason = str(error).replace('"<unicode string>", ', "")  # PyYAML's name for a text without a file
         hint = ' Quote a text that holds `${...}`: "${NAME}/x".' if "${" in text else ""
