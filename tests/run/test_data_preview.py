@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support.byte_tokenizer import byte_tokenizer
 from support.checkpoints import needs_data
 from support.paths import DATA, ROOT
 
@@ -21,17 +20,6 @@ from thinkpo_jax.train import main
 QUICKSTART = str(ROOT / "configs" / "quickstart.yaml")
 LONG, SHORT = "<think>\n" + "t" * 60 + "\n</think>\n\n4", "4"
 PAIR = {"prompt": "2+2?", "chosen": LONG, "rejected": SHORT}
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model folder with the byte tokenizer and without weights, because the check does not read weights."""
-    folder = byte_tokenizer(tmp_path_factory.mktemp("model"))
-    shape = {"model_type": "qwen2", "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
-    shape |= {"num_key_value_heads": 2, "intermediate_size": 48, "vocab_size": 320, "max_position_embeddings": 512}
-    shape |= {"rope_theta": 10000.0, "rms_norm_eps": 1e-6, "hidden_act": "silu", "tie_word_embeddings": True}
-    (folder / "config.json").write_text(json.dumps(shape | {"architectures": ["Qwen2ForCausalLM"]}))
-    return folder
 
 
 def write_config(folder: Path, model: Path, *records: object, objective: str = "thinkpo", **changes: Any) -> Path:

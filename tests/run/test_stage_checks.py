@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support.byte_tokenizer import byte_tokenizer
 
 from thinkpo_jax.evaluation.benchmarks import QuestionsByBenchmark
 from thinkpo_jax.models.model_folder import ModelConfig
@@ -22,17 +21,6 @@ from thinkpo_jax.runtime.config import RunError, UserError
 PAIRS: list[dict[str, Any]] = [{"prompt": f"{i:02}+2=?", "chosen": "l" * 40, "rejected": "s"} for i in range(20)]
 QUESTION = "Ada has four red and nine blue marbles. She gives five of them to Bob. How many has she left?"
 NO_QUESTIONS: QuestionsByBenchmark = {}
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model folder with the byte tokenizer and without weights. It supports 512 tokens."""
-    folder = byte_tokenizer(tmp_path_factory.mktemp("model"))
-    shape = {"model_type": "qwen2", "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
-    shape |= {"num_key_value_heads": 2, "intermediate_size": 48, "vocab_size": 320, "max_position_embeddings": 512}
-    shape |= {"rope_theta": 10000.0, "rms_norm_eps": 1e-6, "hidden_act": "silu", "tie_word_embeddings": True}
-    (folder / "config.json").write_text(json.dumps(shape | {"architectures": ["Qwen2ForCausalLM"]}))
-    return folder
 
 
 def configure(folder: Path, model: Path, records: list[dict[str, Any]], **changes: Any) -> RunConfig:

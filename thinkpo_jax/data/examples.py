@@ -31,10 +31,14 @@ class Segment:
         return self.token_ids[self.answer_start :]
 
     @property
+    def loss_spans(self) -> tuple[tuple[int, int], ...]:
+        """Where the parts that enter the loss begin and end, in ascending order."""
+        return (*self.earlier_answers, (self.answer_start, len(self.token_ids)))
+
+    @property
     def loss_indices(self) -> np.ndarray:
         """The indices of the tokens that enter the loss, in ascending order."""
-        spans = (*self.earlier_answers, (self.answer_start, len(self.token_ids)))
-        return np.concatenate([np.arange(start, end) for start, end in spans])
+        return np.concatenate([np.arange(start, end) for start, end in self.loss_spans])
 
 
 Example = tuple[Segment, ...]  # one segment for SFT, (chosen, rejected) for a preference pair

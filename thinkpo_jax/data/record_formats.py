@@ -80,10 +80,10 @@ class PromptAnswers(NamedTuple):
 class PromptSourceConfig(DataSourceConfig):
     """A source of prompts. They are in the column `prompt` (default "prompt"), or in the turns before the answer.
 
-    By default the first record with a known form sets `form`. `system` (a text) or `system_column` (default "system")
-    goes before the conversation. `prompt_suffix` goes after the prompt. `thinking_column` holds the
-    thought before the (chosen) answer. `on_bad_row`: a record that cannot be used stops the run, or is skipped and
-    counted.
+    The first record with a known form sets `form`, unless it is given. The text in `system`, or the column that
+    `system_column` names (default "system"), goes before the conversation. The text in `prompt_suffix` goes after the
+    prompt. The column that `thinking_column` names holds the thought before the (chosen) answer. The key `on_bad_row`
+    says whether a record that cannot be used stops the run, or is skipped and counted.
     """
 
     form: FormName | None = None
@@ -206,9 +206,12 @@ def describe_form(config: ColumnConfig) -> str:
     is_pair = isinstance(config, PreferenceDataConfig)
     answers = (config.chosen, config.rejected) if is_pair else (config.messages or config.response or "",)
     has_prompt = config.form != "messages" and (is_pair or config.messages is None)
-    column = config.prompt or _PROMPT_COLUMN_BY_FORM.get(config.form or "columns", "prompt")
-    prompt = (column, *(("input",) if config.form == "alpaca" else ())) if has_prompt else ()
+    prompt = (_prompt_column(config), *(("input",) if config.form == "alpaca" else ())) if has_prompt else ()
     return f"{config.form} ({', '.join((*prompt, *answers))})"
+
+
+def _prompt_column(config: ColumnConfig) -> str:
+    return config.prompt or _PROMPT_COLUMN_BY_FORM.get(config.form or "columns", "prompt")
 
 
 def parse_record(config: ColumnConfig, record: Record, location: str, thinking: ThinkingFormat) -> PromptAnswers:
@@ -290,7 +293,7 @@ class _RecordParser:
             problem = "holds the prompt before the answer. Leave out `prompt`, which names another column"
             raise RecordError("two prompts", f"{location}: {problem}.")
         if not prompt or prompt[0]["role"] == "assistant":  # the turns go on with the prompt in its column
-            column = config.prompt or _PROMPT_COLUMN_BY_FORM.get(config.form or "columns", "prompt")
+            column = _prompt_column(config)
             prompt = self._read_prompt(column) + prompt
         elif (other := self.record.get("prompt")) in [message["content"] for message in prompt] or other is None:
             self.used.add("prompt")  # it repeats a turn

@@ -171,7 +171,7 @@ class _SourceTokenizer:
     def _count_error(self, report: SourceReport, error: RecordError) -> None:
         """Adds a record that cannot be used to the report. Raises `UserError` if the config says to stop at it."""
         is_too_long = isinstance(error, _TooLongError)
-        if isinstance(error, _TooLongError):
+        if is_too_long:
             report.too_long_tokens.append(error.num_tokens)
         if (self.config.over_length if is_too_long else self.config.on_bad_row) == "raise":
             if not self.keep_going:

@@ -145,7 +145,7 @@ def _first_example(stage: StageConfig, tokenizer: ChatTokenizer, example: Exampl
     yield f"the first example ({legend}):"
     for name, segment in zip(answer_names(stage), example, strict=True):
         text, end = "", 0
-        for start, stop in (*segment.earlier_answers, (segment.answer_start, len(segment.token_ids))):
+        for start, stop in segment.loss_spans:
             before, answer = (
                 _shortened(tokenizer.tokenizer.decode(segment.token_ids[part], skip_special_tokens=False))
                 for part in (slice(end, start), slice(start, stop))

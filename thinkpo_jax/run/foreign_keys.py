@@ -30,7 +30,8 @@ _ALWAYS_LOGGED = "Every update is logged in metrics.jsonl of the stage. Leave it
 _REFERENCE = "The reference is the model that the stage starts from: `stages.NAME.init_from`. Its log-probs are cached"
 _NO_CODE = "Code of a model or data set is never run. Leave it out"
 _ALWAYS_RESUMED = "A run resumes by itself when the same command runs again. Leave it out"
-
+_ATTENTION = "Use `compute.attention`. The default picks the kernel of the device"
+_VALIDATION_BATCH = "Validation uses the rows of the training batch. Leave it out"
 _ANSWERS = "Only answers are trained. `stages.NAME.data.train_on` chooses the last one or all of a conversation"
 
 # A sentence in which NAME stands for the name of a stage.
@@ -40,7 +41,7 @@ FOREIGN_KEYS = {
     "adam_epsilon": "Use `stages.NAME.optimizer.eps`",
     "adapter": _NO_LORA,
     "assistant_only_loss": _ANSWERS,
-    "attn_implementation": "Use `compute.attention`. The default picks the kernel of the device",
+    "attn_implementation": _ATTENTION,
     "base_model": _MODEL,
     "batch_size": _BATCH,
     "bf16": _DTYPE,
@@ -58,13 +59,13 @@ FOREIGN_KEYS = {
     "datasets": _DATA,
     "deepspeed": _MESH,
     "do_eval": _VALIDATION,
-    "eval_batch_size": "Validation uses the rows of the training batch. Leave it out",
+    "eval_batch_size": _VALIDATION_BATCH,
     "eval_steps": _VALIDATION,
     "eval_strategy": _VALIDATION,
     "evaluation_strategy": _VALIDATION,
     "finetuning_type": _NO_LORA,
-    "flash_attention": "Use `compute.attention`. The default picks the kernel of the device",
-    "flash_attn": "Use `compute.attention`. The default picks the kernel of the device",
+    "flash_attention": _ATTENTION,
+    "flash_attn": _ATTENTION,
     "fp16": _DTYPE,
     "fsdp_config": _MESH,
     "gradient_accumulation_steps": _MICRO,
@@ -104,7 +105,7 @@ FOREIGN_KEYS = {
     "packing": _PACK,
     "padding_free": _PACK,
     "peft_config": _NO_LORA,
-    "per_device_eval_batch_size": "Validation uses the rows of the training batch. Leave it out",
+    "per_device_eval_batch_size": _VALIDATION_BATCH,
     "per_device_train_batch_size": _MICRO,
     "precompute_ref_log_probs": _REFERENCE,
     "pref_beta": "Use `stages.NAME.beta`",
