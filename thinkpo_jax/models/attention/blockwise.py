@@ -38,7 +38,7 @@ def dense_attention(
 ) -> Array:
     """Computes causal attention within segments for queries and keys in any order. Memory grows with T x S.
 
-    Positions count from the start of a segment, so the same mask works for packed rows and for a KV cache.
+    Positions count from the start of a segment.
     """
     same_segment = queries.segment_ids[:, :, None] == keys.segment_ids[:, None, :]
     not_later = keys.positions[:, None, :] <= queries.positions[:, :, None]
