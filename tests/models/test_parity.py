@@ -9,12 +9,13 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from support import small
+from support import generation, small
 from support.attention import packed_positions
 from support.checkpoints import needs_data, tiny_checkpoint, torch_logits, torch_model
 from support.paths import DATA
 
-from thinkpo_jax.inference.engine import Completion, SamplingConfig, generate
+from thinkpo_jax.inference.engine import SamplingConfig
+from thinkpo_jax.inference.inference_model import prepare_inference_model
 from thinkpo_jax.models.attention.blockwise import TokenPositions
 from thinkpo_jax.models.transformer import Transformer
 from thinkpo_jax.models.weight_loading import load_model
@@ -61,7 +62,7 @@ def _random_tokens(rows: int, length: int) -> np.ndarray:
 
 @jax.jit
 def _logits(model: Transformer, tokens_BT: jax.Array, positions: TokenPositions) -> jax.Array:
-    return model(tokens_BT, positions)[0] @ model.lm_head()
+    return model(tokens_BT, positions) @ model.lm_head()
 
 
 def _unpacked(tokens_BT: np.ndarray) -> TokenPositions:
@@ -158,13 +159,12 @@ def test_greedy_completions(folder: Path, model: Transformer) -> None:
         rows = torch.tensor([prompt])
         kwargs = {"attention_mask": torch.ones_like(rows), "generation_config": settings}
         answer = reference.generate(rows, **kwargs)  # pyright: ignore[reportCallIssue] -- torch hides a module's methods
-        expected.append(Completion(answer[0, len(prompt) :].tolist(), finish_reason="length"))
-    assert [len(completion.token_ids) for completion in expected] == [64] * 3
+        expected.append(generation.Generated(answer[0, len(prompt) :].tolist(), "length"))
+    assert [len(answer.ids) for answer in expected] == [64] * 3
     mesh = small.mesh()
     with jax.set_mesh(mesh):
-        config = SamplingConfig(temperature=0, max_new_tokens=64, batch_size=4)
-        completions = generate(model, prompts, config, stop_token_ids=(), vocab_size=VOCAB_SIZE, seed=0, mesh=mesh)
-    assert completions == expected
+        prepared = prepare_inference_model(model, mesh, vocab_size=VOCAB_SIZE)
+    assert generation.generate(prompts, SamplingConfig(temperature=0), limits=64, model=prepared) == expected
 
 
 def test_transformers_reads_saved_folders(folder: Path, model: Transformer, tmp_path: Path) -> None:

@@ -48,7 +48,7 @@ def miniature(tmp_path: Path) -> Path:
 
 @jax.jit
 def _logits(model: Transformer, tokens_BT: jax.Array, positions: TokenPositions) -> jax.Array:
-    return model(tokens_BT, positions)[0] @ model.lm_head()
+    return model(tokens_BT, positions) @ model.lm_head()
 
 
 def logits(model: Transformer) -> np.ndarray:

@@ -13,7 +13,7 @@ from support.attention import packed_positions
 
 from thinkpo_jax.models.attention.blockwise import BLOCK_SIZE, TokenPositions
 from thinkpo_jax.models.compute_config import ComputeConfig
-from thinkpo_jax.models.transformer import KVCache, Transformer, linear, rms_norm
+from thinkpo_jax.models.transformer import Transformer, linear, rms_norm
 from thinkpo_jax.models.weight_mapping import flatten_by_name
 
 ROW = np.random.default_rng(0).permutation(small.ARCH.vocab_size)[:20].astype(np.int32)  # distinct tokens
@@ -28,27 +28,19 @@ def _model(dtype: str = "float32", remat: str = "none") -> Transformer:
 
 @jax.jit
 def _hidden_states(model: Transformer, token_ids_BT: jax.Array, positions: TokenPositions) -> jax.Array:
-    return model(token_ids_BT, positions)[0]
+    return model(token_ids_BT, positions)
 
 
 @jax.jit
-def _step_with_cache(
-    model: Transformer, token_ids_BT: jax.Array, positions: TokenPositions, cache: KVCache
-) -> tuple[jax.Array, KVCache]:
-    hidden_BTD, new_cache = model(token_ids_BT, positions, cache)
-    assert new_cache is not None
-    return hidden_BTD, new_cache
-
-
 def _loss(model: Transformer) -> jax.Array:
     """Returns a sum in which every logit of the row has its own weight."""
-    logits_TV = (model(jnp.array(ROW)[None], POSITIONS)[0][0] @ model.lm_head()).astype(jnp.float32)
+    logits_TV = (model(jnp.array(ROW)[None], POSITIONS)[0] @ model.lm_head()).astype(jnp.float32)
     return jnp.sum(logits_TV * np.random.default_rng(1).normal(size=logits_TV.shape).astype(np.float32))
 
 
 def test_a_gradient_reaches_exactly_the_earlier_tokens_of_the_segment() -> None:
     def states(model: Transformer) -> jax.Array:
-        hidden_TD = model(jnp.array(ROW)[None], POSITIONS)[0][0]
+        hidden_TD = model(jnp.array(ROW)[None], POSITIONS)[0]
         return hidden_TD @ jnp.array(np.random.default_rng(1).normal(size=small.ARCH.hidden_size), jnp.float32)
 
     gradient_TVD = np.asarray(flatten_by_name(jax.jit(jax.jacrev(states))(_model()))["embedding"])
@@ -92,32 +84,6 @@ def test_only_distances_between_positions_matter() -> None:
     assert np.abs(np.asarray(stretched - expected)).max() > 0.05
 
 
-@pytest.mark.parametrize("prefill", [9, 12])
-def test_the_kv_cache_gives_the_hidden_states_of_one_forward_pass(prefill: int) -> None:
-    """The prefill is a left-padded batch of prompts. The other tokens follow one by one."""
-    model, lengths, steps = _model(), np.array([3, 9]), 4
-    rows = [ROW[: lengths[0] + steps], ROW[::-1][: lengths[1] + steps]]
-    token_ids_BT, positions_BT = np.full((2, prefill), 5, np.int32), np.arange(prefill) - (prefill - lengths)[:, None]
-    for row, token_ids in enumerate(rows):
-        token_ids_BT[row, prefill - lengths[row] :] = token_ids[: lengths[row]]
-    positions = TokenPositions(
-        jnp.array(positions_BT >= 0, jnp.int32), jnp.array(np.maximum(positions_BT, 0), jnp.int32)
-    )
-    cache = model.init_cache(2, prefill + steps + 3)
-    hidden_BTD, cache = _step_with_cache(model, jnp.array(token_ids_BT), positions, cache)
-    states_by_row = [[hidden_BTD[row, prefill - length :]] for row, length in enumerate(lengths)]
-    for step in range(steps):
-        ids_B1 = jnp.array([[token_ids[length + step]] for token_ids, length in zip(rows, lengths, strict=True)])
-        positions = TokenPositions(jnp.ones((2, 1), jnp.int32), jnp.array(lengths[:, None] + step, jnp.int32))
-        hidden_B1D, cache = _step_with_cache(model, ids_B1, positions, cache)
-        for row in range(2):
-            states_by_row[row].append(hidden_B1D[row])
-    for states, token_ids in zip(states_by_row, rows, strict=True):
-        positions = packed_positions([[len(token_ids)]], len(token_ids))
-        expected_TD = _hidden_states(model, jnp.array(token_ids)[None], positions)[0]
-        np.testing.assert_allclose(np.concatenate(states), expected_TD, atol=1e-5)
-
-
 @pytest.mark.parametrize("remat", ["projections", "attention", "full", "offload"])
 def test_remat_does_not_change_the_loss_or_the_gradients(remat: str) -> None:
     value_and_grad = jax.value_and_grad(_loss)
@@ -141,7 +107,7 @@ def test_each_remat_policy_saves_less_and_recomputes_more(length: int, scores: i
         positions = packed_positions([[length - 5]], length)
 
         def loss(model: Transformer, positions: TokenPositions = positions) -> jax.Array:
-            return model(positions.positions, positions)[0].astype(jnp.float32).sum()
+            return model(positions.positions, positions).astype(jnp.float32).sum()
 
         lowered = jax.jit(jax.grad(loss)).lower(_model(remat=remat))
         products[remat] = len(re.findall(r"stablehlo\.dot_general", lowered.as_text()))

@@ -95,6 +95,15 @@ def test_16_bit_weights_become_float32_parameters(dtype: type, tmp_path: Path) -
         np.testing.assert_array_equal(array, flatten_by_name(expected)[name])
 
 
+def test_weights_are_loaded_in_another_dtype_except_for_norms(tmp_path: Path) -> None:
+    folder, mesh = save_random_model(tmp_path), small.mesh(fsdp=2, tensor=2)
+    expected = flatten_by_name(load_model(folder, small.FLOAT32, mesh))
+    for name, array in flatten_by_name(load_model(folder, small.FLOAT32, mesh, dtype="bfloat16")).items():
+        dtype = np.float32 if "norm" in name else ml_dtypes.bfloat16
+        assert array.dtype == dtype
+        np.testing.assert_array_equal(array, np.asarray(expected[name]).astype(dtype))
+
+
 def test_a_warning_names_the_tensors_that_are_not_finite(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = save_random_model(tmp_path) / "model.safetensors"
     tensors = load_file(file)

@@ -125,11 +125,11 @@ class ModelSource:
     tokenizer: ChatTokenizer
     random_seed: int | None = None
 
-    def load(self, compute: ComputeConfig, mesh: Mesh) -> Transformer:
-        """Loads or initializes the weights, sharded over the mesh."""
+    def load(self, compute: ComputeConfig, mesh: Mesh, *, dtype: str = "float32") -> Transformer:
+        """Loads or initializes the weights, sharded over the mesh. All but the norms get this dtype."""
         if self.random_seed is None:
-            return load_model(self.folder, compute, mesh, vocab_size=self.architecture.vocab_size)
-        return init_model(self.architecture, compute, mesh, seed=self.random_seed)
+            return load_model(self.folder, compute, mesh, vocab_size=self.architecture.vocab_size, dtype=dtype)
+        return init_model(self.architecture, compute, mesh, seed=self.random_seed, dtype=dtype)
 
     def quick_fingerprint(self) -> str | None:
         """Returns `quick_fingerprint` of the folder. It includes a resized embedding and the seed of random weights."""

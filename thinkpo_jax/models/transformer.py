@@ -1,14 +1,14 @@
 """The decoder of Qwen2, Qwen2.5, Qwen3 and Llama. The families differ only in their `Architecture`.
 
 Letters: B batch, T tokens, D hidden size, N query heads, K key/value heads, H head width. F is the MLP size, V the
-vocabulary size, L the number of layers, and S the number of slots of a KV cache.
+vocabulary size, and L the number of layers.
 Parameters are float32. They are cast to the compute dtype where they are used. A scan runs over the layers, which are
 stacked along a leading axis L.
 """
 
 import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +17,7 @@ from jax import checkpoint_policies as policies
 from jax.ad_checkpoint import checkpoint_name
 
 from thinkpo_jax.models.architecture import Architecture
-from thinkpo_jax.models.attention.blockwise import ATTENTION_OUTPUT, TokenPositions, dense_attention
+from thinkpo_jax.models.attention.blockwise import ATTENTION_OUTPUT, TokenPositions
 from thinkpo_jax.models.attention.dispatch import AttentionKernel, packed_attention
 from thinkpo_jax.models.compute_config import ComputeConfig
 from thinkpo_jax.models.rope import apply_rope
@@ -61,7 +61,7 @@ def _linear_backward(residuals: tuple[jax.Array, jax.Array], dout_BTO: jax.Array
 linear.defvjp(lambda x_BTI, weight_IO: (x_BTI @ weight_IO, (x_BTI, weight_IO)), _linear_backward)
 
 
-def rms_norm(x: jax.Array, weight: nnx.Param, eps: float) -> jax.Array:
+def rms_norm(x: jax.Array, weight: nnx.Param | jax.Array, eps: float) -> jax.Array:
     """Returns x / rms(x) * weight over the last axis, computed in float32, in the dtype of x.
 
     The forward pass saves x and one number per vector. Autodiff would save every intermediate product.
@@ -91,15 +91,6 @@ def _rms_norm_backward(_eps: float, residuals: tuple[jax.Array, ...], dout: jax.
 
 
 _rms_norm.defvjp(_rms_norm_forward, _rms_norm_backward)
-
-
-class KVCache(NamedTuple):
-    """Keys, values and positions of earlier tokens in S slots. `next_slot` is the first free slot."""
-
-    k_LBSKH: jax.Array
-    v_LBSKH: jax.Array
-    positions: TokenPositions
-    next_slot: jax.Array
 
 
 class DecoderLayers(nnx.Module):
@@ -135,30 +126,27 @@ class DecoderLayers(nnx.Module):
         self.down = param(normal, "mlp", "embed")
 
     def __call__(  # noqa: D102 -- the class says it
-        self, x_BTD: jax.Array, queries: TokenPositions, keys: TokenPositions, cache: tuple[jax.Array, ...] | None
-    ) -> tuple[jax.Array, tuple[jax.Array, ...] | None]:
-        axes, dtype, eps = ("batch", _length_axis(cache), "activation_embed"), x_BTD.dtype, self.arch.norm_eps
+        self, x_BTD: jax.Array, queries: TokenPositions, keys: TokenPositions
+    ) -> jax.Array:
+        axes, dtype, eps = ("batch", "length", "activation_embed"), x_BTD.dtype, self.arch.norm_eps
         x_BTD = checkpoint_name(x_BTD, LAYER_INPUT)
         with jax.named_scope("projections"):
             h_BTD = rms_norm(x_BTD, self.attention_norm, eps)
-            attended_BTD, cache = self._attention(h_BTD, queries, keys, cache)
-            x_BTD = constrain_sharding(x_BTD + attended_BTD, axes)
+            x_BTD = constrain_sharding(x_BTD + self._attention(h_BTD, queries, keys), axes)
         with jax.named_scope("feed_forward"):
             h_BTD = rms_norm(x_BTD, self.mlp_norm, eps)
             projected = [linear(h_BTD, weight[...].astype(dtype)) for weight in (self.gate, self.up)]
             gate_BTF, up_BTF = checkpoint_name(projected, MLP_PROJECTION_OUTPUT)
             x_BTD = x_BTD + linear(jax.nn.silu(gate_BTF) * up_BTF, self.down[...].astype(dtype))
-        return constrain_sharding(x_BTD, axes), cache
+        return constrain_sharding(x_BTD, axes)
 
-    def _attention(
-        self, x_BTD: jax.Array, queries: TokenPositions, keys: TokenPositions, cache: tuple[jax.Array, ...] | None
-    ) -> tuple[jax.Array, tuple[jax.Array, ...] | None]:
+    def _attention(self, x_BTD: jax.Array, queries: TokenPositions, keys: TokenPositions) -> jax.Array:
         dtype, arch = x_BTD.dtype, self.arch
 
         def project(weight: nnx.Param, bias: nnx.Param | None) -> jax.Array:
             out = checkpoint_name(jnp.einsum("BTD,DNH->BTNH", x_BTD, weight[...].astype(dtype)), PROJECTION_OUTPUT)
             out = out if bias is None else out + bias[...].astype(dtype)[None, None]
-            return constrain_sharding(out, ("batch", _length_axis(cache), "activation_heads", "head_dim"))
+            return constrain_sharding(out, ("batch", "length", "activation_heads", "head_dim"))
 
         def norm_and_rotate(x_BTNH: jax.Array, norm: nnx.Param | None) -> jax.Array:
             x_BTNH = x_BTNH if norm is None else rms_norm(x_BTNH, norm, arch.norm_eps)
@@ -167,17 +155,10 @@ class DecoderLayers(nnx.Module):
         q_BTNH = norm_and_rotate(project(self.q, self.q_bias), self.q_norm)
         k_BTKH = norm_and_rotate(project(self.k, self.k_bias), self.k_norm)
         v_BTKH = project(self.v, self.v_bias)
-        if cache is None:
-            with jax.named_scope("attention"):
-                out_BTNH = packed_attention(q_BTNH, k_BTKH, v_BTKH, keys, self.attention)
-        else:
-            k_BSKH, v_BSKH, next_slot = cache
-            k_BSKH = jax.lax.dynamic_update_slice(k_BSKH, k_BTKH, (0, next_slot, 0, 0))
-            v_BSKH = jax.lax.dynamic_update_slice(v_BSKH, v_BTKH, (0, next_slot, 0, 0))
-            out_BTNH = dense_attention(q_BTNH, k_BSKH, v_BSKH, queries, keys)
-            cache = k_BSKH, v_BSKH
+        with jax.named_scope("attention"):
+            out_BTNH = packed_attention(q_BTNH, k_BTKH, v_BTKH, keys, self.attention)
         out_BTD = jnp.einsum("BTNH,NHD->BTD", out_BTNH, self.o[...].astype(dtype))
-        return checkpoint_name(out_BTD, PROJECTION_OUTPUT), cache
+        return checkpoint_name(out_BTD, PROJECTION_OUTPUT)
 
 
 class Transformer(nnx.Module):
@@ -194,49 +175,25 @@ class Transformer(nnx.Module):
         head = None if arch.tied_head else jax.random.normal(key_head, (D, V)) * arch.init_std
         self.untied_head = nnx.data(None if head is None else nnx.Param(head, axes=("embed", "vocab")))
 
-    def __call__(
-        self, token_ids_BT: jax.Array, token_positions: TokenPositions, cache: KVCache | None = None
-    ) -> tuple[jax.Array, KVCache | None]:
-        """Returns hidden states [B, T, D] in the compute dtype, and the cache with the tokens appended.
-
-        Without a cache the inputs are packed rows. Then the hidden states are in the order of `to_zigzag_order`.
-        """
+    def __call__(self, token_ids_BT: jax.Array, token_positions: TokenPositions) -> jax.Array:
+        """Returns hidden states [B, T, D] of packed rows in the compute dtype, in the order of `to_zigzag_order`."""
         dtype, keys = jnp.dtype(self.compute.dtype), token_positions
         queries = token_positions._replace(segment_lengths=None)
-        if cache is None:
-            token_ids_BT, queries = jax.tree.map(to_zigzag_order, (token_ids_BT, queries))
-        else:
-            at = (0, cache.next_slot)
-            keys = jax.tree.map(lambda old, new: jax.lax.dynamic_update_slice(old, new, at), cache.positions, queries)
+        token_ids_BT, queries = jax.tree.map(to_zigzag_order, (token_ids_BT, queries))
         with jax.named_scope("embedding"):
             # Gathered before the look-up: XLA would otherwise rematerialise the whole table for each use.
             table_VD = constrain_sharding(self.embedding[...].astype(dtype), (None, None))
-            x_BTD = constrain_sharding(table_VD[token_ids_BT], ("batch", _length_axis(cache), "activation_embed"))
+            x_BTD = constrain_sharding(table_VD[token_ids_BT], ("batch", "length", "activation_embed"))
 
-        def layer(x_BTD: jax.Array, xs: tuple) -> tuple:
-            block, cached = xs
-            return block(x_BTD, queries, keys, None if cache is None else (*cached, cache.next_slot))
+        def layer(x_BTD: jax.Array, block: DecoderLayers) -> tuple[jax.Array, None]:
+            return block(x_BTD, queries, keys), None
 
         if self.compute.remat != "none":
             layer = jax.checkpoint(layer, policy=REMAT_POLICIES[self.compute.remat])
-        x_BTD, cached = jax.lax.scan(layer, x_BTD, (self.blocks, cache and (cache.k_LBSKH, cache.v_LBSKH)))
-        if cache is not None:
-            cache = KVCache(cached[0], cached[1], keys, cache.next_slot + token_ids_BT.shape[1])
-        return rms_norm(x_BTD, self.final_norm, self.arch.norm_eps), cache
+        x_BTD, _ = jax.lax.scan(layer, x_BTD, self.blocks)
+        return rms_norm(x_BTD, self.final_norm, self.arch.norm_eps)
 
     def lm_head(self) -> jax.Array:
         """Returns [D, V] in the compute dtype: logits = hidden @ head. A tied head is the transposed embedding."""
         head_DV = self.embedding[...].T if self.untied_head is None else self.untied_head[...]
         return head_DV.astype(self.compute.dtype)
-
-    def init_cache(self, batch: int, slots: int) -> KVCache:
-        """Returns an empty cache with `slots` tokens for each of `batch` rows."""
-        shape = (self.arch.num_layers, batch, slots, self.arch.num_kv_heads, self.arch.head_dim)
-        keys_and_values = jnp.zeros(shape, self.compute.dtype)
-        padding = jnp.zeros((batch, slots), jnp.int32)
-        return KVCache(keys_and_values, keys_and_values, TokenPositions(padding, padding), jnp.zeros((), jnp.int32))
-
-
-def _length_axis(cache: tuple | None) -> str | None:
-    """Returns the logical axis of tokens. With a cache they come a few at a time and are not split over devices."""
-    return "length" if cache is None else None

@@ -17,7 +17,7 @@ from thinkpo_jax.models.architecture import Architecture, read_architecture
 from thinkpo_jax.models.compute_config import ComputeConfig
 from thinkpo_jax.models.safetensors_files import TensorLocation, join_first, read_tensor_index
 from thinkpo_jax.models.transformer import Transformer
-from thinkpo_jax.models.weight_mapping import abstract_model, flatten_by_name, mappings_by_hf_name
+from thinkpo_jax.models.weight_mapping import abstract_model, cast_matrices, flatten_by_name, mappings_by_hf_name
 from thinkpo_jax.runtime.config import UserError, collect_errors
 from thinkpo_jax.runtime.console import log_warning
 from thinkpo_jax.runtime.sharding import abstract_with_shardings, tree_shardings
@@ -26,8 +26,10 @@ PREFETCH_TENSORS = 8  # Tensors that are read before they are used.
 COMPUTED_TENSOR = "rotary_emb.inv_freq"  # Old checkpoints hold it. config.json gives the same frequencies.
 
 
-def load_model(folder: Path, compute: ComputeConfig, mesh: Mesh, *, vocab_size: int | None = None) -> Transformer:
-    """Loads the folder's weights as float32 parameters on the mesh.
+def load_model(
+    folder: Path, compute: ComputeConfig, mesh: Mesh, *, vocab_size: int | None = None, dtype: str = "float32"
+) -> Transformer:
+    """Loads the folder's weights as parameters of this dtype on the mesh. Norms are always float32.
 
     The loader reads one Hugging Face tensor at a time, in the order of the files. Each process reads only the slices
     that its devices hold. Parameters are filled in place, so memory holds about one tensor beside them. A warning names
@@ -39,7 +41,7 @@ def load_model(folder: Path, compute: ComputeConfig, mesh: Mesh, *, vocab_size: 
         tensors = collector(check_weights, folder, arch)
     assert arch is not None and tensors is not None  # noqa: PT018 -- `collect_errors` raised otherwise
     mappings = mappings_by_hf_name(abstract_model(arch, compute))
-    abstract = abstract_model(replace(arch, vocab_size=vocab_size or arch.vocab_size), compute)
+    abstract = abstract_model(replace(arch, vocab_size=vocab_size or arch.vocab_size), compute, dtype)
     targets = flatten_by_name(abstract_with_shardings(abstract, mesh))
     order = sorted(mappings, key=lambda name: (tensors[name].file, tensors[name].begin))
     max_bytes = max(tensors[name].nbytes for name in order)
@@ -52,7 +54,8 @@ def load_model(folder: Path, compute: ComputeConfig, mesh: Mesh, *, vocab_size: 
         target = targets[mapping.path]
         spec = target.sharding.spec[1:] if mapping.is_per_layer else target.sharding.spec
         if mapping.is_per_layer and mapping.path not in parameters:
-            parameters[mapping.path] = jax.jit(jnp.zeros, static_argnums=0, out_shardings=target.sharding)(target.shape)
+            create = jax.jit(jnp.zeros, static_argnums=(0, 1), out_shardings=target.sharding)
+            parameters[mapping.path] = create(target.shape, target.dtype)
         if previous_bytes + tensors[name].nbytes > max_bytes:
             jax.block_until_ready(check)
         view = mapping.from_hf(tensors[name].memory_map())  # Transposed on the way to the device, which is fast.
@@ -60,7 +63,9 @@ def load_model(folder: Path, compute: ComputeConfig, mesh: Mesh, *, vocab_size: 
         sharding = NamedSharding(mesh, PartitionSpec(*spec))
         tensor = jax.make_array_from_callback(shape, sharding, _slice_reader(view, shape))
         jax.block_until_ready(check)
-        parameters[mapping.path], check = _fill(parameters.get(mapping.path), tensor, layer, sharding=target.sharding)
+        parameters[mapping.path], check = _fill(
+            parameters.get(mapping.path), tensor, layer, dtype=target.dtype, sharding=target.sharding
+        )
         nan_checks[name], previous_bytes = check, tensors[name].nbytes
         del tensor
     if broken := [name for name, check in nan_checks.items() if np.isnan(check)]:
@@ -86,10 +91,15 @@ def _slice_reader(view: np.ndarray, shape: tuple[int, ...]) -> Callable[[Any], n
     return read
 
 
-def init_model(arch: Architecture, compute: ComputeConfig, mesh: Mesh, *, seed: int) -> Transformer:
-    """Returns a model with random weights on the mesh. The seed gives the weights, on any mesh."""
+def init_model(
+    arch: Architecture, compute: ComputeConfig, mesh: Mesh, *, seed: int, dtype: str = "float32"
+) -> Transformer:
+    """Returns a model with random weights on the mesh. The seed gives the weights, on any mesh.
+
+    Matrices and biases are cast to `dtype`. Norms are always float32.
+    """
     shardings = tree_shardings(abstract_model(arch, compute), mesh)
-    build = jax.jit(lambda key: Transformer(arch, compute, key), out_shardings=shardings)
+    build = jax.jit(lambda key: cast_matrices(Transformer(arch, compute, key), dtype), out_shardings=shardings)
     return build(jax.random.key(seed))
 
 
@@ -106,10 +116,12 @@ def _prefetch_tensors(order: Sequence[str], tensors: Mapping[str, TensorLocation
         pool.shutdown(wait=False, cancel_futures=True)
 
 
-@partial(jax.jit, donate_argnums=0, static_argnames="sharding")
-def _fill(parameter: Array | None, tensor: Array, layer: int, *, sharding: NamedSharding) -> tuple[Array, Array]:
+@partial(jax.jit, donate_argnums=0, static_argnames=("dtype", "sharding"))
+def _fill(
+    parameter: Array | None, tensor: Array, layer: int, *, dtype: Any, sharding: NamedSharding
+) -> tuple[Array, Array]:
     """Returns the parameter with the tensor as its layer, and 0 if all numbers of the tensor are finite, else NaN."""
-    value = jnp.copy(tensor.astype(jnp.float32))  # The tensor itself may be a view of the file.
+    value = jnp.copy(tensor.astype(dtype))  # The tensor itself may be a view of the file.
     if parameter is not None:
         value = jax.lax.dynamic_update_index_in_dim(parameter, value, layer, 0)
     return jax.lax.with_sharding_constraint(value, sharding), jnp.sum(tensor.astype(jnp.float32) * 0)

@@ -78,9 +78,18 @@ def mappings_by_hf_name(model: Transformer) -> dict[str, tuple[WeightMapping, in
     return {name: (mapping, layer) for mapping in weight_mappings(model) for layer, name in enumerate(mapping.names)}
 
 
-def abstract_model(arch: Architecture, compute: ComputeConfig) -> Transformer:
-    """Returns the model with shapes in place of weights."""
-    return jax.eval_shape(lambda: Transformer(arch, compute, jax.random.key(0)))
+def abstract_model(arch: Architecture, compute: ComputeConfig, dtype: str = "float32") -> Transformer:
+    """Returns the model with shapes in place of weights. All but the norms have this dtype."""
+    return jax.eval_shape(lambda: cast_matrices(Transformer(arch, compute, jax.random.key(0)), dtype))
+
+
+def cast_matrices(model: Transformer, dtype: str) -> Transformer:
+    """Returns the model with matrices and biases in this dtype. Norms stay in float32."""
+
+    def cast(path: tuple[Any, ...], array: Any) -> Any:
+        return array if "norm" in jax.tree_util.keystr(path) else array.astype(dtype)
+
+    return jax.tree_util.tree_map_with_path(cast, model)
 
 
 def expected_tensor_shapes(arch: Architecture) -> dict[str, tuple[int, ...]]:

@@ -31,6 +31,7 @@ LOGICAL_AXIS_RULES: dict[str, tuple[str, ...]] = {
     "length": ("context",),
     "activation_embed": (),
     "activation_heads": ("tensor",),
+    "sampled_slots": ("data", "fsdp", "tensor"),  # of inference, while tokens are drawn
 }
 BATCH_AXES = ("micro_batch", "batch")  # the leading axes of the arrays of a batch; other axes are not split
 
@@ -106,6 +107,12 @@ def split_mesh_axes(*axes: str | None) -> tuple[str, ...]:
     """Returns the mesh axes over which logical axes are split, for collectives. Empty if there is no mesh."""
     sizes = jax.sharding.get_abstract_mesh().shape
     return tuple(mesh_axis for axis in axes for mesh_axis in _mesh_axes(axis) if sizes.get(mesh_axis, 1) > 1)
+
+
+def num_shards(axis: str) -> int:
+    """Returns the number of parts into which the current mesh splits a logical axis. 1 if there is no mesh."""
+    sizes = jax.sharding.get_abstract_mesh().shape
+    return math.prod(sizes[mesh_axis] for mesh_axis in split_mesh_axes(axis))
 
 
 def psum_or_reduce_scatter(x: jax.Array, over: tuple[str | None, ...], axes: tuple[str | None, ...]) -> jax.Array:

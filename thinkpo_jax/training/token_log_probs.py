@@ -140,7 +140,7 @@ def answer_token_log_probs(model: Transformer, batch: DeviceBatch) -> jax.Array:
     max_segments = math.prod(batch.reference_log_probs.shape[-3:-1])
     numbers_M = 1 + jnp.arange(max_segments)
     lengths_RM = (batch.segment_ids[:, None, :] == numbers_M[None, :, None]).sum(axis=-1)
-    hidden_RTD, _ = model(batch.token_ids, TokenPositions(batch.segment_ids, batch.positions, lengths_RM))
+    hidden_RTD = model(batch.token_ids, TokenPositions(batch.segment_ids, batch.positions, lengths_RM))
     gather = _gather
     if split_mesh_axes("length"):  # each device gathers the hidden states of whole rows, for its share of the slots
         gather = shard_map_by_axes(
