@@ -11,7 +11,8 @@ PYTEST := $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist worksteal
 # Tests of numbers. `make test-all` runs them a second time, on programs that are compiled as users compile them.
 OPTIMIZED := $(patsubst %,tests/%.py,models/attention/test_blockwise models/test_parity models/test_transformer \
   training/test_mesh training/test_objectives training/test_token_log_probs training/test_train_step training/test_trl \
-  inference/test_engine)
+  inference/test_continuous_batching inference/test_inference_weights inference/test_sampling \
+  inference/test_token_generation)
 
 # What is installed, one empty file per set of packages, by the version of Python: run < fast < test.
 VERSION := $(shell $(PYTHON) -c 'import sys; print(sys.version.split()[0])' 2>/dev/null || echo missing)
