@@ -25,12 +25,16 @@ from support.checkpoints import needs_data, torch_logits, torch_model
 from support.paths import DATA, ROOT
 from support.selection import exhaustive
 
+from thinkpo_jax import evaluate
 from thinkpo_jax.data.chat_tokenizer import ChatTokenizer
-from thinkpo_jax.inference.engine import Completion, SamplingConfig, generate
+from thinkpo_jax.inference.engine import Completion, Request, SamplingConfig
+from thinkpo_jax.inference.local_engine import LocalEngine, LocalEngineConfig
 from thinkpo_jax.models.attention.blockwise import TokenPositions
+from thinkpo_jax.models.model_folder import ModelConfig, resolve_model_source
 from thinkpo_jax.models.transformer import Transformer
 from thinkpo_jax.models.weight_loading import load_model
 from thinkpo_jax.models.weight_saving import save_model
+from thinkpo_jax.runtime.cli import run_command
 from thinkpo_jax.runtime.console import read_metrics
 from thinkpo_jax.training.checkpoints import CheckpointStore
 
@@ -43,7 +47,7 @@ def _logits(model: Transformer, tokens: np.ndarray) -> np.ndarray:
     positions = TokenPositions(
         jnp.ones(tokens.shape, jnp.int32), jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
     )
-    return np.asarray(jax.jit(lambda model: model(jnp.array(tokens), positions)[0] @ model.lm_head())(model))
+    return np.asarray(jax.jit(lambda model: model(jnp.array(tokens), positions) @ model.lm_head())(model))
 
 
 def _real_pairs(count: int) -> list[dict[str, str]]:
@@ -85,7 +89,8 @@ def run(request: pytest.FixtureRequest, smollm2: Path, tmp_path_factory: pytest.
         *(f"stages.{stage}.{key}={value}" for stage in ("sft", "thinkpo") for key, value in (
             ("batch", batch), ("optimizer", optimizer), ("steps", "2"), ("epochs", "null"))),
         f"evaluation.benchmarks=[{{name: gsm8k, path: '{DATA / 'gsm8k' / 'test.jsonl'}', questions: 2}}]",
-        f"evaluation.sampling={{temperature: 0.7, max_new_tokens: {max_new_tokens}, batch_size: 2}}",
+        f"evaluation.sampling={{temperature: 0.7, max_new_tokens: {max_new_tokens}}}",
+        "evaluation.local.slots=2",
     ]  # fmt: skip
     environment = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}
     command = [
@@ -114,14 +119,14 @@ def _questions(count: int) -> list[str]:
     return [json.loads(line)["question"] for line in lines[:count]]
 
 
-def _generate_greedy(folder: Path, prompts: list[list[int]], max_new_tokens: int) -> list[Completion]:
-    chat, mesh = ChatTokenizer.from_folder(folder), small.mesh()
-    config = SamplingConfig(temperature=0, max_new_tokens=max_new_tokens, batch_size=len(prompts))
-    with jax.set_mesh(mesh):
-        model, vocab_size = load_model(folder, small.FLOAT32, mesh), len(chat.tokenizer)
-        return generate(
-            model, prompts, config, stop_token_ids=chat.stop_token_ids, vocab_size=vocab_size, seed=0, mesh=mesh
-        )
+def _generate_greedy(folder: Path, questions: list[str], max_new_tokens: int) -> list[Completion]:
+    engine = LocalEngine(
+        resolve_model_source(ModelConfig(path=str(folder)), seed=0), small.FLOAT32, LocalEngineConfig()
+    )
+    requests = [Request(str(i), [{"role": "user", "content": question}]) for i, question in enumerate(questions)]
+    sampling = SamplingConfig(temperature=0, max_new_tokens=max_new_tokens)
+    completions = dict(engine.generate(requests, sampling, seed=0))
+    return [completions[request.key] for request in requests]
 
 
 @pytest.mark.parametrize(("num_questions", "max_new_tokens"), [(3, 16), pytest.param(10, 64, marks=exhaustive)])
@@ -133,7 +138,7 @@ def test_greedy_answers_equal_transformers(smollm2: Path, num_questions: int, ma
     prompts = [
         chat.encode_prompt([{"role": "user", "content": question}]).ids for question in _questions(num_questions)
     ]
-    completions = _generate_greedy(smollm2, prompts, max_new_tokens)
+    completions = _generate_greedy(smollm2, _questions(num_questions), max_new_tokens)
     reference: Any = torch_model(smollm2)
     reference.generation_config = GenerationConfig(
         max_new_tokens=max_new_tokens, do_sample=False, eos_token_id=list(chat.stop_token_ids), pad_token_id=0
@@ -168,9 +173,12 @@ def _server(folder: Path) -> Iterator[str]:
         server.wait(timeout=600)
 
 
-def test_a_server_with_the_exported_model_gives_the_answer_of_our_engine(smollm2: Path, tmp_path: Path) -> None:
-    openai = pytest.importorskip("openai")
+def test_an_evaluation_with_a_server_of_the_exported_model_gives_the_answers_of_our_engine(
+    smollm2: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("openai")
     pytest.importorskip("torch")
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     out = tmp_path / "exported"
     save_model(
         load_model(smollm2, small.FLOAT32, small.mesh()),
@@ -180,15 +188,28 @@ def test_a_server_with_the_exported_model_gives_the_answer_of_our_engine(smollm2
         stop_token_ids=[2],
         model_card="",
     )
-    chat, (question,) = ChatTokenizer.from_folder(smollm2), _questions(1)
-    prompt_ids = chat.encode_prompt([{"role": "user", "content": question}]).ids
-    (expected,) = _generate_greedy(smollm2, [prompt_ids], 16)
+    keys = [
+        f"benchmarks=[{{name: gsm8k, path: '{DATA / 'gsm8k' / 'test.jsonl'}', questions: 3}}]",
+        "sampling={temperature: 0, max_new_tokens: 16}",
+    ]
+
+    def evaluate_exported(name: str, *more: str) -> list[dict[str, Any]]:
+        assignments = [f"evaluation.{key}" for key in (*keys, *more)]
+        options = ["--config", str(ROOT / "configs/smollm2_135m.yaml"), "--model", str(out), "--out"]
+        arguments = [*options, str(tmp_path / name), "--set", "compute.dtype=float32", *assignments]
+        assert run_command(evaluate.main, arguments) == 0
+        return json.loads((tmp_path / name / "evaluation" / "base" / "gsm8k.json").read_text())["items"]
+
     with _server(out) as address:
-        client = openai.OpenAI(base_url=f"{address}/v1", api_key="none", timeout=600)
-        response = client.chat.completions.create(
-            model=str(out), messages=[{"role": "user", "content": question}], temperature=0, max_tokens=16
-        )
-    assert response.choices[0].message.content.strip() == chat.decode(expected.token_ids).strip()
+        server = f"server={{url: '{address}/v1', model: '{out}', concurrency: 2}}"
+        from_server = evaluate_exported("server", "engine=server", server)
+    local = evaluate_exported("local", "local.slots=3")
+    for served, expected in zip(from_server, local, strict=True):
+        (first,), (second,) = served["samples"], expected["samples"]
+        assert first["response"].strip() == second["response"].strip() != ""
+        assert first["tokens"] == second["tokens"] == 16
+        assert first["truncated"]
+        assert not first["cut_by_context"]
 
 
 def test_the_first_thinkpo_loss_is_ln_2_and_losses_fall(run: Path) -> None:

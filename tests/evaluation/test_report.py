@@ -114,10 +114,24 @@ def test_a_difference_is_claimed_if_and_only_if_the_interval_excludes_zero(tmp_p
 def test_the_tables_are_rectangular_and_contain_the_numbers(full):
     markdown = (full / "report.md").read_text()
     table = [line.replace("\\|", "") for line in markdown.splitlines() if line.startswith("|")]
-    assert {line.count("|") for line in table} == {3, 6, 7}
+    assert {line.count("|") for line in table} == {3, 6, 7, 8}
     assert "| a\\|b | sft | 75.0 (59.8 to 85.8) | 5,019.5 | 100.0 | 40 x 1 |" in markdown
     assert "| base -> sft | a\\|b | +50.0 (" in markdown
     assert "| thinkpo | thinkpo | sft | 3 | 2:02:02 |" in markdown
+
+
+def test_answers_that_failed_were_cut_or_are_empty_are_counted(tmp_path):
+    failed = [GradedSample("", 0, False, False, error=f"too long: {n} tokens") for n in (7, 8)]
+    cut, empty = GradedSample("1", 9, False, True, cut_by_context=True), GradedSample(" ", 1, False, False)
+    samples = [*failed, cut, empty, GradedSample("1", 40, False, True)]
+    results = {"base": {"gsm8k": [QuestionResult(str(i), (sample,)) for i, sample in enumerate(samples)]}}
+    write_report(tmp_path, contents((), results=results, comparisons=()))
+    markdown = (tmp_path / "report.md").read_text()
+    assert "| benchmark | model | answers | truncated | cut by the context | empty | failed |" in markdown
+    assert "| gsm8k | base | 5 | 2 | 1 | 1 | 2 |" in markdown
+    assert "\n- gsm8k, base: 2 failed and count as wrong: too long: 7 tokens\n" in markdown
+    counts = {"answers": 5, "truncated": 2, "cut_by_context": 1, "empty": 1, "errors": {"too long: 7 tokens": 2}}
+    assert strict_json(tmp_path / "report.json")["answers"] == {"base": {"gsm8k": counts}}
 
 
 def test_the_terminal_shows_aligned_columns():

@@ -3,22 +3,27 @@
 import asyncio
 import contextlib
 import gzip
+import hashlib
+import json
 import os
 import signal
 import socket
 import sys
 import threading
 import time
+from collections.abc import Generator
+from pathlib import Path
 from typing import Any
 
-import openai
 import pytest
+from support.byte_tokenizer import byte_tokenizer
 from support.server import Endpoint, Reply, failed, fast_retries, said, serving  # noqa: F401
 
 from thinkpo_jax.data.chat_template import Message, ThinkingFormat
-from thinkpo_jax.inference.engine import Completion, SamplingConfig
-from thinkpo_jax.inference.openai_engine import ServerConfig, request_completions
-from thinkpo_jax.runtime.config import RunError, UserError, parse_config
+from thinkpo_jax.data.chat_tokenizer import ChatTokenizer
+from thinkpo_jax.inference.engine import Completion, Request, SamplingConfig
+from thinkpo_jax.inference.openai_engine import ServerConfig, ServerEngine
+from thinkpo_jax.runtime.config import RunError, UserError
 
 pytestmark = pytest.mark.usefixtures("fast_retries")
 SAMPLING = SamplingConfig(temperature=0.6, top_p=0.9, max_new_tokens=77)
@@ -28,17 +33,19 @@ def config(url: str, **changes: Any) -> ServerConfig:
     return ServerConfig(**{"url": url, "model": "tiny", "retries": 3, "timeout": 120.0, **changes})
 
 
-def conversations(*texts: str) -> dict[int, list[Message]]:
-    return {i: [{"role": "user", "content": text}] for i, text in enumerate(texts)}
+def user_says(text: str) -> list[Message]:
+    return [{"role": "user", "content": text}]
+
+
+def start(endpoint: Endpoint | str, *texts: str, seed: int = 0, **changes: Any) -> Generator[tuple[str, Completion]]:
+    """Sends one request for each text. Its key is the index of the text."""
+    url = endpoint if isinstance(endpoint, str) else endpoint.url
+    requests = [Request(str(i), user_says(text)) for i, text in enumerate(texts)]
+    return ServerEngine(config(url, **changes), ThinkingFormat()).generate(requests, SAMPLING, seed=seed)
 
 
 def ask(endpoint: Endpoint | str, *texts: str, seed: int = 0, **changes: Any) -> dict[int, Completion]:
-    url = endpoint if isinstance(endpoint, str) else endpoint.url
-    return dict(
-        request_completions(
-            config(url, **changes), conversations(*texts), SAMPLING, seed=seed, thinking=ThinkingFormat()
-        )
-    )
+    return {int(key): completion for key, completion in start(endpoint, *texts, seed=seed, **changes)}
 
 
 def echo(_: int, body: dict[str, Any]) -> Reply:
@@ -66,12 +73,10 @@ def test_answers_are_yielded_as_they_arrive() -> None:
         return said(text)
 
     with serving(script) as endpoint:
-        answers = request_completions(
-            config(endpoint.url), conversations("slow", "quick"), SAMPLING, seed=0, thinking=ThinkingFormat()
-        )
-        assert next(answers)[0] == 1
+        answers = start(endpoint, "slow", "quick")
+        assert next(answers)[0] == "1"
         last.set()
-        assert next(answers)[0] == 0
+        assert next(answers)[0] == "0"
         assert list(answers) == []
 
 
@@ -80,15 +85,7 @@ def test_the_request_holds_the_settings_and_the_key(monkeypatch: pytest.MonkeyPa
     conversation: list[Message] = [{"role": "system", "content": "Be short."}, {"role": "user", "content": "1+1?\n"}]
     with serving(said("2")) as endpoint:
         settings = config(endpoint.url, api_key_variable="MY_KEY", template_arguments={"enable_thinking": False})
-        list(
-            request_completions(
-                settings,
-                {0: conversation},
-                SAMPLING,
-                seed=5,
-                thinking=ThinkingFormat(),
-            )
-        )
+        list(ServerEngine(settings, ThinkingFormat()).generate([Request("a", conversation)], SAMPLING, seed=5))
         ask(endpoint, "x", api_key_variable="MY_OTHER_KEY")
     (first, _), keys = endpoint.bodies, endpoint.keys
     assert 0 <= first.pop("seed") < 2**31
@@ -112,6 +109,39 @@ def test_the_seed_of_a_request_depends_only_on_the_seed_and_the_conversation() -
     assert len({values[0] for values in seeds.values()}) == 3
 
 
+def test_samples_of_a_conversation_have_different_seeds_and_sample_0_keeps_its_seed() -> None:
+    requests = [Request(f"{text}{sample}", user_says(text), sample) for text in "ab" for sample in range(3)]
+    with serving(said("")) as endpoint:
+        list(ServerEngine(config(endpoint.url, concurrency=1), ThinkingFormat()).generate(requests, SAMPLING, seed=3))
+        ask(endpoint, "a", seed=3)
+    seeds = [body["seed"] for body in endpoint.bodies]
+    assert len(set(seeds)) == 6
+    digest = hashlib.sha256(json.dumps([3, [["user", "a"]]]).encode()).digest()
+    assert seeds[0] == seeds[6] == int.from_bytes(digest[:4], "big") >> 1
+
+
+def test_further_sampling_parameters_are_sent_if_they_are_set() -> None:
+    sampling = SamplingConfig(temperature=0.6, top_k=5, min_p=0.1, stop=("\n\n", "Q:"), max_new_tokens=77)
+    requests = [Request("a", user_says("a"), max_new_tokens=9), Request("b", user_says("b"), max_new_tokens=99)]
+    with serving(said("")) as endpoint:
+        list(ServerEngine(config(endpoint.url, concurrency=1), ThinkingFormat()).generate(requests, sampling, seed=0))
+    first, second = endpoint.bodies
+    assert (first["top_k"], first["min_p"], first["stop"]) == (5, 0.1, ["\n\n", "Q:"])
+    assert (first["max_tokens"], second["max_tokens"]) == (9, 77)
+
+
+def test_the_tokenizer_counts_the_tokens_of_an_answer_with_its_thought(tmp_path: Path) -> None:
+    tokenizer = ChatTokenizer.from_folder(byte_tokenizer(tmp_path))
+    replies = [said("four", reasoning_content="hm", reason="length"), said(""), failed(400)]
+    requests = [Request(str(i), user_says("2+2?")) for i in range(3)]
+    with serving(replies) as endpoint:
+        engine = ServerEngine(config(endpoint.url, concurrency=1), tokenizer.thinking, tokenizer)
+        thought, empty, refused = (completion for _, completion in engine.generate(requests, SAMPLING, seed=0))
+    assert thought == Completion("<think>\nhm\n</think>\n\nfour", len("<think>\nhm\n</think>\n\nfour"), "length")
+    assert empty == Completion("", 0, "stop")
+    assert (refused.error, refused.num_tokens) == ("out of order", 0)
+
+
 def test_the_number_of_running_requests_reaches_the_limit_and_never_exceeds_it() -> None:
     four_requests = threading.Barrier(4)
 
@@ -131,17 +161,11 @@ def test_closing_the_generator_cancels_requests_and_starts_no_more() -> None:
         return said("ok") if number == 0 else Reply("", seconds=600)
 
     with serving(script) as endpoint:
-        answers = request_completions(
-            config(endpoint.url, concurrency=4),
-            conversations(*["x"] * 100),
-            SAMPLING,
-            seed=0,
-            thinking=ThinkingFormat(),
-        )
+        answers = start(endpoint, *["x"] * 100, concurrency=4)
         next(answers)
-        start = time.monotonic()
+        begin = time.monotonic()
         answers.close()
-        assert time.monotonic() - start < 60
+        assert time.monotonic() - begin < 60
         time.sleep(0.5)  # a request that was sent before may still arrive
         started = len(endpoint.bodies)
         time.sleep(0.3)
@@ -154,10 +178,10 @@ def test_ctrl_c_stops_at_once() -> None:
         return Reply("", seconds=600)
 
     with serving(script) as endpoint:
-        start = time.monotonic()
+        begin = time.monotonic()
         with pytest.raises(KeyboardInterrupt):
             ask(endpoint, "x", timeout=600.0)
-        assert time.monotonic() - start < 60
+        assert time.monotonic() - begin < 60
 
 
 def test_requests_work_inside_a_running_event_loop_as_in_a_notebook() -> None:
@@ -215,7 +239,7 @@ def test_an_error_quotes_the_start_of_the_response() -> None:
 
 
 def test_a_timeout_is_retried_and_then_reported() -> None:
-    with serving(Reply("", seconds=600)) as endpoint, pytest.raises(RunError, match=r"no answer within 1 s, in 2 t"):
+    with serving(Reply("", seconds=600)) as endpoint, pytest.raises(RunError, match=r"no answer within 1 s .*, in 2 t"):
         ask(endpoint, "x", timeout=1.0, retries=1)
     assert len(endpoint.bodies) == 2
     with serving(lambda number, _: said("now") if number else Reply("", seconds=600)) as endpoint:
@@ -323,7 +347,7 @@ def test_the_reason_of_a_rejection_is_found_in_any_format(body: str, reason: str
         ),
         (said("x", None), Completion(text="x", finish_reason="stop")),
         (said("a\ud800é"), Completion(text="a?é", finish_reason="stop")),
-        (said(None, "content_filter"), Completion(error="the server's content filter")),
+        (said(None, "content_filter"), Completion(error="the server's content filter stopped the answer")),
     ],
 )
 def test_empty_truncated_and_filtered_answers(reply: Reply, answer: Completion) -> None:
@@ -358,12 +382,10 @@ def test_answers_that_arrived_are_yielded_before_an_error() -> None:
 
     with serving(script) as endpoint:
         texts = ["first", "bad", "good", "bad", "good"]
-        answers = request_completions(
-            config(endpoint.url), conversations(*texts), SAMPLING, seed=0, thinking=ThinkingFormat()
-        )
-        assert next(answers)[0] == 0
+        answers = start(endpoint, *texts)
+        assert next(answers)[0] == "0"
         time.sleep(1)  # all others arrive
-        assert {next(answers)[0], next(answers)[0]} == {2, 4}
+        assert {next(answers)[0], next(answers)[0]} == {"2", "4"}
         with pytest.raises(UserError):
             next(answers)
 
@@ -372,29 +394,3 @@ def test_a_missing_package_is_reported_with_the_command_to_install_it(monkeypatc
     monkeypatch.setitem(sys.modules, "openai", None)
     with pytest.raises(UserError, match=r'pip install "thinkpo_jax\[server\]"'):
         ask("http://127.0.0.1:1/v1", "x")
-
-
-@pytest.mark.parametrize(
-    "url",
-    ["", "localhost:8000/v1", "ftp://a/v1", "http://", "http:///v1", "http://a:b/v1", "http://[::1/v1", "http://a b/v1",
-     "http://a:99999", "http://a:0", "http://.x/v1", f"http://{'a' * 70}.com", "http://a\x00/v1", "http://a\n"],
-)  # fmt: skip
-def test_an_invalid_url_is_rejected(url: str) -> None:
-    with pytest.raises(UserError, match="url: expected a base URL"):
-        parse_config(ServerConfig, {"url": url, "model": "m"}, source="run.yaml")
-
-
-@pytest.mark.parametrize(
-    "url", ["http://localhost:8000/v1", "https://api.openai.com/v1/", "http://[::1]:80", "http://a_b"]
-)
-def test_a_valid_url_is_accepted(url: str) -> None:
-    assert parse_config(ServerConfig, {"url": url, "model": "m"}, source="x").url == url
-    openai.AsyncOpenAI(base_url=url, api_key="none")
-
-
-@pytest.mark.parametrize(
-    "wrong", [{"concurrency": 0}, {"concurrency": 1025}, {"timeout": 0.0}, {"retries": -1}, {"retries": 101}, {"n": 1}]
-)
-def test_invalid_settings_are_named(wrong: dict[str, Any]) -> None:
-    with pytest.raises(UserError, match=next(iter(wrong))):
-        parse_config(ServerConfig, {"url": "http://a", "model": "m", **wrong}, source="run.yaml")

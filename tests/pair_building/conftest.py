@@ -49,12 +49,12 @@ def joined(tmp_path: Path, tokenizer: str) -> Config:
 
 @pytest.fixture
 def miniature(tmp_path: Path) -> Config:
-    """Short answers of the builtin model, in twenty batches."""
+    """Short answers of the builtin model, two at a time."""
     return {
         "out": str(tmp_path / "out"),
         "tokenizer": "builtin:miniature",
         "long": {"generate": {"questions": 40}, "prompt": "question", "response": "long"},
         "short": {"by": "sample", "model": {"path": "builtin:miniature"}, "system": None,
-                  "sampling": {"max_new_tokens": 64, "batch_size": 2}},
+                  "sampling": {"max_new_tokens": 64}, "local": {"slots": 2}},
         "filters": UNBOXED,
     }  # fmt: skip

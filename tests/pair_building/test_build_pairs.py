@@ -25,7 +25,6 @@ from support.pairs import (
 )
 from support.paths import DATA
 
-from thinkpo_jax.data.chat_template import ThinkingFormat
 from thinkpo_jax.data.chat_tokenizer import ChatTokenizer
 from thinkpo_jax.data.record_formats import PreferenceDataConfig
 from thinkpo_jax.data.tokenization import tokenize_sources
@@ -170,7 +169,7 @@ def test_a_run_without_pairs_fails_and_lists_the_counts(joined: Config, capsys: 
     [
         ("tokeniser=x", "unknown key tokeniser (did you mean tokenizer?)"),
         ("short.respons=x", "unknown key short.respons (did you mean response?)"),
-        ("short.by=vllm", "short.by: expected one of 'join', 'sample', 'request' (found 'vllm')"),
+        ("short.by=vllm", "short.by: expected one of 'join', 'sample' (found 'vllm')"),
         ("out={file}", "out: {file} cannot be made"),
         ("out={file}/x", "out: {file}/x cannot be made"),
         ("tokenizer=/nowhere", "/nowhere: there is no such folder"),
@@ -216,12 +215,13 @@ def test_two_processes_cannot_write_to_the_same_folder(joined: Config, capsys: p
     assert run_pairs(joined) == 0
 
 
-def test_a_join_of_many_rows_takes_seconds(tmp_path: Path):
+def test_a_join_of_many_rows_takes_seconds(tmp_path: Path, tokenizer: str):
     rows = [{"prompt": f"What is {i}+{i}?", "response": str(2 * i)} for i in range(30_000)]
     config = DatasetAnswersConfig(by="join", path=write_jsonl(tmp_path / "short.jsonl", rows))
+    options = {"seed": 0, "tokenizer": ChatTokenizer.from_folder(Path(tokenizer)), "counts": Counter()}
     start = time.process_time()
     questions = [row["prompt"] for row in reversed(rows)]
-    answers = collect_short_answers(config, questions, tmp_path, seed=0, thinking=ThinkingFormat(), counts=Counter())
+    answers = collect_short_answers(config, questions, tmp_path, **options)
     assert time.process_time() - start < 10  # comparing every two rows takes half a minute
     assert answers == [[Completion(text=row["response"])] for row in reversed(rows)]
 

@@ -1,23 +1,20 @@
 """Short answers of a model or a server are generated once. A rerun generates only the missing ones."""
 
-import json
 import random
 import re
 import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
+from support.interrupt import run_interrupted
 from support.pairs import UNBOXED, Config, built_pairs, card_counts, nonzero, run_pairs, saved_answers, write_jsonl
 from support.server import Reply, failed, said, serving
 
 from thinkpo_jax.models.model_folder import resolve_model_folder
 from thinkpo_jax.pair_building.build_pairs import PairsConfig
-from thinkpo_jax.pair_building.short_answers import ServerAnswersConfig
+from thinkpo_jax.pair_building.short_answers import GeneratedAnswersConfig
 from thinkpo_jax.runtime.config import parse_config
 
 pytestmark = pytest.mark.usefixtures("fast_retries", "cached_grading")
@@ -27,15 +24,16 @@ PAPER_SYSTEM = "You are a helpful and harmless assistant. Please reason step by 
 def served(joined: Config, url: str, **changes: Any) -> Config:
     """Replaces the file of short answers by a server."""
     server = {"url": url, "model": "tiny", "retries": 1, "concurrency": 1}
-    return joined | {"short": {"by": "request", "server": server}, "filters": UNBOXED} | changes
+    short = {"by": "sample", "engine": "server", "server": server}
+    return joined | {"short": short, "filters": UNBOXED} | changes
 
 
 def test_the_defaults_are_those_of_the_paper_also_if_one_value_is_set(joined: Config):
     server = {"url": "http://localhost:8000/v1", "model": "tiny"}
-    for changes in ({}, {"sampling": {"batch_size": 8}}):
-        raw = joined | {"short": {"by": "request", "server": server, **changes}}
+    for changes in ({}, {"sampling": {"top_k": 8}}):
+        raw = joined | {"short": {"by": "sample", "engine": "server", "server": server, **changes}}
         short = parse_config(PairsConfig, raw, source="x").short
-        assert isinstance(short, ServerAnswersConfig)
+        assert isinstance(short, GeneratedAnswersConfig)
         sampling = short.sampling
         assert (short.system, sampling.temperature, sampling.top_p) == (PAPER_SYSTEM, 0.7, 0.9)
         assert (sampling.max_new_tokens, sampling.samples) == (1024, 1)
@@ -47,48 +45,32 @@ def test_a_question_has_one_generated_answer(samples: int, miniature: Config, ca
     assert "short.sampling.samples: " in capsys.readouterr().err
 
 
-@pytest.fixture(scope="module")
-def uninterrupted() -> dict[str, bytes]:
-    """The pairs of a run that nothing interrupted, once a test has built them."""
-    return {}
-
-
-def test_a_model_answers_each_question(miniature: Config, uninterrupted: dict[str, bytes]):
+def test_a_model_answers_each_question(miniature: Config):
     pairs = built_pairs(miniature)
-    assert pairs[0]["question"] == "865230?"
+    assert all(re.fullmatch(r"[0-9]{6}[?!.]", pair["question"]) for pair in pairs)
     assert all(re.fullmatch(r"[0-9+=;#]+", pair["rejected"]) for pair in pairs)
     keys = [answer["key"] for answer in saved_answers(miniature)]
     assert len(set(keys)) == len(keys) == card_counts(miniature)[-1]["all"] == 40
-    uninterrupted["miniature"] = (Path(miniature["out"]) / "pairs.parquet").read_bytes()
 
 
 @pytest.mark.parametrize("sent_signal", [signal.SIGKILL, signal.SIGINT], ids=["kill -9", "ctrl-c"])
 def test_an_interrupted_run_resumes_and_gives_the_same_pairs(
-    sent_signal: signal.Signals, miniature: Config, uninterrupted: dict[str, bytes], tmp_path: Path
+    sent_signal: signal.Signals, miniature: Config, tmp_path: Path
 ):
+    miniature["short"]["sampling"] |= {"temperature": 0.7, "top_p": 0.9}
+    uninterrupted = built_pairs(miniature | {"out": str(tmp_path / "uninterrupted")})
     path = tmp_path / "run.yaml"
     path.write_text(yaml.safe_dump(miniature), encoding="utf-8")
-    answers, num_lines = tmp_path / "out/short_answers.jsonl", random.randrange(2, 30)
-    arguments = [sys.executable, "-m", "thinkpo_jax.pairs", "--config", str(path)]
-    with subprocess.Popen(arguments, stderr=subprocess.PIPE, text=True) as process:
-        deadline = time.monotonic() + 600
-        while not answers.exists() or answers.read_bytes().count(b"\n") < num_lines:
-            assert process.poll() is None
-            assert time.monotonic() < deadline
-            time.sleep(0.001)
-        process.send_signal(sent_signal)
-        output = process.communicate(timeout=600)[1]
-    assert process.returncode == (-9 if sent_signal == signal.SIGKILL else 130)
-    assert "Traceback" not in output
-    before = answers.read_bytes().rpartition(b"\n")[0] + b"\n"
-    assert before.count(b"\n") < 41
+    run_interrupted("thinkpo_jax.pairs", ["--config", str(path)], sent_signal, after=random.randrange(1, 40))
+    answers = tmp_path / "out/short_answers.jsonl"
+    before = answers.read_bytes()
+    assert before.endswith(b"\n")
+    assert 1 < before.count(b"\n") < 41
     answers.write_bytes(before + b'{"key": "0123')  # as after a power failure within a line
-    assert len(built_pairs(miniature)) > 30
+    assert built_pairs(miniature) == uninterrupted
     assert answers.read_bytes().startswith(before)
     keys = [answer["key"] for answer in saved_answers(miniature)]
     assert len(set(keys)) == len(keys) == 40
-    if "miniature" in uninterrupted:
-        assert (tmp_path / "out/pairs.parquet").read_bytes() == uninterrupted["miniature"]
 
 
 def test_saved_answers_with_other_settings_are_an_error(miniature: Config, capsys: pytest.CaptureFixture[str]):
@@ -102,31 +84,40 @@ def test_saved_answers_with_other_settings_are_an_error(miniature: Config, capsy
         assert f"{path}: holds answers that were generated with other" in message
         assert changed.split("=")[0].split(".")[:2][-1] in message
     assert path.read_bytes() == before
-    assert run_pairs(miniature, "select.gap=long", "short.sampling.batch_size=64") == 0  # these change no answer
+    assert run_pairs(miniature, "select.gap=long", "short.local.slots=8") == 0  # these change no answer
     assert path.read_bytes() == before
     builtin = resolve_model_folder("builtin:miniature")
     assert run_pairs(miniature, f"short.model.path={builtin}") == 0  # the same model at another path
     assert path.read_bytes() == before
-    settings, _, answers = before.decode().partition("\n")
-    with_path = json.loads(settings)
-    with_path["model"]["path"] = "old/place"
-    path.write_text(json.dumps(with_path) + "\n" + answers)
-    assert run_pairs(miniature) == 0  # the file of an older version
+
+
+def test_a_damaged_file_of_saved_answers_is_an_error(miniature: Config, capsys: pytest.CaptureFixture[str]):
+    path = Path(miniature["out"]) / "short_answers.jsonl"
+    path.parent.mkdir()
+    path.write_bytes(b"[1]\n")
+    assert run_pairs(miniature) == 2
+    assert f"error: {path}: damaged: line 1 does not hold settings" in capsys.readouterr().err
+    assert path.read_bytes() == b"[1]\n"
 
 
 @pytest.mark.parametrize(
-    "content", [b"[1]\n", b"null\n", b"\xff\n", b"{\n", b"\n\n", b"[" * 100_000 + b"\n", b'{}\n{"key": "a"}\n',
-                b'{}\n{"key": "a", "text": 5, "finished": true}\n', b'{}\n7\n'],
-)  # fmt: skip
-def test_a_damaged_file_of_saved_answers_is_an_error(
-    content: bytes, miniature: Config, capsys: pytest.CaptureFixture[str]
+    ("changes", "message"),
+    [
+        ({"by": "request"}, "short: `by: request` has a new form. Write `by: sample` and `engine: server`"),
+        ({"by": "model"}, "short.by: expected one of 'join', 'sample'"),
+        ({"model": {"path": "builtin:miniature"}}, "`model` and `compute` have no effect with `engine: server`"),
+        ({"compute": {"dtype": "float32"}}, "`model` and `compute` have no effect with `engine: server`"),
+        ({"engine": "local"}, "`server` has no effect with `engine: local`"),
+        ({"engine": "local", "server": None}, "`engine: local` needs the section `model`"),
+        ({"mesh": {}}, "unknown key short.mesh"),
+    ],
+)
+def test_keys_of_the_other_engine_and_old_keys_are_rejected(
+    changes: Config, message: str, joined: Config, capsys: pytest.CaptureFixture[str]
 ):
-    path = Path(miniature["out"]) / "short_answers.jsonl"
-    path.parent.mkdir()
-    path.write_bytes(content)
-    assert run_pairs(miniature) == 2
-    assert f"error: {path}: damaged: " in capsys.readouterr().err
-    assert path.read_bytes() == content
+    config = served(joined, "http://localhost:8000/v1")
+    assert run_pairs(config | {"short": config["short"] | changes}) == 2
+    assert message in capsys.readouterr().err
 
 
 def test_a_question_that_the_template_refuses_is_counted(
@@ -204,7 +195,8 @@ def test_a_truncated_answer_is_dropped(joined: Config):
         assert [row["question"] for row in built_pairs(served(joined, endpoint.url))] == ["What is\n 1+1?", "3+3?"]
         assert card_counts(joined)[-1]["the short answer was cut"] == 2
     assert len(endpoint.bodies) == 3
-    assert [answer["finished"] for answer in saved_answers(joined)] == [True, False, True]
+    assert [answer["finish_reason"] for answer in saved_answers(joined)] == ["stop", "length", "stop"]
+    assert [answer["num_tokens"] for answer in saved_answers(joined)] == [1, 1, 1]
     with serving(failed(500)) as endpoint:
         assert len(built_pairs(served(joined, endpoint.url))) == 2
         assert card_counts(joined)[-1]["the short answer was cut"] == 2

@@ -66,7 +66,7 @@ def test_the_filter_complete_knows_the_tags(config: Config, capsys: pytest.Captu
 def test_a_server_gets_the_arguments_and_its_thoughts_are_joined_once(config: Config, tmp_path: Path):
     with serving(said("3", reasoning_content="quick")) as endpoint:
         server = {"url": endpoint.url, "model": "m", "template_arguments": {"enable_thinking": True}}
-        config["short"] = {"by": "request", "server": server, "system": None}
+        config["short"] = {"by": "sample", "engine": "server", "server": server, "system": None}
         (pair,) = built_pairs(config)
         assert pair["rejected"] == "<reason>quick</reason> 3"
         assert endpoint.bodies[0]["chat_template_kwargs"] == {"enable_thinking": True}

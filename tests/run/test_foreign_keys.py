@@ -47,7 +47,7 @@ def test_the_answer_to_a_foreign_key_names_keys_that_exist(key: str) -> None:
     assert all(exists(each) for each in dotted if each not in ("share", "every", "fsdp")), dotted
     assert dotted or "Leave it out" in answer
     assert not exists(key)
-    assert not exists(f"stages.NAME.{key}")
+    assert "." in key or not exists(f"stages.NAME.{key}")
 
 
 def test_every_key_of_the_table_is_checked_for_what_it_names() -> None:
@@ -118,3 +118,11 @@ def test_an_error_of_the_file_names_no_override(tmp_path: Path) -> None:
     (tmp_path / "run.yaml").write_text(TEXT.replace("size: 2", "size: 0"))
     with pytest.raises(UserError, match=r"run\.yaml: stages\.sft\.batch\.size: "):
         load_run_config(tmp_path / "run.yaml", ["seed=1"])
+
+
+def test_an_old_key_is_answered_with_the_new_one(tmp_path: Path) -> None:
+    text = problem(tmp_path, "evaluation.benchmarks=[{name: miniature}]", "evaluation.sampling.batch_size=8")
+    assert text == (
+        " with --set evaluation.sampling.batch_size=8: unknown key evaluation.sampling.batch_size. Use "
+        "`evaluation.local.slots`, the answers that are generated at the same time."
+    )

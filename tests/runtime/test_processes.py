@@ -66,7 +66,8 @@ def _config(folder: Path, run: str, *, evaluated: bool = True, **stage: Any) -> 
     if evaluated:
         config["evaluation"] = {
             "benchmarks": [{"name": "miniature", "questions": 12}],
-            "sampling": {"temperature": 0.7, "max_new_tokens": 24, "batch_size": 12},
+            "sampling": {"temperature": 0.7, "max_new_tokens": 24},
+            "local": {"slots": 12},
         }
     written = folder / f"{run}.yaml"
     written.write_text(yaml.safe_dump(config))
@@ -236,7 +237,7 @@ parser = argparse.ArgumentParser()
 processes.add_distributed_arguments(parser)
 processes.initialize_distributed(parser.parse_args())
 index = jax.process_index()
-values = [index == 0, index == 1, 2**40 + index, -1 - index]
+values = [index == 0, index == 1, 2**40 + index, -1 - index, [b"", b"xyz"][index], [b"ab", b""][index]]
 print("scalars", [processes.broadcast_from_primary(value) for value in values])
 print("array", processes.broadcast_from_primary(np.arange(3, dtype=np.int32) + index).tolist())
 print("any", processes.any_process(index == 1), processes.any_process(False))
@@ -253,7 +254,7 @@ def test_all_processes_receive_the_value_of_the_primary_process() -> None:
         outputs = [process.communicate(timeout=400)[0] for process in processes]
     assert [process.returncode for process in processes] == [0, 0], outputs
     for output in outputs:
-        assert f"scalars [True, False, {2**40}, -1]" in output
+        assert f"scalars [True, False, {2**40}, -1, b'', b'ab']" in output
         assert "array [0, 1, 2]" in output
         assert "any True False" in output
         assert "vote [False, False, True, False]" in output
@@ -264,14 +265,13 @@ def test_a_vote_of_one_process_is_not_delayed() -> None:
     assert [vote(flag) for flag in (True, False)] == [True, False]
 
 
-@pytest.mark.parametrize("value", [True, False, 0, 7, -3, 2**40])
-def test_a_broadcast_bool_or_int_keeps_its_type(value: bool | int, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("value", [True, False, 0, 7, -3, 2**40, b"", b"\x00\xff"])
+def test_a_broadcast_value_keeps_its_type(value: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     assert broadcast_from_primary(value) is value
     monkeypatch.setattr("thinkpo_jax.runtime.processes.is_distributed", lambda: True)  # of one process
     received = broadcast_from_primary(value)
     assert (received, type(received)) == (value, type(value))
-    array = np.array([value])
-    np.testing.assert_array_equal(broadcast_from_primary(array), array)
+    np.testing.assert_array_equal(broadcast_from_primary(np.arange(3)), np.arange(3))
 
 
 def test_each_process_reads_only_the_rows_of_its_devices() -> None:

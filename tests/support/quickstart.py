@@ -15,7 +15,8 @@ SMALL = [
     "stages.control.steps=2",
     "stages.sft.checkpoint={every: 2, keep: 3}",
     "evaluation.benchmarks=[{name: miniature, questions: 24}]",
-    "evaluation.sampling={temperature: 0.7, max_new_tokens: 40, batch_size: 24}",
+    "evaluation.sampling={temperature: 0.7, max_new_tokens: 40}",
+    "evaluation.local.slots=24",
     "mesh={data: 2, fsdp: 2, tensor: 2}",
 ]
 

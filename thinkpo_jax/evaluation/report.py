@@ -6,19 +6,20 @@
 
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from datetime import timedelta
 from itertools import product, starmap
 from pathlib import Path
 
 from thinkpo_jax.evaluation.plots import draw_figures
-from thinkpo_jax.evaluation.results import ReportContents, ResultsByModel, benchmark_names
+from thinkpo_jax.evaluation.results import AnswerCounts, ReportContents, ResultsByModel, benchmark_names, count_answers
 from thinkpo_jax.evaluation.statistics import Interval, PairedComparison, ScoresByModel, compare_paired, score_benchmark
 from thinkpo_jax.runtime.figures import figure_to_png
 from thinkpo_jax.runtime.files import write_atomically
 
 Table = list[tuple[str, ...]]  # the first row is the header
+CountsByModel = Mapping[str, Mapping[str, AnswerCounts]]  # model name -> benchmark name -> counts
 Comparisons = list[tuple[str, str, str, PairedComparison]]  # (before, after, benchmark, change): names of two models
 
 
@@ -78,6 +79,31 @@ def _models_table(scores: ScoresByModel) -> Table:
     return table
 
 
+def _count_answers(results: ResultsByModel) -> CountsByModel:
+    return {
+        model: {benchmark: count_answers(questions) for benchmark, questions in by_benchmark.items()}
+        for model, by_benchmark in results.items()
+    }
+
+
+def _answers_table(counts: CountsByModel) -> Table:
+    table: Table = [("benchmark", "model", "answers", "truncated", "cut by the context", "empty", "failed")]
+    for benchmark, model in product(benchmark_names(counts), counts):
+        if count := counts[model].get(benchmark):
+            numbers = (count.answers, count.truncated, count.cut_by_context, count.empty, count.failed)
+            table += [(benchmark, model, *(f"{number:,}" for number in numbers))]
+    return table
+
+
+def _describe_errors(counts: CountsByModel) -> list[str]:
+    return [
+        f"- {benchmark}, {model}: {total:,} failed and count as wrong: {error}"
+        for model, by_benchmark in counts.items()
+        for benchmark, count in by_benchmark.items()
+        for error, total in count.errors.items()
+    ]
+
+
 def _comparisons_table(comparisons: Comparisons) -> Table:
     points_header, tokens_header = "accuracy change, points (95 % interval)", "token change (95 % interval)"
     table: Table = [("comparison", "benchmark", points_header, "p-value", tokens_header)]
@@ -128,10 +154,12 @@ def _markdown_table(table: Table) -> str:
 
 
 def _to_markdown(contents: ReportContents, scores: ScoresByModel, comparisons: Comparisons, plots: list[str]) -> str:
-    parts = [f"# {contents.title}"]
+    parts, counts = [f"# {contents.title}"], _count_answers(contents.results)
     if scores:
         parts += ["## Models", _markdown_table(_models_table(scores))]
         parts += ["Response tokens are a mean that includes the answers truncated at the length limit."]
+        parts += ["## Answers", _markdown_table(_answers_table(counts))]
+        parts += ["\n".join(errors)] if (errors := _describe_errors(counts)) else []
     if comparisons:
         parts += ["## Comparisons", _markdown_table(_comparisons_table(comparisons))]
         parts += ["\n".join(f"- {_describe_comparison(*comparison)}" for comparison in comparisons)]
@@ -154,6 +182,7 @@ def _to_json(contents: ReportContents, scores: ScoresByModel, comparisons: Compa
     tree = {
         "title": contents.title,
         "models": scores,
+        "answers": _count_answers(contents.results),
         "comparisons": [
             {"from": before, "to": after, "benchmark": benchmark} | asdict(change)
             for before, after, benchmark, change in comparisons

@@ -1,5 +1,7 @@
 """Types of graded answers and of the report."""
 
+import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -7,12 +9,18 @@ from typing import Any, Literal
 
 @dataclass(frozen=True)
 class GradedSample:
-    """One generated answer. `tokens` counts the response alone. `truncated`: the length limit cut it off."""
+    """One generated answer. `tokens` counts the response alone. `truncated`: a limit cut it off.
+
+    `cut_by_context`: the limit was the context of the model, not `max_new_tokens`. With an `error` there was no answer.
+    The response is then empty and wrong.
+    """
 
     response: str
     tokens: int
     correct: bool
     truncated: bool
+    cut_by_context: bool = False
+    error: str | None = None
 
 
 @dataclass(frozen=True)
@@ -21,6 +29,52 @@ class QuestionResult:
 
     question_id: str
     samples: tuple[GradedSample, ...]
+
+
+@dataclass(frozen=True)
+class AnswerCounts:
+    """How many answers to a benchmark have a property. `errors` counts the failed ones by reason."""
+
+    answers: int
+    truncated: int
+    cut_by_context: int
+    empty: int
+    errors: Mapping[str, int]
+
+    @property
+    def failed(self) -> int:
+        """The number of answers that failed."""
+        return sum(self.errors.values())
+
+    def describe_problems(self) -> str:
+        """Returns how many answers failed and why, are empty or were cut by the context. Leaves out what is 0."""
+        counts = {
+            "failed (count as wrong)": self.failed,
+            "empty": self.empty,
+            "cut by the context of the model": self.cut_by_context,
+        }
+        parts = [f"{count} {what}" for what, count in counts.items() if count]
+        parts = [f"of {self.answers} answers: {', '.join(parts)}"] if parts else []
+        reasons = [f"{count} failed because: {error.rstrip('.')}" for error, count in self.errors.items()]
+        advice = ["Run the same command to ask for failed answers again"] if self.failed else []
+        return ". ".join([*parts, *reasons, *advice])
+
+
+def count_answers(results: Sequence[QuestionResult]) -> AnswerCounts:
+    """Counts the answers to a benchmark. Reasons of errors that differ only in numbers are counted together."""
+    samples = [sample for result in results for sample in result.samples]
+    errors, first_reason = Counter[str](), dict[str, str]()
+    for sample in samples:
+        if sample.error is not None:
+            pattern = re.sub(r"\d+", "N", sample.error)
+            errors[first_reason.setdefault(pattern, sample.error)] += 1
+    return AnswerCounts(
+        answers=len(samples),
+        truncated=sum(sample.truncated for sample in samples),
+        cut_by_context=sum(sample.cut_by_context for sample in samples),
+        empty=sum(sample.error is None and not sample.response.strip() for sample in samples),
+        errors=dict(errors.most_common()),
+    )
 
 
 ResultsByModel = Mapping[str, Mapping[str, Sequence[QuestionResult]]]  # model name -> benchmark name -> questions

@@ -10,24 +10,26 @@ import hashlib
 import itertools
 import json
 import os
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
-from typing import Any, TypeVar
+from dataclasses import replace
+from typing import Any
 from urllib.parse import urlsplit
 
 import pydantic
 
-from thinkpo_jax.data.chat_template import THINKING_FIELDS, Message, TemplateArguments, ThinkingFormat
-from thinkpo_jax.inference.engine import Completion, SamplingConfig
+from thinkpo_jax.data.chat_template import THINKING_FIELDS, TemplateArguments, ThinkingFormat
+from thinkpo_jax.data.chat_tokenizer import ChatTokenizer
+from thinkpo_jax.inference.engine import Completion, Request, SamplingConfig
 from thinkpo_jax.runtime.config import ConfigSection, RunError, UserError
 
 CONNECT_SECONDS = 10.0  # Limits opening a connection. `timeout` limits waiting for an answer.
-PAUSE_SECONDS = 1.0  # The wait after a malformed answer. After a failed request, openai waits.
+PAUSE_SECONDS, MAX_PAUSE_SECONDS = 1.0, 30.0  # after malformed answers. After a failed request, openai waits.
+MAX_FAILURES_IN_A_ROW = 3  # requests without a valid answer, before the server counts as out of order
 MAX_QUOTED_CHARACTERS, MAX_REASON_CHARACTERS = 80, 200  # Of a malformed answer, and of the reason in an error response.
 PER_CONVERSATION_STATUSES = (400, 413, 422)  # They reject one conversation, such as a prompt that is too long.
 RETRYABLE_STATUSES = (408, 409, 429)  # openai retries these and 5xx.
 RESUME_HINT = "The answers so far are saved. Run the same command again to resume."
-KeyT = TypeVar("KeyT")
 
 
 class ServerConfig(ConfigSection):
@@ -57,64 +59,108 @@ class ServerConfig(ConfigSection):
         raise ValueError("expected a base URL such as http://localhost:8000/v1")
 
 
-def request_completions(
-    config: ServerConfig,
-    conversations: Mapping[KeyT, Sequence[Message]],
-    sampling: SamplingConfig,
-    *,
-    seed: int,
-    thinking: ThinkingFormat,
-) -> Generator[tuple[KeyT, Completion], None, None]:
-    """Yields the key and the completion of each conversation as the answers arrive.
+class ServerEngine:
+    """Implements `Engine` with a server.
 
-    A thought that the server sends in a field of its own is joined to the answer as `thinking` says.
-    The seed of a request depends only on `seed` and the conversation, so a subset gets the same seeds. Closing the
-    generator cancels the running requests. Raises `UserError` if openai is not installed, or the server does not accept
-    the key or the model. Raises `RunError` if the server cannot be reached, or gives no valid answer in `retries` + 1
-    tries.
+    A thought that the server sends in a field of its own is joined to the answer as `thinking` says. The `tokenizer`
+    counts the tokens of an answer. Without it, `num_tokens` is 0.
     """
-    try:
-        import openai
-        from anyio.from_thread import start_blocking_portal  # openai depends on it
-    except ImportError:
-        raise UserError('A server needs the package openai. Run: pip install "thinkpo_jax[server]"') from None
-    timeout = openai.Timeout(config.timeout, connect=min(config.timeout, CONNECT_SECONDS))
+
+    def __init__(self, config: ServerConfig, thinking: ThinkingFormat, tokenizer: ChatTokenizer | None = None) -> None:
+        self.config, self.thinking, self.tokenizer = config, thinking, tokenizer
+
+    def generate(
+        self, requests: Sequence[Request], sampling: SamplingConfig, *, seed: int
+    ) -> Generator[tuple[str, Completion], None, None]:
+        """Implements `Engine.generate`. Answers are yielded as they arrive.
+
+        A request without a valid answer in `retries` + 1 tries gives a completion with an error. Raises `RunError` if
+        the server cannot be reached, or if that happens to `MAX_FAILURES_IN_A_ROW` requests without an answer between
+        them. Raises `UserError` if openai is not installed, or the server does not accept the key or the model.
+        """
+        try:
+            import openai
+            from anyio.from_thread import start_blocking_portal  # openai depends on it
+        except ImportError:
+            raise UserError('A server needs the package openai. Run: pip install "thinkpo_jax[server]"') from None
+        config = self.config
+        timeout = openai.Timeout(config.timeout, connect=min(config.timeout, CONNECT_SECONDS))
+        client = openai.AsyncOpenAI(base_url=config.url, api_key=_read_api_key(config), timeout=timeout)
+        pending = iter(requests)
+        running: dict[Future[Completion], str] = {}
+        failures: list[tuple[str, _NoAnswerError]] = []  # since the last answer
+        has_answered = False
+        with start_blocking_portal() as portal, portal.wrap_async_context_manager(client):
+            try:
+                while True:
+                    for request in itertools.islice(pending, config.concurrency - len(running)):
+                        body = _body(config, request, sampling, seed)
+                        future = portal.start_task_soon(_complete, client, config, body, self.thinking)
+                        running[future] = request.key
+                    if not running:
+                        break
+                    finished = wait(running, return_when=FIRST_COMPLETED).done
+                    # Yield the answers before the first error, so that the caller can save them.
+                    for future in sorted(finished, key=lambda future: future.exception() is not None):
+                        key = running.pop(future)
+                        if isinstance(error := future.exception(), _NoAnswerError):
+                            failures.append((key, error))
+                            if len(failures) == MAX_FAILURES_IN_A_ROW:
+                                raise error
+                            continue
+                        completion, has_answered = self._count_tokens(future.result()), True
+                        yield from _failed(failures)
+                        failures.clear()
+                        yield key, completion
+            finally:
+                for future in running:
+                    future.cancel()
+        if failures and not has_answered:
+            raise failures[0][1]
+        yield from _failed(failures)
+
+    def _count_tokens(self, completion: Completion) -> Completion:
+        if self.tokenizer is None or completion.error is not None:
+            return completion
+        return replace(completion, num_tokens=self.tokenizer.count_tokens([completion.text])[0])
+
+
+class _NoAnswerError(RunError):
+    """The server gave no valid answer to one request in all its tries."""
+
+
+def _failed(failures: Sequence[tuple[str, _NoAnswerError]]) -> Iterator[tuple[str, Completion]]:
+    return ((key, Completion(error=str(error).removesuffix(f" {RESUME_HINT}"))) for key, error in failures)
+
+
+def _read_api_key(config: ServerConfig) -> str:
     api_key = os.environ.get(config.api_key_variable, "").strip() or "none"
     if not (api_key.isascii() and api_key.isprintable()):
         raise UserError(f"{config.api_key_variable}: the key has characters that HTTP headers forbid. Set it again.")
-    client = openai.AsyncOpenAI(base_url=config.url, api_key=api_key, timeout=timeout)
-    pending = iter(conversations.items())
-    running: dict[Future[Completion], KeyT] = {}
-    with start_blocking_portal() as portal, portal.wrap_async_context_manager(client):
-        try:
-            while True:
-                for key, messages in itertools.islice(pending, config.concurrency - len(running)):
-                    body = _body(config, messages, sampling, seed)
-                    running[portal.start_task_soon(_complete, client, config, body, thinking)] = key
-                if not running:
-                    return
-                finished = wait(running, return_when=FIRST_COMPLETED).done
-                # Yield the answers before the first error, so that the caller can save them.
-                for future in sorted(finished, key=lambda future: future.exception() is not None):
-                    yield running.pop(future), future.result()
-        finally:
-            for future in running:
-                future.cancel()
+    return api_key
 
 
-def _body(config: ServerConfig, messages: Sequence[Message], sampling: SamplingConfig, seed: int) -> dict[str, Any]:
-    turns = [(message["role"], message["content"]) for message in messages]
-    digest = hashlib.sha256(json.dumps([seed, turns]).encode()).digest()
-    extra_body = {"chat_template_kwargs": config.template_arguments} if config.template_arguments else {}
+def _body(config: ServerConfig, request: Request, sampling: SamplingConfig, seed: int) -> dict[str, Any]:
+    """Returns the body of a request. Parameters that are not a part of OpenAI's API are sent only if they are set."""
+    turns = [(message["role"], message["content"]) for message in request.messages]
+    identity = [seed, turns, request.sample] if request.sample else [seed, turns]
+    digest = hashlib.sha256(json.dumps(identity).encode()).digest()
+    extra_body: dict[str, Any] = {"top_k": sampling.top_k} if sampling.top_k is not None else {}
+    if sampling.min_p > 0:
+        extra_body["min_p"] = sampling.min_p
+    if config.template_arguments:
+        extra_body["chat_template_kwargs"] = config.template_arguments
+    limit = sampling.max_new_tokens
     return {
-        "extra_body": extra_body,  # not a part of OpenAI's API
+        "extra_body": extra_body,
         "model": config.model,
-        "messages": list(messages),
+        "messages": list(request.messages),
         "temperature": sampling.temperature,
         "top_p": sampling.top_p,
-        "max_tokens": sampling.max_new_tokens,
+        "max_tokens": limit if request.max_new_tokens is None else min(limit, request.max_new_tokens),
         "n": 1,
         "seed": int.from_bytes(digest[:4], "big") >> 1,  # 31 bits: some servers read a signed 32-bit number
+        **({"stop": list(sampling.stop)} if sampling.stop else {}),
     }
 
 
@@ -122,7 +168,7 @@ async def _complete(client: Any, config: ServerConfig, body: dict[str, Any], thi
     """Sends one request. Failed requests are retried by openai, and malformed answers by the loop here."""
     import openai
 
-    retries_left = config.retries
+    retries_left, pause = config.retries, PAUSE_SECONDS
     while True:
         try:
             completions = client.with_options(max_retries=retries_left).chat.completions
@@ -135,19 +181,23 @@ async def _complete(client: Any, config: ServerConfig, body: dict[str, Any], thi
             return Completion(error="the conversation cannot be encoded as UTF-8")
         except Exception as error:  # errors of openai, and those of the network that it lets through
             is_timeout = isinstance(error, openai.APITimeoutError)
-            problem = f"no answer within {config.timeout:g} s" if is_timeout else f"{error} {error.__cause__ or ''}"
-            raise _no_answer(config, f"{problem.strip()},") from None
+            if not is_timeout:
+                raise RunError(_no_answer(config, f"{error} {error.__cause__ or ''}".strip() + ",")) from None
+            slow = f"no answer within {config.timeout:g} s (raise timeout, or lower max_new_tokens or concurrency)"
+            raise _NoAnswerError(_no_answer(config, f"{slow},")) from None
         text = response.http_response.text
         if (completion := _parse_completion(text, thinking)) is not None:
             return completion
         retries_left -= response.retries_taken + 1
         if retries_left < 0:
-            raise _no_answer(config, f"expected a chat completion, found {text[:MAX_QUOTED_CHARACTERS]!r}")
-        await asyncio.sleep(PAUSE_SECONDS)
+            problem = f"expected a chat completion, found {text[:MAX_QUOTED_CHARACTERS]!r}"
+            raise _NoAnswerError(_no_answer(config, problem))
+        await asyncio.sleep(pause)
+        pause = min(2 * pause, MAX_PAUSE_SECONDS)
 
 
-def _no_answer(config: ServerConfig, problem: str) -> RunError:
-    return RunError(f"{config.url}: {problem} in {config.retries + 1} tries. {RESUME_HINT}")
+def _no_answer(config: ServerConfig, problem: str) -> str:
+    return f"{config.url}: {problem} in {config.retries + 1} tries. {RESUME_HINT}"
 
 
 def _parse_completion(text: str, thinking: ThinkingFormat) -> Completion | None:
@@ -159,7 +209,7 @@ def _parse_completion(text: str, thinking: ThinkingFormat) -> Completion | None:
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
         return None
     if reason == "content_filter":
-        return Completion(error="the server's content filter")
+        return Completion(error="the server's content filter stopped the answer")
     thought = next((thought for thought in thoughts if isinstance(thought, str) and thought.strip()), "")
     if content is None and (thought or reason == "length"):
         content = ""  # the answer did not begin, and the server may send the thought in another field or not at all
@@ -180,7 +230,7 @@ async def _status_error(client: Any, config: ServerConfig, error: Any) -> UserEr
     status = error.status_code
     problem = f"{config.url}: HTTP {status} ({_reason(error)})"
     if status in RETRYABLE_STATUSES or status >= 500:
-        return RunError(f"{problem}, in up to {config.retries + 1} tries. {RESUME_HINT}")
+        return _NoAnswerError(f"{problem}, in up to {config.retries + 1} tries. {RESUME_HINT}")
     if status in (401, 403):
         state = "is not accepted" if os.environ.get(config.api_key_variable) else "is not set"
         return UserError(f"{problem}: {config.api_key_variable} {state}. Set it to a key for the model {config.model}.")

@@ -3,10 +3,11 @@
 import json
 import math
 from collections import Counter
+from collections.abc import Mapping
 from contextlib import closing
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import pydantic
 
@@ -72,6 +73,13 @@ class PairsConfig(ConfigSection):
     select: SelectConfig = SelectConfig()
     decontaminate: DecontaminationConfig = DecontaminationConfig()
 
+    @pydantic.field_validator("short", mode="before")
+    @classmethod
+    def _reject_old_form(cls, short: Any) -> Any:
+        if isinstance(short, Mapping) and short.get("by") == "request":
+            raise ValueError("`by: request` has a new form. Write `by: sample` and `engine: server`, and keep `server`")
+        return short
+
 
 def build_pairs(config: PairsConfig) -> Pairs:
     """Builds the pairs and writes them, with a data card, a plot and a list of contaminated questions.
@@ -92,7 +100,7 @@ def build_pairs(config: PairsConfig) -> Pairs:
         matches = find_contamination([long.question for long in longs], held_out, ngram=config.decontaminate.ngram)
         longs = _drop_contaminated(longs, matches, folder / CONTAMINATION_FILE, rows)
         questions = [long.question for long in longs]
-        options = {"seed": config.seed, "thinking": thinking, "counts": answers}
+        options = {"seed": config.seed, "tokenizer": tokenizer, "counts": answers}
         shorts = collect_short_answers(config.short, questions, folder, **options)
         rows["no short answer to the question"] = sum(not completions for completions in shorts)
         pairs = _add_short_answers(tokenizer, longs, shorts, candidates)

@@ -2,33 +2,31 @@
 
 import hashlib
 import json
-import os
 from collections import Counter, defaultdict
-from collections.abc import Generator, Mapping, Sequence
-from contextlib import closing
-from dataclasses import replace
+from collections.abc import Sequence
+from itertools import starmap
 from pathlib import Path
 from typing import Any, Literal
 
-import jax
-import numpy as np
 import pydantic
 
 from thinkpo_jax.data.chat_template import Message, ThinkingFormat
+from thinkpo_jax.data.chat_tokenizer import ChatTokenizer
 from thinkpo_jax.data.readers import RecordError
 from thinkpo_jax.data.record_formats import ResponseSourceConfig, iterate_responses
-from thinkpo_jax.inference.engine import Completion, SamplingConfig, generate
-from thinkpo_jax.inference.openai_engine import ServerConfig, request_completions
+from thinkpo_jax.inference.engine import Completion, Engine, Request, SamplingConfig
+from thinkpo_jax.inference.engine_config import EngineConfig
+from thinkpo_jax.inference.local_engine import LocalEngine
+from thinkpo_jax.inference.openai_engine import ServerEngine
+from thinkpo_jax.inference.saved_answers import SavedAnswers
 from thinkpo_jax.models.compute_config import ComputeConfig
 from thinkpo_jax.models.model_folder import ModelConfig, quick_fingerprint, resolve_model_folder, resolve_model_source
 from thinkpo_jax.pair_building.filters import normalize_question
-from thinkpo_jax.runtime.config import ConfigSection, UserError
-from thinkpo_jax.runtime.console import ProgressReporter, log_info, log_warning
-from thinkpo_jax.runtime.mesh import MeshConfig, make_mesh
+from thinkpo_jax.runtime.config import UserError
+from thinkpo_jax.runtime.console import log_info, log_warning
 
 # The paper's public code generates rejected answers with this prompt and `PaperSampling`: one sample, no retry.
 PAPER_SYSTEM = "You are a helpful and harmless assistant. Please reason step by step."
-Conversations = Mapping[str, Sequence[Message]]
 
 
 class DatasetAnswersConfig(ResponseSourceConfig):
@@ -44,34 +42,30 @@ class PaperSampling(SamplingConfig):
     samples: int = pydantic.Field(default=1, ge=1, le=1)
 
 
-class _GeneratedAnswersConfig(ConfigSection):
-    system: str | None = PAPER_SYSTEM
-    sampling: PaperSampling = PaperSampling()
+class GeneratedAnswersConfig(EngineConfig):
+    """Answers of a model on this machine, or of a server with OpenAI's chat API, such as vLLM.
 
-
-class ModelAnswersConfig(_GeneratedAnswersConfig):
-    """Answers of a model on this machine."""
+    `model` and `compute` belong to the local engine.
+    """
 
     by: Literal["sample"]
-    model: ModelConfig
+    system: str | None = PAPER_SYSTEM
+    sampling: PaperSampling = PaperSampling()
+    model: ModelConfig | None = None
     compute: ComputeConfig = ComputeConfig()
-    mesh: MeshConfig = MeshConfig()
 
     @pydantic.model_validator(mode="after")
-    def _check_weights(self) -> "ModelAnswersConfig":
-        if self.model.weights == "random":
+    def _check_model(self) -> "GeneratedAnswersConfig":
+        if self.engine == "local" and self.model is None:
+            raise ValueError("`engine: local` needs the section `model`. Add it, or set `engine: server`")
+        if self.engine == "server" and (self.model is not None or self.compute != ComputeConfig()):
+            raise ValueError("`model` and `compute` have no effect with `engine: server`. Remove them")
+        if self.model is not None and self.model.weights == "random":
             raise ValueError("model.weights: a model with random weights has no answers. Leave out `weights`")
         return self
 
 
-class ServerAnswersConfig(_GeneratedAnswersConfig):
-    """Answers of a server with OpenAI's chat API, such as vLLM."""
-
-    by: Literal["request"]
-    server: ServerConfig
-
-
-ShortAnswersConfig = DatasetAnswersConfig | ModelAnswersConfig | ServerAnswersConfig
+ShortAnswersConfig = DatasetAnswersConfig | GeneratedAnswersConfig
 
 
 def collect_short_answers(
@@ -80,56 +74,57 @@ def collect_short_answers(
     folder: Path,
     *,
     seed: int,
-    thinking: ThinkingFormat,
+    tokenizer: ChatTokenizer,
     counts: Counter[str],
 ) -> list[list[Completion]]:
     """Returns the short answers to each question: those of another data set, or one that is generated.
 
     Generated answers are saved in `folder` as they arrive, so a rerun generates only the missing ones. Refused
-    questions are sent again. `counts` gets the numbers of questions and answers. Raises `UserError` if the saved
-    answers are damaged or have other settings, or the data set has none of the questions.
+    questions are sent again. The `tokenizer` counts the tokens of a server's answers. `counts` gets the numbers of
+    questions and answers. Raises `UserError` if the saved answers are damaged or have other settings, or the data set
+    has none of the questions.
     """
     if isinstance(config, DatasetAnswersConfig):
-        return _join_dataset(config, questions, seed=seed, thinking=thinking, counts=counts)
+        return _join_dataset(config, questions, seed=seed, thinking=tokenizer.thinking, counts=counts)
     system: list[Message] = [] if config.system is None else [{"role": "system", "content": config.system}]
     prompts: list[list[Message]] = [[*system, {"role": "user", "content": question}] for question in questions]
     keys = [hashlib.sha256(json.dumps(messages).encode()).hexdigest()[:24] for messages in prompts]
     conversations = dict(zip(keys, prompts, strict=True))  # a repeated question is sent once
-    settings: dict[str, Any] = config.model_dump(mode="json", exclude={"sampling": {"batch_size"}, "mesh": True})
-    settings["seed"] = seed
-    if isinstance(config, ModelAnswersConfig):
-        fingerprint = quick_fingerprint(resolve_model_folder(config.model.path))  # the model may lie at another path
-        settings["model"] = {"weights": config.model.weights, "fingerprint": fingerprint}
-        if config.model.template_arguments:
-            settings["model"]["template_arguments"] = config.model.template_arguments
+    requests = list(starmap(Request, conversations.items()))
+    settings = _answer_settings(config, tokenizer.thinking) | {"seed": seed}
+    saved = SavedAnswers(folder / "short_answers.jsonl", settings, on_mismatch="refuse")
+    num_saved = len(saved.completions.keys() & conversations.keys())
+    counts["questions, each asked once"] = len(conversations)
+    counts["answered in an earlier try"] = num_saved
+    log_info(f"short answers: {num_saved} of {len(conversations)} are saved already")
+    if num_saved < len(conversations):
+        engine = _make_engine(config, tokenizer, seed=seed)
+        answers = saved.complete(engine, requests, config.sampling, seed=seed, title="short answers")
     else:
-        server = config.server  # its url and limits do not change the answers
-        settings["server"] = {"model": server.model} | server.model_dump(
-            include={"template_arguments"}, exclude_defaults=True
-        )
+        answers = saved.completions
+    return [[answers[key]] for key in keys]
+
+
+def _answer_settings(config: GeneratedAnswersConfig, thinking: ThinkingFormat) -> dict[str, Any]:
+    """Returns what determines the answers. A model may lie at another path, and a server have another url."""
+    settings = config.model_dump(mode="json", include={"by", "engine", "system", "sampling"})
+    if config.model is not None:
+        fingerprint = quick_fingerprint(resolve_model_folder(config.model.path))
+        arguments = config.model.model_dump(include={"template_arguments"}, exclude_defaults=True)
+        settings["model"] = {"weights": config.model.weights, "fingerprint": fingerprint, **arguments}
+        settings["dtype"] = config.compute.dtype
+    if config.server is not None:
+        settings["server"] = config.server.model_dump(include={"model", "template_arguments"}, exclude_defaults=True)
         if thinking != ThinkingFormat():
             settings["thinking_tags"] = [thinking.before, thinking.after]
-    path = folder / "short_answers.jsonl"
-    saved = _load_saved_answers(path, settings)
-    answers = {key: saved[key] for key in conversations if key in saved}
-    missing = {key: messages for key, messages in conversations.items() if key not in saved}
-    counts["questions, each asked once"] = len(conversations)
-    counts["answered in an earlier try"] = len(answers)
-    log_info(f"short answers: {len(answers)} of {len(conversations)} are saved already")
-    if missing:
-        if isinstance(config, ModelAnswersConfig):
-            completions = _generate_missing(config, conversations, missing, seed=seed)
-        else:
-            completions = request_completions(config.server, missing, config.sampling, seed=seed, thinking=thinking)
-        progress = ProgressReporter("short answers", len(conversations), done=len(answers), unit="answer")
-        with path.open("a", buffering=1, encoding="utf-8") as file, closing(progress), closing(completions):
-            for key, completion in completions:
-                answers[key] = completion
-                if completion.error is None:
-                    is_finished = completion.finish_reason == "stop"
-                    file.write(json.dumps({"key": key, "text": completion.text, "finished": is_finished}) + "\n")
-                progress.update(len(answers))
-    return [[answers[key]] for key in keys]
+    return settings
+
+
+def _make_engine(config: GeneratedAnswersConfig, tokenizer: ChatTokenizer, *, seed: int) -> Engine:
+    if config.server is not None:
+        return ServerEngine(config.server, tokenizer.thinking, tokenizer)
+    assert config.model is not None  # `GeneratedAnswersConfig` checks it
+    return LocalEngine(resolve_model_source(config.model, seed=seed), config.compute, config.local)
 
 
 def count_skipped_row(error: RecordError, counts: Counter[str]) -> None:
@@ -159,68 +154,3 @@ def _join_dataset(
         )
     counts["to other questions"] = sum(len(answers[key]) for key in answers.keys() - set(keys))
     return [answers[key] for key in keys]
-
-
-def _load_saved_answers(path: Path, settings: dict[str, Any]) -> dict[str, Completion]:
-    """Reads the answers of an earlier run, or starts the file. Its first line holds the settings.
-
-    A last line that is incomplete is removed.
-    """
-    complete_lines, _, _ = path.read_bytes().rpartition(b"\n") if path.exists() else (b"", b"", b"")
-    if not complete_lines:
-        path.write_text(json.dumps(settings) + "\n", encoding="utf-8")
-        return {}
-    try:
-        saved_settings, *lines = [json.loads(line) for line in complete_lines.split(b"\n")]
-        are_answers = all(isinstance(line["text"], str) and isinstance(line["finished"], bool) for line in lines)
-        if not (isinstance(saved_settings, dict) and are_answers):
-            raise TypeError("a line holds neither settings nor an answer")
-        answers = {a["key"]: Completion((), a["text"], "stop" if a["finished"] else "length") for a in lines}
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise UserError(f"{path}: damaged: {error!r}. Remove the file to generate the answers again.") from None
-    if isinstance(saved_model := saved_settings.get("model"), dict):
-        saved_model.pop("path", None)  # older files hold it
-    changed = [key for key in {**saved_settings, **settings} if saved_settings.get(key) != settings.get(key)]
-    if changed:
-        problem = f"{path}: holds answers that were generated with other settings ({', '.join(changed)})"
-        raise UserError(f"{problem}. Choose another `out`, or remove the file to generate the answers again.")
-    os.truncate(path, len(complete_lines) + 1)
-    return answers
-
-
-def _generate_missing(
-    config: ModelAnswersConfig, conversations: Conversations, missing: Conversations, *, seed: int
-) -> Generator[tuple[str, Completion], None, None]:
-    """Yields the answers of the local model to the missing conversations.
-
-    The batches and their seeds are those of all conversations, so the saved answers do not change the missing ones. A
-    conversation that the tokenizer or its template cannot encode gets an error.
-    """
-    mesh = make_mesh(config.mesh)
-    source = resolve_model_source(config.model, seed=seed)
-    prompts: dict[str, list[int]] = {}
-    for key, messages in conversations.items():
-        try:
-            prompts[key] = source.tokenizer.encode_prompt(messages).ids
-        except UserError as error:
-            yield key, Completion(error=str(error))
-    keys, size = list(prompts), config.sampling.batch_size
-    starts = [i for i in range(0, len(keys), size) if not missing.keys().isdisjoint(keys[i : i + size])]
-    if not starts:
-        return
-    with jax.set_mesh(mesh):
-        model = source.load(config.compute, mesh)
-        for start in starts:
-            batch = keys[start : start + size]
-            completions = generate(
-                model,
-                [prompts[key] for key in batch],
-                config.sampling,
-                stop_token_ids=source.tokenizer.stop_token_ids,
-                vocab_size=source.tokenizer.vocab_size,
-                seed=int(np.random.SeedSequence((seed, start)).generate_state(1)[0] >> 1),
-                mesh=mesh,
-            )
-            for key, completion in zip(batch, completions, strict=True):
-                if key in missing:
-                    yield key, replace(completion, text=source.tokenizer.decode(completion.token_ids))

@@ -13,7 +13,7 @@ from thinkpo_jax.data.examples import Example, TokenizedDataset
 from thinkpo_jax.models.model_folder import resolve_model_source
 from thinkpo_jax.models.safetensors_files import find_weight_problems
 from thinkpo_jax.run.evaluate_run import load_all_questions
-from thinkpo_jax.run.resolve import find_length_warnings
+from thinkpo_jax.run.resolve import check_evaluation_engine, find_length_warnings
 from thinkpo_jax.run.run_config import RunConfig
 from thinkpo_jax.run.stage_checks import (
     ROW_MULTIPLE,
@@ -39,6 +39,7 @@ def preview_run_data(config: RunConfig) -> None:
     Raises `UserError` if the model, data or questions cannot be read. Raises `RunError`, which lists what would stop a
     stage, or would make its training useless.
     """
+    check_evaluation_engine(config)
     print(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True, default_flow_style=None))
     source = resolve_model_source(config.model, seed=config.seed, require_weights=False)
     tokenizer = source.tokenizer

@@ -4,14 +4,16 @@ import itertools
 from collections.abc import Sequence
 from pathlib import Path
 
-import jax
-
 from thinkpo_jax.data.chat_tokenizer import ChatTokenizer
 from thinkpo_jax.evaluation.benchmarks import QuestionsByBenchmark, load_questions
 from thinkpo_jax.evaluation.evaluate_model import EvaluationConfig, evaluate_model, read_answers
 from thinkpo_jax.evaluation.report import terminal_summary, write_report
 from thinkpo_jax.evaluation.results import QuestionResult, ReportContents, StageSummary
 from thinkpo_jax.evaluation.statistics import compare_pooled_runs
+from thinkpo_jax.inference.engine import Engine
+from thinkpo_jax.inference.local_engine import LocalEngine
+from thinkpo_jax.inference.openai_engine import ServerEngine
+from thinkpo_jax.models.model_folder import ModelSource
 from thinkpo_jax.run.resolve import ResolvedRun, is_stage_finished
 from thinkpo_jax.run.run_config import BASE_MODEL_NAME, PATH_KEYS, RunConfig, load_run_config
 from thinkpo_jax.run.run_folder import RunFolder, is_same_on_all_processes
@@ -42,12 +44,11 @@ def evaluate_run(run: ResolvedRun, questions: QuestionsByBenchmark) -> None:
         if not is_same_on_all_processes(repr(questions)):
             raise UserError("this process reads other questions than process 0. Give all processes the same files.")
         finished = [stage.name for stage in config.stages if is_stage_finished(run, stage)]
-        with jax.set_mesh(run.mesh):
-            for name in (BASE_MODEL_NAME, *finished):
-                source, seed, out = run.source_of(name), config.seed, folder.answers(name)
-                results[name] = evaluate_model(
-                    name, source, evaluation, questions, compute=run.compute, mesh=run.mesh, seed=seed, folder=out
-                )
+        for name in (BASE_MODEL_NAME, *finished):
+            source, out = run.source_of(name), folder.answers(name)
+            options = {"compute": run.compute, "seed": config.seed, "folder": out}
+            engine = _make_engine(run, source, evaluation)
+            results[name] = evaluate_model(name, engine, source, evaluation, questions, **options)
     # Without `compare`, each stage is compared with the model that it started from.
     by_start = tuple((config.initial_model_of(stage), stage.name) for stage in config.stages)
     comparisons = (evaluation.compare if evaluation else ()) or by_start
@@ -64,6 +65,14 @@ def evaluate_run(run: ResolvedRun, questions: QuestionsByBenchmark) -> None:
     log_info(f"report: {folder.path / 'report.md'}, plots: {folder.path / 'plots'}")
 
 
+def _make_engine(run: ResolvedRun, source: ModelSource, evaluation: EvaluationConfig) -> Engine:
+    """Returns the engine that answers for a model. It loads the model when the first answer is needed."""
+    if evaluation.server is None:
+        return LocalEngine(source, run.compute, evaluation.local)
+    server = evaluation.server.model_copy(update={"template_arguments": run.config.model.template_arguments})
+    return ServerEngine(server, source.tokenizer.thinking, source.tokenizer)
+
+
 def _stage_summaries(run: ResolvedRun) -> list[StageSummary]:
     summaries: list[StageSummary] = []
     for stage in run.config.stages:
@@ -77,11 +86,16 @@ def _stage_summaries(run: ResolvedRun) -> list[StageSummary]:
 def _settings(run: ResolvedRun) -> dict[str, str]:
     settings = {"start model": run.config.model.path, "seed": str(run.config.seed)}
     if run.config.evaluation is not None:
-        sampling = run.config.evaluation.sampling
+        sampling, server = run.config.evaluation.sampling, run.config.evaluation.server
+        filters = [f"top-p {sampling.top_p}"]
+        filters += [] if sampling.top_k is None else [f"top-k {sampling.top_k}"]
+        filters += [f"min-p {sampling.min_p}"] if sampling.min_p else []
+        filters += [f"stop {list(sampling.stop)}"] if sampling.stop else []
         settings["sampling"] = (
-            f"temperature {sampling.temperature}, top-p {sampling.top_p}, at most {sampling.max_new_tokens} "
+            f"temperature {sampling.temperature}, {', '.join(filters)}, at most {sampling.max_new_tokens} "
             f"new tokens, {sampling.samples} sample(s) per question"
         )
+        settings["engine"] = "local" if server is None else f"server, model {server.model}"
     layout = {"compute dtype": run.config.compute.dtype, "mesh": str(dict(run.mesh.shape))}
     return settings | layout | software_versions()
 

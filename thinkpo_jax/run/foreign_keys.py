@@ -1,4 +1,4 @@
-"""Keys of TRL, transformers and similar programs, and what to write here instead."""
+"""Keys of TRL, transformers and similar programs, and old keys, and what to write here instead."""
 
 _NO_LORA = "There is no LoRA here, because every weight is trained. Leave it out"
 _NO_SERVICE = "Nothing is sent to a service. Metrics are in metrics.jsonl of the stage. Leave it out"
@@ -34,8 +34,9 @@ _ATTENTION = "Use `compute.attention`. The default picks the kernel of the devic
 _VALIDATION_BATCH = "Validation uses the rows of the training batch. Leave it out"
 _ANSWERS = "Only answers are trained. `stages.NAME.data.train_on` chooses the last one or all of a conversation"
 
-# A sentence in which NAME stands for the name of a stage.
+# A sentence in which NAME stands for the name of a stage. A dotted path is an old key.
 FOREIGN_KEYS = {
+    "evaluation.sampling.batch_size": "Use `evaluation.local.slots`, the answers that are generated at the same time",
     "adam_beta1": "Use `stages.NAME.optimizer.b1`",
     "adam_beta2": "Use `stages.NAME.optimizer.b2`",
     "adam_epsilon": "Use `stages.NAME.optimizer.eps`",

@@ -20,7 +20,7 @@ from thinkpo_jax.runtime.config import UserError, parse_config
 from thinkpo_jax.runtime.console import log_warning
 from thinkpo_jax.runtime.context_parallel import check_row_divides_context
 from thinkpo_jax.runtime.mesh import make_mesh
-from thinkpo_jax.runtime.processes import any_process, broadcast_from_primary
+from thinkpo_jax.runtime.processes import any_process, broadcast_from_primary, is_distributed
 from thinkpo_jax.runtime.sharding import tree_shardings
 from thinkpo_jax.training.stage_config import StageConfig
 
@@ -65,9 +65,14 @@ class ResolvedRun:
 
 
 def resolve_run(config: RunConfig) -> ResolvedRun:
-    """Checks the mesh, the start model, its tokenizer and the row lengths. Raises `UserError` if a check failed."""
+    """Checks the mesh, the start model, its tokenizer and the row lengths. Raises `UserError` if a check failed.
+
+    If a server answers for the model, its weights are not needed.
+    """
+    check_evaluation_engine(config)
     mesh = make_mesh(config.mesh)
-    source = resolve_model_source(config.model, seed=config.seed)
+    is_served = config.evaluation is not None and config.evaluation.engine == "server"
+    source = resolve_model_source(config.model, seed=config.seed, require_weights=not is_served)
     tree_shardings(abstract_model(source.architecture, config.compute), mesh)
     for stage in config.stages:
         check_row_divides_context(mesh, stage.batch.row_length, f"stages.{stage.name}.batch.row_length")
@@ -76,6 +81,21 @@ def resolve_run(config: RunConfig) -> ResolvedRun:
     row_lengths = [stage.batch.row_length for stage in config.stages]
     compute = resolve_attention_kernel(config.compute, source.architecture, mesh, row_lengths)
     return ResolvedRun(config, source, compute, mesh, RunFolder(Path(config.run_dir)))
+
+
+def check_evaluation_engine(config: RunConfig) -> None:
+    """Raises `UserError` if a server should answer for several models, or several processes should ask it."""
+    if config.evaluation is None or config.evaluation.engine == "local":
+        return
+    if config.stages:
+        raise UserError(
+            f"evaluation.engine is `server`, but a server answers for one model, and this run has {len(config.stages)} "
+            "stages. Train with `engine: local` or `--set evaluation=null`. Then serve a model of the run, such as "
+            f"{config.run_dir}/{config.stages[-1].name}/model. Give this folder to `python -m thinkpo_jax.evaluate` "
+            "with --model, --out and --set evaluation.engine=server."
+        )
+    if is_distributed():
+        raise UserError("evaluation.engine is `server`, which one process asks. Start this command as one process.")
 
 
 def find_length_warnings(config: RunConfig, architecture: Architecture, *, longest_prompt: int = 0) -> list[str]:

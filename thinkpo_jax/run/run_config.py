@@ -21,7 +21,7 @@ DATA_PATH_KEYS: dict[str, Any] = {"data": {"__all__": {"path"}}}  # of a stage
 PATH_KEYS: dict[str, Any] = {
     "model": {"path"},
     "stages": {"__all__": DATA_PATH_KEYS},
-    "evaluation": {"benchmarks": {"__all__": {"path"}}},
+    "evaluation": {"benchmarks": {"__all__": {"path"}}, "server": {"url"}},
 }
 RESERVED_NAMES = (BASE_MODEL_NAME, "evaluation", "plots", "config.yaml", "report.md", "report.json")
 

@@ -108,8 +108,9 @@ def parse_config(
 ) -> SectionT:
     """Parses `raw` into a `section`. Raises one `UserError` that lists every problem with its dotted path.
 
-    `assignments` are the overrides in `raw`, which the message repeats. `foreign_keys` are keys of other programs, each
-    with a sentence that says what to write instead. It writes NAME for the name of a stage.
+    `assignments` are the overrides in `raw`, which the message repeats. `foreign_keys` are keys of other programs and
+    old keys with their dotted path, each with a sentence that says what to write instead. It writes NAME for the name
+    of a stage.
     """
     try:
         return section.model_validate(_lists_to_tuples(raw), strict=True)  # strict: `steps: yes` is not 1
@@ -211,8 +212,8 @@ def _describe(path: str, detail: Any) -> str:
 def _describe_unknown_key(section: type[ConfigSection], path: str, detail: Any, foreign_keys: Mapping[str, str]) -> str:
     *parents, key = detail["loc"]
     name = path.split(".")[1] if path.startswith("stages.") else "NAME"
-    if key in foreign_keys:
-        return f"unknown key {path}. {foreign_keys[key].replace('NAME', name)}."
+    if advice := foreign_keys.get(path, foreign_keys.get(key)):
+        return f"unknown key {path}. {advice.replace('NAME', name)}."
     known = sorted(_known_keys(section, tuple(parents)))
     if hint := did_you_mean(str(key), known, similarity=0.9):
         return f"unknown key {path}{hint}."

@@ -21,7 +21,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from thinkpo_jax.runtime.config import UserError
 
 HEARTBEAT_TIMEOUT_SECONDS = 60  # a process that is silent for so long counts as dead, and the others end
-ValueT = TypeVar("ValueT", np.ndarray, bool, int)
+ValueT = TypeVar("ValueT", np.ndarray, bool, int, bytes)
 
 
 def add_distributed_arguments(parser: argparse.ArgumentParser) -> None:
@@ -162,6 +162,10 @@ def broadcast_from_primary(value: ValueT) -> ValueT:
         return value
     if isinstance(value, np.ndarray):
         return np.array(multihost_utils.broadcast_one_to_all(value))
+    if isinstance(value, bytes):
+        size = broadcast_from_primary(len(value))
+        content = np.frombuffer(value, np.uint8) if is_primary_process() else np.zeros(size, np.uint8)
+        return broadcast_from_primary(content).tobytes() if size else b""
     payload = np.array([value], np.int64).view(np.uint8)  # bytes, because JAX turns int64 into int32
     return type(value)(broadcast_from_primary(payload).view(np.int64)[0])
 

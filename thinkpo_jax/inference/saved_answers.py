@@ -1,0 +1,118 @@
+"""Saves answers in a file as they arrive, so that an interrupted run asks only for the missing ones."""
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from contextlib import closing
+from pathlib import Path
+from typing import Any, Literal
+
+import pydantic
+
+from thinkpo_jax.inference.engine import Completion, Engine, Request, SamplingConfig
+from thinkpo_jax.runtime.config import ConfigSection, UserError
+from thinkpo_jax.runtime.console import ProgressReporter, log_info
+from thinkpo_jax.runtime.processes import broadcast_from_primary, is_primary_process
+
+
+class _Line(ConfigSection):
+    key: str
+    text: str
+    num_tokens: int
+    finish_reason: Literal["stop", "length"]
+
+
+class _DamagedFileError(Exception):
+    pass
+
+
+class SavedAnswers:
+    """Completions in a JSONL file. The first line holds the settings, and each further line one completion.
+
+    Errors are not saved, so that they are tried again. Only the primary process reads and writes the file. All
+    processes have the same `completions`.
+    """
+
+    def __init__(self, path: Path, settings: Mapping[str, Any], *, on_mismatch: Literal["refuse", "restart"]) -> None:
+        """Reads the file, or starts it. Removes a last line that is incomplete or damaged.
+
+        If the file has other settings or another damaged line, "restart" starts it anew, and "refuse" raises
+        `UserError`.
+        """
+        self.path, self._settings = path, json.loads(json.dumps(settings))
+        self._on_mismatch = on_mismatch
+        lines = broadcast_from_primary(b"\n".join(self._read_lines()) if is_primary_process() else b"")
+        self.completions: dict[str, Completion] = {}
+        for line in map(_Line.model_validate_json, lines.splitlines()):
+            self.completions[line.key] = Completion(**line.model_dump(exclude={"key"}))
+
+    def complete(
+        self, engine: Engine, requests: Sequence[Request], sampling: SamplingConfig, *, seed: int, title: str
+    ) -> dict[str, Completion]:
+        """Returns the completion of each request by its key. Generates and saves those that are missing."""
+        completions = {each.key: self.completions[each.key] for each in requests if each.key in self.completions}
+        missing = [request for request in requests if request.key not in completions]
+        if not missing:
+            return completions
+        path = self.path if is_primary_process() else Path(os.devnull)
+        with (
+            path.open("a", buffering=1, encoding="utf-8") as file,
+            closing(ProgressReporter(title, len(requests), done=len(completions), unit="answer")) as progress,
+            closing(engine.generate(missing, sampling, seed=seed)) as arriving,
+        ):
+            for key, completion in arriving:
+                completions[key] = completion
+                if completion.error is None:
+                    values = {name: value for name, value in vars(completion).items() if name in _Line.model_fields}
+                    file.write(json.dumps({"key": key, **values}) + "\n")
+                    self.completions[key] = completion
+                progress.update(len(completions))
+        return completions
+
+    def _read_lines(self) -> list[bytes]:
+        """Returns the lines with completions. Truncates or starts the file, so that lines can be appended."""
+        content = self.path.read_bytes() if self.path.exists() else b""
+        complete, newline, _ = content.rpartition(b"\n")
+        problem = ""
+        if complete:
+            try:
+                first, *lines = complete.split(b"\n")
+                if changed := self._changed_settings(first):
+                    problem = f"holds answers that were generated with other settings ({', '.join(changed)})"
+                else:
+                    lines = _valid_lines(lines)
+                    os.truncate(self.path, sum(len(line) + len(newline) for line in [first, *lines]))
+                    return lines
+            except _DamagedFileError as error:
+                problem = f"damaged: {error}"
+        if problem and self._on_mismatch == "refuse":
+            advice = "Remove the file to generate the answers again, or choose another folder"
+            raise UserError(f"{self.path}: {problem}. {advice}.")
+        if problem:
+            log_info(f"{self.path}: {problem}. The answers are generated again.")
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self.path.write_text(json.dumps(self._settings) + "\n", encoding="utf-8")
+        return []
+
+    def _changed_settings(self, line: bytes) -> list[str]:
+        try:
+            saved = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            raise _DamagedFileError(f"line 1 is not JSON: {error}") from None
+        if not isinstance(saved, dict):
+            raise _DamagedFileError("line 1 does not hold settings")
+        settings = self._settings
+        return [key for key in {**saved, **settings} if saved.get(key) != settings.get(key)]
+
+
+def _valid_lines(lines: Sequence[bytes]) -> list[bytes]:
+    """Returns the lines without a damaged last one. Raises `_DamagedFileError` if another line is damaged."""
+    for number, line in enumerate(lines):
+        try:
+            _Line.model_validate_json(line, strict=True)
+        except pydantic.ValidationError as error:
+            reason = error.errors()[0]["msg"]
+            if number + 1 < len(lines):
+                raise _DamagedFileError(f"line {number + 2} does not hold an answer ({reason})") from None
+            return list(lines[:number])
+    return list(lines)
