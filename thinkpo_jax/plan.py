@@ -1,8 +1,9 @@
-"""Compiles the stages of a run for devices that are not attached, and prints whether they fit and how fast they may be.
+"""Compiles a run's stages or evaluation for devices that are not attached. Prints whether they fit, with estimates.
 
 Examples:
     python -m thinkpo_jax.plan --config configs/thinkpo_bespoke_stratos_7b.yaml --topology v5e:4x4
     python -m thinkpo_jax.plan --config configs/thinkpo_bespoke_stratos_7b.yaml --topology v6e --smallest
+    python -m thinkpo_jax.plan --config configs/thinkpo_r1_distill_qwen_7b.yaml --topology v5e:2x2 --evaluation
 
 Only the model's config.json is read: no weights, no data, and no tokenizer unless it may resize the embedding.
 Exit status: 0 fits, 1 does not fit, 2 error.
@@ -11,6 +12,7 @@ Exit status: 0 fits, 1 does not fit, 2 error.
 import argparse
 from collections.abc import Sequence
 
+from thinkpo_jax.planning.plan_evaluation import plan_evaluation
 from thinkpo_jax.planning.plan_stage import plan_stages
 from thinkpo_jax.planning.search import find_smallest_slice, search_layouts
 from thinkpo_jax.planning.topology import list_slices, parse_topology
@@ -30,6 +32,9 @@ def main(arguments: Sequence[str]) -> None:
         return
     topology = parse_topology(options.topology)
     config = load_run_config(options.config, options.assignments)
+    if options.evaluation:
+        plan_evaluation(config, topology)
+        return
     run = search_layouts if options.search else plan_stages
     run(config, select_stages(config, options.stage), topology)
 
@@ -51,6 +56,10 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
         "--search", action="store_true",
         help="find the fastest mesh, remat policy and micro-batch that fit, also for longer rows",
     )  # fmt: skip
+    parser.add_argument(
+        "--evaluation", action="store_true",
+        help="plan the evaluation of the start model instead of the stages: how many answers fit and how fast they are",
+    )  # fmt: skip
     options = parser.parse_args(arguments)
     device, _, shape = options.topology.partition(":")
     if options.smallest and options.search:
@@ -63,6 +72,10 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     if options.search and not shape:
         example = list_slices(device.lower())[-1].name
         raise UserError(f"--topology {options.topology} --search: --search needs a slice, for example {example}.")
+    if options.evaluation and (options.smallest or options.search or options.stage or not shape):
+        raise UserError(
+            "--evaluation needs a slice, such as --topology v5e:2x2, and no --smallest, --search or --stage."
+        )
     options.smallest = options.smallest or ":" not in options.topology
     return options
 

@@ -17,7 +17,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -32,7 +32,7 @@ from thinkpo_jax.planning.hlo import Collective, find_collectives, total_memory
 from thinkpo_jax.planning.topology import Topology, parse_topology
 from thinkpo_jax.run.run_config import RunConfig
 from thinkpo_jax.runtime.cli import describe_exit_status, handling, last_error, printed_errors, run_and_exit
-from thinkpo_jax.runtime.config import UserError, parse_config
+from thinkpo_jax.runtime.config import RunError, UserError, parse_config
 from thinkpo_jax.runtime.context_parallel import check_row_divides_context
 from thinkpo_jax.runtime.files import read_json_object
 from thinkpo_jax.runtime.mesh import make_mesh, num_data_shards
@@ -109,15 +109,43 @@ def _abstract_batch(stage: StageConfig, mesh: Mesh) -> Batch[jax.ShapeDtypeStruc
 
 def compile_stage_program(config: RunConfig, stage: StageConfig, name: str, topology: Topology) -> CompiledProgram:
     """Compiles a program of a stage in its own process. Raises `UserError` if it cannot be compiled."""
+    stages = tuple(stage if each.name == stage.name else each for each in config.stages)
+    request = {"config": config.model_copy(update={"stages": stages}).model_dump(mode="json")}
+    dump = dump_program("thinkpo_jax.planning.compile", request | {"stage": stage.name, "program": name}, topology)
+    known, collectives = dump.known, find_collectives(dump.program, topology.size)
+    parameters, optimizer = known["state_bytes"]
+    memory = DeviceMemory(parameters, optimizer, dump.total - parameters - optimizer)
+    shape, arch = BatchShape(*known["shape"]), resolve_architecture(config.model)
+    flops = estimates.max_update_flops(arch, config.compute, shape)
+    if name == REFERENCE:  # A forward pass is a third of an update without recomputation.
+        flops = FlopCount(flops.model / 3, flops.model / 3)
+    options = {"mesh": known["mesh"], "collectives": collectives, "topology": topology}
+    bounds = estimates.estimated_seconds(arch, config.compute, shape, **options, forward_only=name == REFERENCE)
+    seconds, mesh = dump.compile_seconds, known["mesh"]
+    return CompiledProgram(name, mesh, known["attention"], shape, memory, collectives, flops, bounds, seconds)
+
+
+class DumpedProgram(NamedTuple):
+    """What XLA dumped of a program, and what was known before it was compiled."""
+
+    known: dict[str, Any]
+    total: int  # bytes of each device, arguments included
+    program: str  # HLO text
+    compile_seconds: float
+
+
+def dump_program(module: str, request: dict[str, Any], topology: Topology) -> DumpedProgram:
+    """Compiles a program in its own process, which runs `module` with a folder that holds the request.
+
+    That process calls `compile_into`. Raises `RunError` if that process reports that the program does not fit, and
+    `UserError` if the program cannot be compiled.
+    """
     start, environment = time.monotonic(), os.environ | ENVIRONMENT | _compiler_environment(topology)
     # The default action of SIGTERM would leave the compiler and the folder behind.
     with handling(signal.default_int_handler, signal.SIGTERM), tempfile.TemporaryDirectory() as folder_name:
         folder = Path(folder_name)
-        stages = tuple(stage if each.name == stage.name else each for each in config.stages)
-        request: dict[str, Any] = {"config": config.model_copy(update={"stages": stages}).model_dump(mode="json")}
-        request |= {"stage": stage.name, "program": name, "topology": topology.name}
-        (folder / "request.json").write_text(json.dumps(request), encoding="utf-8")
-        command = [sys.executable, "-m", "thinkpo_jax.planning.compile", folder_name]
+        (folder / "request.json").write_text(json.dumps(request | {"topology": topology.name}), encoding="utf-8")
+        command = [sys.executable, "-m", module, folder_name]
         with (folder / "output").open("wb") as output:
             process = subprocess.Popen(command, stdout=output, stderr=output, env=environment)
             try:
@@ -126,21 +154,19 @@ def compile_stage_program(config: RunConfig, stage: StageConfig, name: str, topo
             finally:
                 process.kill()
                 process.wait()
+        if (problem := folder / "problem").exists():
+            raise RunError(problem.read_text(encoding="utf-8"))
         dump = _finished_dump(folder)
         if dump is None:
             raise _compile_error(folder / "output", process.returncode, topology)
-        known, total = read_json_object(folder / "known.json"), dump[0]
-        collectives = find_collectives(dump[1].read_text(encoding="utf-8"), topology.size)
-    parameters, optimizer = known["state_bytes"]
-    memory, shape = DeviceMemory(parameters, optimizer, total - parameters - optimizer), BatchShape(*known["shape"])
-    arch = resolve_architecture(config.model)
-    flops = estimates.max_update_flops(arch, config.compute, shape)
-    if name == REFERENCE:  # A forward pass is a third of an update without recomputation.
-        flops = FlopCount(flops.model / 3, flops.model / 3)
-    options = {"mesh": known["mesh"], "collectives": collectives, "topology": topology}
-    bounds = estimates.estimated_seconds(arch, config.compute, shape, **options, forward_only=name == REFERENCE)
-    elapsed = time.monotonic() - start
-    return CompiledProgram(name, known["mesh"], known["attention"], shape, memory, collectives, flops, bounds, elapsed)
+        known, program = read_json_object(folder / "known.json"), dump[1].read_text(encoding="utf-8")
+    return DumpedProgram(known, dump[0], program, time.monotonic() - start)
+
+
+def compile_into(folder: Path, lowered: Any, known: dict[str, Any]) -> None:
+    """Writes `known` to known.json, then compiles the program, which XLA dumps to the folder."""
+    (folder / "known.json").write_text(json.dumps(known), encoding="utf-8")
+    lowered.compile(compiler_options={"xla_dump_to": str(folder / "xla"), "xla_dump_hlo_as_text": True})
 
 
 def _finished_dump(folder: Path) -> tuple[int, Path] | None:
@@ -207,8 +233,7 @@ def main(arguments: Sequence[str]) -> None:
     stage = next(stage for stage in config.stages if stage.name == request["stage"])
     mesh = make_mesh(config.mesh, parse_topology(request["topology"]).devices())
     lowered, known = lower_program(config, stage, request["program"], mesh)
-    (folder / "known.json").write_text(json.dumps(known), encoding="utf-8")
-    lowered.compile(compiler_options={"xla_dump_to": str(folder / "xla"), "xla_dump_hlo_as_text": True})
+    compile_into(folder, lowered, known)
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ With `xla_dump_to`, XLA writes the optimized program of one device as HLO text, 
 
 import math
 import re
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -35,6 +36,30 @@ def find_collectives(program: str, num_devices: int) -> list[Collective]:
     TPU fusions repeat one collective on one channel, which counts once. Different collectives may share a channel.
     """
     bodies, entry = split_computations(program)
+    return _collect(bodies, (entry,), num_devices)
+
+
+def find_loop_collectives(program: str, num_devices: int) -> list[Collective]:
+    """Returns the collectives of one iteration of the program's longest outer loop, with those of its condition."""
+    bodies, entry = split_computations(program)
+    loops: list[dict[str, str]] = []
+
+    def visit(computation: str) -> None:
+        for line in bodies.get(computation, ()):
+            callees = dict(_CALLEE.findall(line))
+            if "body" in callees:
+                loops.append(callees)
+            else:
+                for callee, _ in _parse_calls(line, bodies):
+                    visit(callee)
+
+    visit(entry)
+    longest = max(loops, key=lambda loop: len(bodies[loop["body"]]))
+    return _collect(bodies, (longest["body"], longest["condition"]), num_devices)
+
+
+def _collect(bodies: dict[str, list[str]], roots: Sequence[str], num_devices: int) -> list[Collective]:
+    """Returns the collectives of the computations `roots` and of all that they call."""
     collectives: dict[tuple[str, str, float], Collective] = {}
 
     def visit(computation: str, num_executions: int) -> None:
@@ -50,7 +75,8 @@ def find_collectives(program: str, num_devices: int) -> list[Collective]:
                 for callee, num_calls in _parse_calls(line, bodies):
                     visit(callee, num_executions * num_calls)
 
-    visit(entry, 1)
+    for root in roots:
+        visit(root, 1)
     return [collective for collective in collectives.values() if len(collective.device_group) > 1]
 
 
@@ -118,7 +144,7 @@ def _bytes_received(kind: str, size: float, members: int, *, is_async: bool) -> 
         return (size / (members + 1) if is_async else size) * others
     if kind == "collective-permute":
         return size / 2 if is_async else size
-    return size * others / members
+    return (size / 2 if is_async else size) * others / members  # all-to-all
 
 
 def _device_group(line: str, num_devices: int) -> tuple[int, ...]:
