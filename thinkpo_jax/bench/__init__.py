@@ -4,6 +4,7 @@
 |---|---|
 | `load.py` | loading a checkpoint, compared with reading its file |
 | `step.py` | a ThinkPO update on the CPU, compared with TRL's |
+| `generate.py` | the inference engine on the CPU, compared with `transformers_generation.py` |
 | `growth.py` | memory and traffic by number of devices and row length, compiled |
 | `device.py` | an accelerator, with `numerics.py`, `updates.py`, `trl.py`, `generation.py` and `quality.py` |
 

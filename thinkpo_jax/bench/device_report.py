@@ -171,7 +171,11 @@ def _generation(results: list[Any], _: Mapping[str, Any]) -> list[str]:
     ]
     peak = _gib(result["peak_bytes"])
     lines = [f"{result['model']}, {result['tokens_per_answer']} tokens per answer, peak memory {peak}.", ""]
-    return lines + _table(("answers at once", "tokens/s", "seconds", "compile, s"), rows)
+    lines += _table(("answers at once", "tokens/s", "seconds", "compile, s"), rows)
+    if mixed := result.get("mixed"):
+        counts = f"{mixed['answers']} answers of {mixed['mean_tokens']:.0f} tokens on average in {mixed['slots']} slots"
+        lines += ["", f"{counts}: continuous batching is {mixed['ratio']:.2f} times as fast as static batches."]
+    return lines
 
 
 def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:

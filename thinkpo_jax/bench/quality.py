@@ -210,7 +210,8 @@ def make_run_config(
         ],
         "evaluation": {
             "benchmarks": [{"name": BENCHMARK, "path": str(test), "questions": settings.questions}],
-            "sampling": sampling | {"batch_size": settings.batch_size},
+            "sampling": sampling,
+            "local": {"slots": settings.batch_size},
             "compare": [list(names) for names in COMPARISONS],
         },
     }  # fmt: skip

@@ -32,6 +32,7 @@ MODEL_CONFIGS: dict[str, dict[str, Any]] = {
     "Qwen2.5-1.5B": _qwen(1536, 28, 8960, 12, 2, tie_word_embeddings=True),
     "Qwen2.5-3B": _qwen(2048, 36, 11_008, 16, 2, tie_word_embeddings=True),
     "Qwen2.5-7B": _qwen(3584, 28, 18_944, 28, 4, tie_word_embeddings=False, vocab_size=152_064),
+    "Qwen2.5-14B": _qwen(5120, 48, 13_824, 40, 8, tie_word_embeddings=False, vocab_size=152_064),
     "small": _qwen(512, 4, 1536, 8, 4, tie_word_embeddings=True, vocab_size=32_768),
     "tiny": _qwen(64, 2, 192, 2, 1, tie_word_embeddings=True, vocab_size=512),
 }
