@@ -32,7 +32,7 @@ INDEPENDENT_FOLDERS = (
 )
 COMMANDS = ("train.py", "evaluate.py", "export.py", "pairs.py", "plan.py")
 MAX_FILE_LINES, MAX_COMMAND_LINES, MAX_FUNCTION_LINES, MAX_PARAMETERS = 400, 100, 60, 8
-MAX_PACKAGE_LINES = 15_000
+MAX_PACKAGE_LINES = 17_500
 FILES = sorted(PACKAGE.rglob("*.py"))
 TREES = {path: ast.parse(path.read_text(encoding="utf-8")) for path in FILES}
 
@@ -103,12 +103,15 @@ def test_files_do_not_import_each_other_in_a_cycle() -> None:
     graphlib.TopologicalSorter(graph).prepare()  # CycleError lists the modules of the cycle
 
 
-def test_only_checkpoints_imports_orbax_and_only_the_trl_benchmark_imports_torch() -> None:
+def test_only_checkpoints_imports_orbax_and_only_benchmarks_of_others_import_torch() -> None:
     roots = {
         _test_id(path): {name.split(".")[0] for name in _imported_names(ast.walk(tree))} for path, tree in TREES.items()
     }
     assert {name for name, modules in roots.items() if "orbax" in modules} == {"training/checkpoints"}
-    assert {name for name, modules in roots.items() if "torch" in modules} == {"bench/trl"}
+    assert {name for name, modules in roots.items() if "torch" in modules} == {
+        "bench/transformers_generation",
+        "bench/trl",
+    }
 
 
 @pytest.mark.parametrize("path", FILES, ids=_test_id)

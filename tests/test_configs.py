@@ -14,7 +14,7 @@ from support.small import mesh
 from thinkpo_jax.models.architecture import Architecture, read_architecture
 from thinkpo_jax.models.weight_mapping import abstract_model, expected_tensor_shapes, flatten_by_name
 from thinkpo_jax.pair_building.build_pairs import PairsConfig
-from thinkpo_jax.pair_building.short_answers import ServerAnswersConfig
+from thinkpo_jax.pair_building.short_answers import GeneratedAnswersConfig
 from thinkpo_jax.run.run_config import RunConfig, load_run_config
 from thinkpo_jax.runtime.config import parse_config
 from thinkpo_jax.runtime.sharding import tree_shardings
@@ -139,7 +139,8 @@ def test_set_replaces_a_whole_data_section():
 def test_the_papers_short_answers_are_sampled_with_the_papers_settings():
     path = ROOT / "configs" / "pairs_bespoke_stratos.yaml"
     pairs = parse_config(PairsConfig, read_yaml(path), source=str(path))
-    assert isinstance(pairs.short, ServerAnswersConfig)
+    assert isinstance(pairs.short, GeneratedAnswersConfig)
+    assert pairs.short.engine == "server"
     sampling = pairs.short.sampling
     assert (sampling.temperature, sampling.top_p, sampling.max_new_tokens, sampling.samples) == (0.7, 0.9, 1024, 1)
     assert pairs.short.system == "You are a helpful and harmless assistant. Please reason step by step."

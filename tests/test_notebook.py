@@ -14,7 +14,7 @@ SMALL = [
     "stages.thinkpo.steps=2",
     "stages.control.steps=2",
     "evaluation.benchmarks.0.questions=12",
-    "evaluation.sampling.batch_size=12",
+    "evaluation.local.slots=12",
 ]
 PLOTS = ("accuracy", "response_length", "rewards", "loss")
 
