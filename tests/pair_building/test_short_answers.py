@@ -12,6 +12,7 @@ from support.interrupt import run_interrupted
 from support.pairs import UNBOXED, Config, built_pairs, card_counts, nonzero, run_pairs, saved_answers, write_jsonl
 from support.server import Reply, failed, said, serving
 
+from thinkpo_jax.inference.openai_engine import MAX_FAILURES_IN_A_ROW
 from thinkpo_jax.models.model_folder import resolve_model_folder
 from thinkpo_jax.pair_building.build_pairs import PairsConfig
 from thinkpo_jax.pair_building.short_answers import GeneratedAnswersConfig
@@ -162,7 +163,7 @@ def test_after_a_server_failure_a_rerun_sends_only_the_missing_questions(
     with serving(lambda number, body: answer(number, body) if number < 3 else failed(500)) as endpoint:
         config = served(joined, endpoint.url)
         assert run_pairs(config) == 1
-        assert len(endpoint.bodies) == 3 + 2
+        assert len(endpoint.bodies) == 3 + 2 * MAX_FAILURES_IN_A_ROW
         error = capsys.readouterr().err.splitlines()[-1]
     assert error.startswith(f"error: {endpoint.url}: HTTP 500 (out of order), in up to 2 tries.")
     assert [line["text"] for line in saved_answers(config)] == ["0", "1", "2"]
