@@ -24,9 +24,8 @@ from thinkpo_jax.runtime.console import log_warning
 class LocalEngineConfig(ConfigSection):
     """`slots` answers are generated at the same time, at least 8 in each group of devices.
 
-    Their KV cache takes at most `cache_memory` GiB of each device.
-
-    By default it takes most of what the weights leave of an accelerator, or a quarter of the memory of a CPU machine.
+    Their KV cache takes at most `cache_memory` GiB of each device. By default it takes most of what the weights leave
+    of an accelerator, or a quarter of the memory of a CPU machine.
     """
 
     slots: int = pydantic.Field(default=64, ge=1, le=1024)

@@ -80,7 +80,7 @@ class GenerationSession:
         groups, self.page_size = model.num_groups, model.page_size
         self.is_cpu = model.mesh.devices.flat[0].platform == "cpu"
         answers_per_group = next_power_of_2(max(MIN_SLOTS, ceil_div(len(answers), groups)))
-        self.slots_per_group = min(answers_per_group, max(MIN_SLOTS, ceil_div(num_slots, groups)))
+        self.slots_per_group = min(answers_per_group, count_group_slots(num_slots, groups))
         num_pages = max_pages = model.max_pages
         if self.is_cpu:  # the pool of an accelerator is whole from the start
             self.slots_per_group = min(self.slots_per_group, CPU_SLOTS)
@@ -214,7 +214,7 @@ class GenerationSession:
         """Returns the columns of the page table. The kernels of accelerators take longer for wide tables."""
         if self.model.spec.decode_kernel == "loop":
             return max(self.max_table_width, MIN_LOOP_TABLE_WIDTH)
-        return max(MIN_TABLE_WIDTH, next_power_of_2(num_pages))
+        return table_width(num_pages)
 
     def _put(self, array: np.ndarray, axes: tuple[str | None, ...]) -> jax.Array:
         """Puts an array [groups, rows, ...] on the mesh as [groups * rows, ...]."""
@@ -246,6 +246,16 @@ def _add_pages(pool: tuple[jax.Array, jax.Array], count: int, kernel: PagedKerne
         lambda pool: jnp.pad(pool, ((0, 0), (0, count), (0, 0), (0, 0))), (pool_axes(kernel),), pool_axes(kernel)
     )
     return add(pool[0]), add(pool[1])
+
+
+def count_group_slots(num_slots: int, num_groups: int) -> int:
+    """Returns the slots of a group if all groups together have `num_slots`."""
+    return max(MIN_SLOTS, ceil_div(num_slots, num_groups))
+
+
+def table_width(num_pages: int) -> int:
+    """Returns the columns of a page table on an accelerator, for slots of up to `num_pages` pages."""
+    return max(MIN_TABLE_WIDTH, next_power_of_2(num_pages))
 
 
 def next_power_of_2(value: int) -> int:

@@ -23,7 +23,7 @@ from thinkpo_jax.inference.inference_model import (
 )
 from thinkpo_jax.inference.programs import SLOT_AXES, ProgramSpec, Slots, decode_chunk
 from thinkpo_jax.inference.sampling import SamplingFilters, SamplingValues
-from thinkpo_jax.inference.token_generation import MIN_SLOTS, MIN_TABLE_WIDTH, next_power_of_2
+from thinkpo_jax.inference.token_generation import count_group_slots, table_width
 from thinkpo_jax.inference.weights import InferenceWeights, abstract_weights
 from thinkpo_jax.models.architecture import Architecture
 from thinkpo_jax.models.attention.paged import PAGE_SIZE
@@ -182,8 +182,8 @@ def _lower_evaluation(config: RunConfig, topology: Topology) -> tuple[Any, dict[
     pages = count_pages(default if local.cache_memory is None else int(local.cache_memory * GIB), spec, mesh)
     group_tokens = (pages - 1) * PAGE_SIZE
     longest = min(PROMPT_TOKENS + sampling.max_new_tokens, arch.max_positions, group_tokens)
-    slots = max(MIN_SLOTS, ceil_div(local.slots, groups))
-    shape = DecodeShape(slots, pages, max(MIN_TABLE_WIDTH, next_power_of_2(ceil_div(longest, PAGE_SIZE))))
+    slots = count_group_slots(local.slots, groups)
+    shape = DecodeShape(slots, pages, table_width(ceil_div(longest, PAGE_SIZE)))
     known = {
         "kernel": spec.decode_kernel,
         "groups": groups,

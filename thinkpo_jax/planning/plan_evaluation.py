@@ -4,7 +4,7 @@ from thinkpo_jax.models.model_folder import resolve_architecture
 from thinkpo_jax.planning.estimates import ACHIEVABLE_BANDWIDTH, ACHIEVABLE_NETWORK, ACHIEVABLE_PEAK, parameter_count
 from thinkpo_jax.planning.hlo import COLLECTIVE_KINDS
 from thinkpo_jax.planning.inference import PROMPT_TOKENS, DecodePlan, plan_decode_step
-from thinkpo_jax.planning.topology import GPU_MEMORY_FRACTION, Topology
+from thinkpo_jax.planning.topology import Topology
 from thinkpo_jax.run.run_config import RunConfig
 from thinkpo_jax.runtime.config import RunError, UserError
 from thinkpo_jax.runtime.devices import GIB
@@ -32,15 +32,15 @@ def plan_evaluation(config: RunConfig, topology: Topology) -> None:
     problem = _find_problem(plan, topology)
     if problem is not None:
         raise RunError(f"the evaluation does not fit: {problem}")
-    print(f"the evaluation fits: {_memory_share(plan.total_bytes, topology)}")
+    print(f"the evaluation fits: {topology.describe_share(plan.total_bytes)}")
 
 
 def _find_problem(plan: DecodePlan, topology: Topology) -> str | None:
     """Describes why the evaluation does not fit. Returns None if it fits."""
     if plan.loading_bytes > topology.memory:
-        return f"loading the weights takes {_memory_share(plan.loading_bytes, topology)}. Take larger devices."
+        return f"loading the weights takes {topology.describe_share(plan.loading_bytes)}. Take larger devices."
     if plan.total_bytes > topology.memory:
-        share = _memory_share(plan.total_bytes, topology)
+        share = topology.describe_share(plan.total_bytes)
         return f"a decode step takes {share}. Set evaluation.local.cache_memory lower."
     if not plan.longest_answers:
         return (
@@ -48,13 +48,6 @@ def _find_problem(plan: DecodePlan, topology: Topology) -> str | None:
             "evaluation.sampling.max_new_tokens, or take larger devices."
         )
     return None
-
-
-def _memory_share(size: int, topology: Topology) -> str:
-    return (
-        f"{size / GIB:.2f} GiB of the {topology.memory / GIB:.2f} GiB of each {topology.device.name} "
-        f"({size / topology.memory:.0%})"
-    )
 
 
 def _rows(plan: DecodePlan, topology: Topology) -> list[tuple[str, str]]:
@@ -102,8 +95,5 @@ def _assumptions(plan: DecodePlan, topology: Topology) -> str:
         "They are lower bounds, without prefill, sampling and the latency of collectives.",
     ]
     if device.gpu is not None:
-        lines.append(
-            f"Programs get {GPU_MEMORY_FRACTION:.0%} of a GPU's memory: set XLA_PYTHON_CLIENT_MEM_FRACTION="
-            f"{GPU_MEMORY_FRACTION}."
-        )
+        lines.append(topology.describe_memory_fraction())
     return "Assumptions:\n" + "\n".join(f"- {line}" for line in lines)

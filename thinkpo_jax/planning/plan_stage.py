@@ -6,7 +6,7 @@ from thinkpo_jax.models.model_folder import resolve_architecture
 from thinkpo_jax.planning import estimates
 from thinkpo_jax.planning.compile import CompiledProgram, compile_stage_program, program_names
 from thinkpo_jax.planning.hlo import COLLECTIVE_KINDS
-from thinkpo_jax.planning.topology import GPU_MEMORY_FRACTION, Topology
+from thinkpo_jax.planning.topology import Topology
 from thinkpo_jax.run.run_config import RunConfig
 from thinkpo_jax.runtime.config import RunError
 from thinkpo_jax.runtime.devices import GIB
@@ -36,13 +36,13 @@ def plan_stages(config: RunConfig, stages: Sequence[StageConfig], topology: Topo
         print(f"compiled in {sum(program.compile_seconds for program in programs):.0f} s", flush=True)
         too_large = [program for program in programs if program.memory.total > topology.memory]
         problems += [
-            f"stage {stage.name}: the {program.name} does not fit: {_memory_share(program, topology)}. Take a larger "
-            "slice, set `compute.remat: full`, lower rows_per_device or raise mesh.fsdp. --search finds what fits."
+            f"stage {stage.name}: the {program.name} does not fit: {topology.describe_share(program.memory.total)}. "
+            "Take a larger slice, set `compute.remat: full`, lower rows_per_device or raise mesh.fsdp. --search finds what fits."
             for program in too_large
         ]
         if not too_large:
             largest = max(programs, key=lambda program: program.memory.total)
-            print(f"stage {stage.name} fits: {_memory_share(largest, topology)}\n", flush=True)
+            print(f"stage {stage.name} fits: {topology.describe_share(largest.memory.total)}\n", flush=True)
     print(_assumptions(topology))
     if problems:
         raise RunError("\n".join(problems))
@@ -70,14 +70,6 @@ def _column(program: CompiledProgram, tokens: int, topology: Topology) -> dict[s
     return cells
 
 
-def _memory_share(program: CompiledProgram, topology: Topology) -> str:
-    total = program.memory.total
-    return (
-        f"{total / GIB:.2f} GiB of the {topology.memory / GIB:.2f} GiB of each {topology.device.name} "
-        f"({total / topology.memory:.0%})"
-    )
-
-
 def _assumptions(topology: Topology) -> str:
     device = topology.device
     lines = [
@@ -90,8 +82,6 @@ def _assumptions(topology: Topology) -> str:
         "slowest of the three hides the others. Memory traffic is a lower bound.",
     ]
     if device.gpu is not None:
-        lines.append(
-            f"Programs get {GPU_MEMORY_FRACTION:.0%} of a GPU's memory: set XLA_PYTHON_CLIENT_MEM_FRACTION="
-            f"{GPU_MEMORY_FRACTION}. Between hosts each GPU has {device.gpu.network / 1e9:.3g} GB/s."
-        )
+        network = f"Between hosts each GPU has {device.gpu.network / 1e9:.3g} GB/s."
+        lines.append(f"{topology.describe_memory_fraction()} {network}")
     return "Assumptions:\n" + "\n".join(f"- {line}" for line in lines)

@@ -10,7 +10,7 @@ from typing import Any
 from jax.experimental import topologies
 
 from thinkpo_jax.runtime.config import UserError, did_you_mean
-from thinkpo_jax.runtime.devices import DEVICE_SPECS, DeviceSpec, GpuCompileTarget
+from thinkpo_jax.runtime.devices import DEVICE_SPECS, GIB, DeviceSpec, GpuCompileTarget
 
 # The slices that can be rented: chips along each axis of the torus.
 _FLAT = ("1x1", "2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")
@@ -38,6 +38,16 @@ class Topology:
     def memory(self) -> int:
         """Bytes that a program may use on one device."""
         return self.device.memory if self.device.gpu is None else int(self.device.memory * GPU_MEMORY_FRACTION)
+
+    def describe_share(self, size: int) -> str:
+        """Returns a sentence part that says how much of each device's memory so many bytes are."""
+        memory = f"{size / GIB:.2f} GiB of the {self.memory / GIB:.2f} GiB of each {self.device.name}"
+        return f"{memory} ({size / self.memory:.0%})"
+
+    def describe_memory_fraction(self) -> str:
+        """Returns a sentence that says which part of a GPU's memory programs get."""
+        setting = f"XLA_PYTHON_CLIENT_MEM_FRACTION={GPU_MEMORY_FRACTION}"
+        return f"Programs get {GPU_MEMORY_FRACTION:.0%} of a GPU's memory: set {setting}."
 
     def devices(self) -> list[Any]:
         """Returns stand-ins for the devices, in the order of a mesh. Needs libtpu or the CUDA plugin."""
