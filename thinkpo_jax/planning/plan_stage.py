@@ -36,8 +36,10 @@ def plan_stages(config: RunConfig, stages: Sequence[StageConfig], topology: Topo
         print(f"compiled in {sum(program.compile_seconds for program in programs):.0f} s", flush=True)
         too_large = [program for program in programs if program.memory.total > topology.memory]
         problems += [
-            f"stage {stage.name}: the {program.name} does not fit: {topology.describe_share(program.memory.total)}. "
-            "Take a larger slice, set `compute.remat: full`, lower rows_per_device or raise mesh.fsdp. --search finds what fits."
+            f"stage {stage.name}: the {program.name} does not fit: "
+            f"{topology.describe_share(program.memory.total)}. "
+            "Take a larger slice, set `compute.remat: full`, lower rows_per_device or raise mesh.fsdp. "
+            "--search finds what fits."
             for program in too_large
         ]
         if not too_large:
