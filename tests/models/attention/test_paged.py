@@ -9,6 +9,7 @@ import json
 import os
 import re
 import sys
+import warnings
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
@@ -17,7 +18,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.experimental.pallas import tpu as pltpu
-from jax.experimental.pallas.ops.gpu import paged_attention as gpu_kernels
 from jax.sharding import Mesh, NamedSharding
 from support import small
 from support.attention import compile_in_child
@@ -135,6 +135,9 @@ def test_the_tpu_kernel_equals_dense_attention(heads: tuple[int, int, int], monk
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 2e-6), ("bfloat16", 0.02)])
 def test_the_gpu_kernel_equals_dense_attention(dtype: str, tolerance: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # since jax 0.11
+        gpu_kernels = pytest.importorskip(paged.GPU_KERNEL_MODULE)
     interpreted = functools.partial(gpu_kernels.paged_attention, interpret=True)
     monkeypatch.setattr(gpu_kernels, "paged_attention", interpreted)
     monkeypatch.setattr(paged, "GPU_BLOCK_TOKENS", 2 * C)
