@@ -270,6 +270,7 @@ def test_an_interrupted_result_is_kept_with_its_reason(run: Callable[..., Any]) 
     assert "| 4 | 1,000 |" in text
 
 
+@exhaustive
 @needs_cuda
 def test_the_planner_chooses_the_fastest_policy_that_fits(tmp_path: Path) -> None:
     small, *_, large = (dataclasses.asdict(case) for case in device.ACCELERATOR.updates)

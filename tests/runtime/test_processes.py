@@ -172,7 +172,7 @@ def test_two_processes_make_the_same_run_as_one(single_run: Path, tmp_path: Path
 
 @pytest.mark.slow
 @pytest.mark.parametrize("heartbeat_timeout", [20, pytest.param(None, marks=exhaustive)])
-@pytest.mark.parametrize("victim", [0, 1])
+@pytest.mark.parametrize("victim", [0, pytest.param(1, marks=exhaustive)])
 def test_a_dead_process_ends_the_other_and_a_single_process_resumes(
     single_run: Path, tmp_path: Path, victim: int, heartbeat_timeout: int | None
 ) -> None:

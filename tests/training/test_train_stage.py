@@ -156,7 +156,7 @@ def test_invalid_stage_keys_are_errors(
 def test_a_sweep_computes_the_reference_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert _run(_config(tmp_path, steps=1)) == 0
     assert "computing the log-probs of 24 examples" in capsys.readouterr().err
-    sweep: tuple[dict[str, Any], ...] = ({"beta": 0.5}, {"optimizer": {"learning_rate": 1e-4}}, {"loss": "ipo"})
+    sweep: tuple[dict[str, Any], ...] = ({"beta": 0.5}, {"loss": "ipo", "optimizer": {"learning_rate": 1e-4}})
     for number, keys in enumerate(sweep):
         assert _run(_config(tmp_path, run=f"sweep{number}", steps=1, **keys)) == 0
         messages = capsys.readouterr().err

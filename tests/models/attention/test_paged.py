@@ -22,6 +22,7 @@ from jax.sharding import Mesh, NamedSharding
 from support import small
 from support.attention import compile_in_child
 from support.plugins import CUDA, LIBTPU_LIBRARY, needs_cuda, needs_libtpu
+from support.selection import exhaustive
 
 from thinkpo_jax.models.attention import paged
 from thinkpo_jax.models.attention.paged import (
@@ -295,7 +296,7 @@ MODELS = [(28, 4, 128), (12, 2, 128), (14, 2, 64), (9, 3, 64)]
     "topology",
     [
         pytest.param("v5e:2x2", marks=needs_libtpu),
-        pytest.param("v6e:2x2", marks=needs_libtpu),
+        pytest.param("v6e:2x2", marks=[needs_libtpu, exhaustive]),
         pytest.param("h100:4", marks=needs_cuda),
     ],
 )
