@@ -22,6 +22,7 @@ from support.generation import (
 from support.selection import cases
 
 from thinkpo_jax.inference.engine import SamplingConfig
+from thinkpo_jax.inference.programs import CHUNK_STEPS
 from thinkpo_jax.inference.token_generation import GenerationSession, StopConditions, generate_tokens
 
 LIMIT = 20  # more than a chunk
@@ -85,6 +86,25 @@ def test_an_answer_does_not_depend_on_other_answers_or_their_order() -> None:
     assert subset == [_many()[i] for i in order]
     alone = generate([MANY[order[0]]], SAMPLED, limits=MANY_LIMITS[order[0]])
     assert alone == subset[:1]
+
+
+def _keys_and_values(before: int, after: int, *, slots: int) -> list[np.ndarray]:
+    """Returns the keys and values of a prompt and its answer, beside so many other answers."""
+    answers = [make_answer(prompt, LIMIT) for prompt in (*MANY[:before], PROMPTS[3], *MANY[-after - 1 : -1])]
+    session, answer = GenerationSession(prepared_model(), answers, SAMPLED, slots, StopConditions()), answers[before]
+    session.run_chunk()
+    assert len(answer.generated) == CHUNK_STEPS < LIMIT  # so it still holds its pages
+    assert sum(map(len, session.scheduler.running)) == min(slots, len(answers))
+    pools = [np.asarray(pool)[:, answer.pages] for pools in session.pools for pool in pools]
+    return [pool.reshape(len(pool), -1, pool.shape[-1])[:, : answer.num_cached] for pool in pools]
+
+
+def test_keys_and_values_have_the_same_bits_in_any_slot_and_beside_any_answers() -> None:
+    expected = _keys_and_values(0, 0, slots=8)
+    assert all(array.any(axis=(0, 2)).all() for array in expected)
+    for before, after, slots in ((7, 20, 8), (63, 0, 64), (40, 23, 300)):
+        for array, other in zip(expected, _keys_and_values(before, after, slots=slots), strict=True):
+            np.testing.assert_array_equal(array, other)
 
 
 def test_a_higher_limit_extends_an_answer() -> None:
