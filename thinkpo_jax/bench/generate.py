@@ -40,7 +40,7 @@ GREEDY = SamplingConfig(temperature=0)
 MINIATURE, FORCED_TOKENS = "builtin:miniature", 4  # first tokens of the long answer that each prompt includes
 LIMITS, LIMIT_PROMPTS, ROUNDS = (64, 32_768), 64, 7
 STEP_ROWS, STEP_CONTEXTS, STEP_ROUNDS = 64, (256, 1), 3
-MIXED_SLOTS, MIXED_LIMIT = 64, 512
+MIXED_SLOTS, MIXED_LIMIT = 32, 512
 NUM_QUESTIONS, ANSWER_LIMIT, BATCH_SIZES = 256, 512, (32, 64, 128)
 WARM_UP_TOKENS = 8
 MEAN_CONTEXT = 384  # at which the step of transformers is timed to choose its batch size
