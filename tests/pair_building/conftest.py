@@ -8,7 +8,7 @@ from support.byte_tokenizer import byte_tokenizer
 from support.pairs import LONG, SHORT, UNBOXED, Config, write_jsonl
 from support.server import fast_retries  # noqa: F401
 
-from thinkpo_jax.evaluation.grading import grade_boxed
+from thinkpo_jax.evaluation.grading import Reference, compare_answers
 from thinkpo_jax.pair_building import filters
 
 
@@ -18,21 +18,21 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 @pytest.fixture(scope="session")
-def known_grades() -> dict[tuple[str, str], bool]:
-    """The grades of (response, reference). Grading takes seconds, so each pair is graded once."""
+def known_verdicts() -> dict[tuple[str, Reference], bool]:
+    """The verdicts on (answer, reference). Comparing takes seconds, so each pair is compared once."""
     return {}
 
 
 @pytest.fixture
-def cached_grading(known_grades: dict[tuple[str, str], bool], monkeypatch: pytest.MonkeyPatch) -> None:
-    def cached(responses: Sequence[str], references: Sequence[str]) -> list[bool]:
-        answers = list(zip(responses, references, strict=True))
-        new = [answer for answer in dict.fromkeys(answers) if answer not in known_grades]
-        grades = grade_boxed([response for response, _ in new], [reference for _, reference in new])
-        known_grades.update(zip(new, grades, strict=True))
-        return [known_grades[answer] for answer in answers]
+def cached_grading(known_verdicts: dict[tuple[str, Reference], bool], monkeypatch: pytest.MonkeyPatch) -> None:
+    def cached(answers: Sequence[str], references: Sequence[Reference]) -> list[bool]:
+        pairs = list(zip(answers, references, strict=True))
+        new = [pair for pair in dict.fromkeys(pairs) if pair not in known_verdicts]
+        verdicts = compare_answers([answer for answer, _ in new], [reference for _, reference in new])
+        known_verdicts.update(zip(new, verdicts, strict=True))
+        return [known_verdicts[pair] for pair in pairs]
 
-    monkeypatch.setattr(filters, "grade_boxed", cached)
+    monkeypatch.setattr(filters, "compare_answers", cached)
 
 
 @pytest.fixture

@@ -16,7 +16,8 @@ from typing import Literal
 import pydantic
 
 from thinkpo_jax.data.chat_template import ANSWER_SECTION_TAGS, Message, has_unclosed_tag
-from thinkpo_jax.evaluation.grading import extract_boxed, grade_boxed
+from thinkpo_jax.evaluation.answer_extraction import extract_boxed
+from thinkpo_jax.evaluation.grading import Reference, compare_answers
 from thinkpo_jax.runtime.config import ConfigSection
 
 ThoughtTags = Sequence[tuple[str, str]]  # the opening and the closing tag of each kind of thought
@@ -98,7 +99,7 @@ def filter_pairs(
 
     `thought_tags` are those of the model, which `complete` checks besides the tags of other sections.
     The number of dropped candidates goes into `counts`, under the first reason that applies. Boxed answers are compared
-    by `grade_boxed`. Pairs with a wrong short answer are drawn at random up to `max_wrong_short_fraction`.
+    by `compare_answers`. Pairs with a wrong short answer are drawn at random up to `max_wrong_short_fraction`.
     """
     distinct: dict[tuple[str, str, str], PreferencePair] = {}
     for pair in candidates:
@@ -133,9 +134,11 @@ def filter_pairs(
 
 def _grade(answers: Sequence[tuple[str, str | None]]) -> list[bool | None]:
     """Says whether each (answer, expected) agrees. None: the answer has no box, or nothing is expected."""
-    gradable = {i: (text, expected) for i, (text, expected) in enumerate(answers) if expected and extract_boxed(text)}
-    grades = grade_boxed([text for text, _ in gradable.values()], [expected for _, expected in gradable.values()])
-    verdicts = dict(zip(gradable, grades, strict=True))
+    gradable = {
+        i: (box, expected) for i, (text, expected) in enumerate(answers) if expected and (box := extract_boxed(text))
+    }
+    boxes, references = [box for box, _ in gradable.values()], [Reference((text,)) for _, text in gradable.values()]
+    verdicts = dict(zip(gradable, compare_answers(boxes, references), strict=True))
     return [verdicts.get(i) for i in range(len(answers))]
 
 
