@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from support.checkpoints import needs_data
 from support.paths import DATA
 
-from thinkpo_jax.evaluation.benchmarks import ContaminationMatch, find_contamination
+from thinkpo_jax.evaluation.decontamination import ContaminationMatch, find_contamination
 from thinkpo_jax.pair_building.filters import normalize_question
 
 

@@ -8,7 +8,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from thinkpo_jax.data.chat_template import THINKING_FIELDS, Message, ThinkingFormat
-from thinkpo_jax.data.readers import RecordError
+from thinkpo_jax.data.file_formats import Record, RecordError
+from thinkpo_jax.runtime.config import did_you_mean
 
 ROLE_ALIASES = {
     **dict.fromkeys(("system", "developer"), "system"),
@@ -178,6 +179,15 @@ def _read_parts(parts: Sequence[Any], location: str) -> tuple[str | None, list[s
             problem = f"expected parts of type text, found {kind or part!r:.80}. Other parts are not supported"
             raise RecordError(reason, f"{location}: {problem}. Remove the row.")
     return "\n".join(texts) if texts else None, ["\n".join(thoughts)] if thoughts else []
+
+
+def require_column(record: Record, column: str, location: str, *, key: str | None = None) -> Any:
+    """Returns the value of a column, which the config names under `key`. Raises `RecordError` if it is missing."""
+    if column not in record:
+        problem = f"no field {column!r}{did_you_mean(column, list(record))}. The row has: {', '.join(map(str, record))}"
+        problem += f". Name the right column under `{key}`" if key else ""
+        raise RecordError("missing field", f"{location}: {problem}.")
+    return record[column]
 
 
 def require_text(value: Any, location: str) -> str:

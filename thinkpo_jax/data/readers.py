@@ -284,6 +284,11 @@ def _as_user_error(error: Exception, source: DataSourceConfig, num_read: int = 0
     after = f", after {num_read} rows" if num_read else ""
     reason = " ".join(str(error.__cause__ or error).split()).rstrip(".") or type(error).__name__
     hint = f"There is no folder {Path.cwd() / source.local_path}. Without a network, set `path` to a downloaded folder."
+    if "gated" in reason.lower():
+        hint = (
+            f"Accept its conditions at https://huggingface.co/datasets/{source.path} with your account. Then set "
+            "HF_TOKEN to a token of that account, or run `hf auth login`."
+        )
     if source.local_path.exists():
         hint = "To see the line of a bad row, set `path` to one of the files."
         odd_names = (file for file in source.local_path.rglob("*") if PATTERN_CHARACTERS.search(file.name))

@@ -6,6 +6,7 @@
 | `messages` | the last turn of `messages` | the last turns of `chosen`, `rejected` | the turns before |
 | `sharegpt` | the last turn of `conversations` | `chosen`, `rejected`, one message each | `conversations`, `system` |
 | `alpaca` | `output` | `chosen`, `rejected` | `instruction`, `input`, `system`, `history` |
+| `gsm8k` | `long` or `short`, made from `answer` | the same | `question`, with an instruction (gsm8k.py) |
 """
 
 import contextlib
@@ -18,21 +19,23 @@ import pydantic
 
 from thinkpo_jax.data.chat_template import Message, ThinkingFormat
 from thinkpo_jax.data.examples import SourceReport
+from thinkpo_jax.data.gsm8k import ANSWER_COLUMNS, add_answers
 from thinkpo_jax.data.messages import (
     MessageReader,
     check_unsupported_fields,
     is_empty,
     parse_messages,
+    require_column,
     require_text,
 )
 from thinkpo_jax.data.readers import DataSourceConfig, Record, RecordError, iterate_records
-from thinkpo_jax.runtime.config import ConfigSection, at_most_one_of, did_you_mean
+from thinkpo_jax.runtime.config import ConfigSection, at_most_one_of
 from thinkpo_jax.runtime.console import log_info
 
 SYSTEM_COLUMN = "system"  # unless the config names another one
 _ALPACA_PROMPT = "instruction"
 ROLES = ("user", "assistant")
-FormName = Literal["columns", "messages", "sharegpt", "alpaca"]
+FormName = Literal["columns", "messages", "sharegpt", "alpaca", "gsm8k"]  # `gsm8k` is never detected
 # The columns of an answer, and the form that each of them stands for. `output` needs `instruction` beside it.
 _FORM_BY_ANSWER_COLUMN: dict[str, FormName] = {
     "messages": "messages",
@@ -163,6 +166,8 @@ def infer_columns(config: ColumnConfigT, record: Record, location: str) -> Colum
     """Fills in the form and the columns that `config` does not name. Raises `RecordError` if none or several fit."""
     if isinstance(config, PreferenceDataConfig):
         return config if config.form else config.model_copy(update={"form": _infer_pair_form(config, record, location)})
+    if config.form == "gsm8k":
+        return config if config.response else config.model_copy(update={"response": "long"})
     if config.messages is not None or config.response is not None:
         form = _form_of_answer(config.messages or config.response or "", record, is_list=config.messages is not None)
         return config if config.form else config.model_copy(update={"form": form})
@@ -211,7 +216,8 @@ def describe_form(config: ColumnConfig) -> str:
 
 
 def _prompt_column(config: ColumnConfig) -> str:
-    return config.prompt or _PROMPT_COLUMN_BY_FORM.get(config.form or "columns", "prompt")
+    default = "question" if config.form == "gsm8k" else _PROMPT_COLUMN_BY_FORM.get(config.form or "columns", "prompt")
+    return config.prompt or default
 
 
 def parse_record(config: ColumnConfig, record: Record, location: str, thinking: ThinkingFormat) -> PromptAnswers:
@@ -220,8 +226,11 @@ def parse_record(config: ColumnConfig, record: Record, location: str, thinking: 
     A thought in a field of its own is joined to its answer as `thinking` says. Raises `RecordError` for a missing
     column, a wrong type, an empty text, tool calls or media.
     """
-    parser = _RecordParser(config, record, MessageReader(thinking, location))
     check_unsupported_fields(record, location)
+    used = set[str]()
+    if config.form == "gsm8k":
+        record, used = add_answers(record, location), set(ANSWER_COLUMNS)
+    parser = _RecordParser(config, record, MessageReader(thinking, location), used)
     if isinstance(config, PreferenceDataConfig):
         columns = (config.chosen, config.rejected)
         thinking_columns = (config.thinking_column, config.rejected_thinking_column)
@@ -348,12 +357,3 @@ class _RecordParser:
             problem = "has a system turn already. Leave out `system` and `system_column`"
             raise RecordError("turns out of order", f"{self.reader.location}, {column}: {problem}.")
         return [{"role": "system", "content": system}, *prompt]
-
-
-def require_column(record: Record, column: str, location: str, *, key: str | None = None) -> Any:
-    """Returns the value of a column, which the config names under `key`. Raises `RecordError` if it is missing."""
-    if column not in record:
-        problem = f"no field {column!r}{did_you_mean(column, list(record))}. The row has: {', '.join(map(str, record))}"
-        problem += f". Name the right column under `{key}`" if key else ""
-        raise RecordError("missing field", f"{location}: {problem}.")
-    return record[column]

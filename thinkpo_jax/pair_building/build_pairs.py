@@ -13,17 +13,11 @@ import pydantic
 
 from thinkpo_jax.data.chat_template import ThinkingFormat, ThinkingTags
 from thinkpo_jax.data.chat_tokenizer import ChatTokenizer
-from thinkpo_jax.data.messages import require_text
+from thinkpo_jax.data.messages import require_column, require_text
 from thinkpo_jax.data.readers import Record, RecordError
-from thinkpo_jax.data.record_formats import ResponseSourceConfig, iterate_responses, require_column
-from thinkpo_jax.evaluation.benchmarks import (
-    CONTAMINATION_NGRAM,
-    Benchmarks,
-    ContaminationMatch,
-    find_contamination,
-    load_questions,
-    question_texts,
-)
+from thinkpo_jax.data.record_formats import ResponseSourceConfig, iterate_responses
+from thinkpo_jax.evaluation.benchmarks import Benchmarks, load_questions, question_texts
+from thinkpo_jax.evaluation.decontamination import CONTAMINATION_NGRAM, ContaminationMatch, find_contamination
 from thinkpo_jax.inference.engine import Completion
 from thinkpo_jax.models.model_folder import resolve_model_folder
 from thinkpo_jax.pair_building import filters as pair_filters

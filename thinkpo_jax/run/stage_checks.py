@@ -8,12 +8,8 @@ import numpy as np
 from thinkpo_jax.data.batches import MAX_ROW_LENGTH
 from thinkpo_jax.data.chat_tokenizer import ChatTokenizer
 from thinkpo_jax.data.examples import TokenizedDataset
-from thinkpo_jax.evaluation.benchmarks import (
-    CONTAMINATION_NGRAM,
-    QuestionsByBenchmark,
-    find_contamination,
-    question_texts,
-)
+from thinkpo_jax.evaluation.benchmarks import QuestionsByBenchmark, question_texts
+from thinkpo_jax.evaluation.decontamination import CONTAMINATION_NGRAM, find_contamination
 from thinkpo_jax.runtime.integers import round_up
 from thinkpo_jax.training.reference_cache import example_digest
 from thinkpo_jax.training.stage_config import StageConfig, ThinkpoStage
