@@ -1,14 +1,20 @@
 """A report is complete and valid for full and partial runs. It claims no more than the data show."""
 
+import dataclasses
+import itertools
 import json
 import math
+import re
 import shutil
 from pathlib import Path
+from urllib.parse import unquote
 
 import numpy as np
 import pytest
 from matplotlib.image import imread
 
+from thinkpo_jax.evaluation.benchmarks import Question
+from thinkpo_jax.evaluation.grading import Reference
 from thinkpo_jax.evaluation.report import terminal_summary, write_report
 from thinkpo_jax.evaluation.results import GradedSample, QuestionResult, ReportContents, StageSummary
 from thinkpo_jax.evaluation.statistics import compare_paired, score_benchmark
@@ -16,6 +22,9 @@ from thinkpo_jax.evaluation.statistics import compare_paired, score_benchmark
 NAN = math.nan
 SFT = StageSummary("sft", "sft", "base", 40, 61.0, ("16 rows",))
 THINKPO = StageSummary("thinkpo", "thinkpo", "sft", 3, 7322.0)
+FAILED = GradedSample("", 0, False, False, error="too long")
+PROMPT = "<|user|>\nIs ```a | b``` right?\n<|assistant|>\n"
+PLOTS = ("accuracy", "accuracy_by_length", "accuracy_by_budget", "response_length")
 THINKPO_KEYS = ("rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies")
 
 
@@ -28,8 +37,10 @@ def contents(stages=(SFT, THINKPO), after=30, **changes):
         "base": {"a|b": make_results(10)},
         "sft": {"a|b": make_results(after, tokens=5000, truncated=True), "extra": make_results(3)},
     }
-    values = {"results": results, "comparisons": (("base", "sft"),), "settings": {"seed": "0"}} | changes
-    return ReportContents(title="A run", stages=stages, **values)
+    values = {"results": results, "comparisons": (("base", "sft"),), "settings": {"seed": "0"}, "prompts": {}} | changes
+    ids = {name: {q.question_id for q in of} for by in values["results"].values() for name, of in by.items()}
+    asked = {name: [Question(i, ({"role": "user", "content": i},), Reference((i,))) for i in ids[name]] for name in ids}
+    return ReportContents(title="A run", stages=stages, questions=asked, **values)
 
 
 def write_metrics(run_dir, stage, losses, rewards=()):
@@ -62,13 +73,14 @@ def full(tmp_path_factory):
     run_dir = tmp_path_factory.mktemp("full")
     write_metrics(run_dir, SFT, np.linspace(2, 1, 40))
     write_metrics(run_dir, THINKPO, [0.693, 0.6, 0.5], rewards=[0.0, 0.1, 0.2])
-    write_report(run_dir, contents())
+    write_report(run_dir, contents(prompts={"a|b": PROMPT}))
     return run_dir
 
 
 def test_the_report_of_a_full_run_has_every_file_and_nothing_else(full):
-    assert report_files(full) == {"report.json", "report.md"} | plots("loss", "rewards", "accuracy", "response_length")
-    for name in plots("loss", "rewards", "accuracy", "response_length"):
+    expected_plots = plots("loss", "rewards", *PLOTS)
+    assert report_files(full) == {"report.json", "report.md", "comparisons/a|b/base+sft.md"} | expected_plots
+    for name in expected_plots:
         height, width, _ = imread(full / name).shape
         assert (full / name).read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
         assert height > 300
@@ -91,7 +103,13 @@ def test_the_json_holds_the_scores_and_comparisons(full):
     assert (row["from"], row["to"], row["benchmark"]) == ("base", "sft", "a|b")
     assert (row["accuracy_difference"], row["p_value"]) == (change.accuracy_difference, change.p_value)
     assert (row["ci95"], row["response_tokens_difference"]) == (list(change.ci95), 4900)
+    assert row["questions_needed"] == {str(points): count for points, count in change.questions_needed.items()}
+    assert (full / row["changed_questions"]).read_text().startswith("# a|b: base -> sft\n")
+    measures = report["measures"]["sft"]["a|b"]
+    assert measures["accuracy_within_budget"].keys() == {"1024", "2048", "4096"}
+    assert (measures["accuracy_finished"]["mean"], measures["median_finished_tokens"]) == (0, None)
     assert [stage["name"] for stage in report["stages"]] == ["sft", "thinkpo"]
+    assert report["prompts"] == {"a|b": PROMPT}
     assert (report["title"], report["settings"]) == ("A run", {"seed": "0"})
 
 
@@ -113,11 +131,96 @@ def test_a_difference_is_claimed_if_and_only_if_the_interval_excludes_zero(tmp_p
 
 def test_the_tables_are_rectangular_and_contain_the_numbers(full):
     markdown = (full / "report.md").read_text()
-    table = [line.replace("\\|", "") for line in markdown.splitlines() if line.startswith("|")]
-    assert {line.count("|") for line in table} == {3, 6, 7, 8}
+    blocks = [block.replace("\\|", "").split("\n") for block in markdown.split("\n\n") if block.startswith("|")]
+    assert len(blocks) == 9
+    assert all(len({line.count("|") for line in block}) == 1 for block in blocks)
     assert "| a\\|b | sft | 75.0 (59.8 to 85.8) | 5,019.5 | 100.0 | 40 x 1 |" in markdown
     assert "| base -> sft | a\\|b | +50.0 (" in markdown
+    assert "| base -> sft | a\\|b | 40 | 20 | 0 | [side by side](comparisons/a%7Cb/base%2Bsft.md) | " in markdown
     assert "| thinkpo | thinkpo | sft | 3 | 2:02:02 |" in markdown
+
+
+def test_the_accuracies_and_verdicts_come_first(full):
+    blocks = (full / "report.md").read_text().split("\n\n")
+    assert [block.splitlines()[0][:20] for block in blocks[:6:2]] == [
+        "# A run",
+        "| benchmark | model ",
+        "## Comparisons",
+    ]
+    assert blocks[5].startswith("- a|b: sft scores higher than base (+50.0 points")
+
+
+def test_links_lead_to_files_and_the_prompt_is_shown_as_it_is(full):
+    markdown = (full / "report.md").read_text()
+    links = re.findall(r"\]\((.+?)\)", markdown)
+    assert len(links) == 7
+    assert {unquote(link) for link in links} == report_files(full) - {"report.md", "report.json"}
+    assert f"### a|b\n\n````text\n{PROMPT}\n````\n" in markdown
+
+
+def test_groups_samples_and_lenient_grades_have_their_own_tables(tmp_path, full):
+    results = {}
+    for model, wins in (("base", 10), ("sft", 40)):
+        drawn = make_results(wins, questions=60)
+        results[model] = {
+            "a": [
+                dataclasses.replace(r, samples=r.samples * 2, group=f"{8 + i % 3} steps" if i % 4 else "")
+                for i, r in enumerate(drawn)
+            ],
+            "b": [
+                dataclasses.replace(r, samples=(dataclasses.replace(r.samples[0], lenient_correct=True),))
+                for r in drawn
+            ],
+        }
+    write_report(tmp_path, contents((), results=results))
+    markdown, report = (tmp_path / "report.md").read_text(), strict_json(tmp_path / "report.json")
+    assert markdown.count("by group") == 1
+    expected = score_benchmark([r for r in results["sft"]["a"] if r.group == "10 steps"])
+    assert report["groups"]["sft"]["a"]["10 steps"]["accuracy"] == expected.accuracy
+    assert list(report["comparisons"][0]["groups"]) == ["8 steps", "9 steps", "10 steps"]
+    assert [line.split(" |")[0] for line in markdown.splitlines() if " steps |" in line] == [
+        "| 8 steps", "| 9 steps", "| 10 steps",
+    ] * 2  # fmt: skip
+    assert "| benchmark | model | pass@1 % | pass@2 % |" in markdown
+    lenient = markdown.split("## Lenient grading")[1].split("##")[0]
+    assert "| b | sft | 66.7 (54.1 to 77.3) | 100.0 (" in lenient
+    assert "| a |" not in lenient
+    for title in ("by group", "pass@", "Lenient"):
+        assert title not in (full / "report.md").read_text()
+
+
+@pytest.mark.parametrize("num_questions", [1, 3])
+def test_extreme_answers_can_be_reported(num_questions, tmp_path):
+    right = GradedSample("1", 40_000, True, False)
+    kinds = {
+        "right": (right,),
+        "wrong": (dataclasses.replace(right, correct=False, truncated=True),),
+        "failed": (FAILED,),
+        "partly failed": (FAILED, right),
+        "without tokens": (GradedSample("", 0, False, True),),
+    }
+    answers = {k: [QuestionResult(str(i), kinds[k]) for i in range(num_questions)] for k in kinds}
+    run = contents((), results={"base": answers, "sft": answers})
+    write_report(tmp_path, run)
+    assert report_files(tmp_path) >= {"report.md", "report.json"} | plots(*PLOTS)
+    markdown = (tmp_path / "report.md").read_text() + terminal_summary(run)
+    assert all(f"{kind}: no significant difference between base and sft" in markdown for kind in kinds)
+    assert not re.search(r"\bnan\b|\binf\b", markdown)
+    strict_json(tmp_path / "report.json")
+
+
+def test_many_models_can_be_compared(tmp_path):
+    results = {f"model{wins}": {"a": make_results(wins, tokens=50 + 9 * wins)} for wins in range(10, 19)}
+    write_report(tmp_path, contents((), results=results, comparisons=tuple(itertools.pairwise(results))))
+    assert report_files(tmp_path) >= plots(*PLOTS)
+    assert len(strict_json(tmp_path / "report.json")["comparisons"]) == 8
+
+
+def test_texts_that_are_no_utf_8_can_be_reported(tmp_path):
+    half = GradedSample("\ud83d", 1, correct=False, truncated=False, extracted="\ud83d")
+    results = {"base": {"a": make_results(1, 1)}, "sft": {"a": [QuestionResult("0", (half,))]}}
+    write_report(tmp_path, contents((), results=results))
+    assert "\\ud83d" in (tmp_path / "comparisons" / "a" / "base+sft.md").read_text(encoding="utf-8")
 
 
 def test_answers_that_failed_were_cut_or_are_empty_are_counted(tmp_path):
@@ -127,8 +230,9 @@ def test_answers_that_failed_were_cut_or_are_empty_are_counted(tmp_path):
     results = {"base": {"gsm8k": [QuestionResult(str(i), (sample,)) for i, sample in enumerate(samples)]}}
     write_report(tmp_path, contents((), results=results, comparisons=()))
     markdown = (tmp_path / "report.md").read_text()
-    assert "| benchmark | model | answers | truncated | cut by the context | empty | failed |" in markdown
-    assert "| gsm8k | base | 5 | 2 | 1 | 1 | 2 |" in markdown
+    header = "| benchmark | model | answers | truncated | cut by the context | unfinished thought | empty | "
+    assert f"{header}without a result % | failed |" in markdown
+    assert "| gsm8k | base | 5 | 2 | 1 | 0 | 1 | 100.0 | 2 |" in markdown
     assert "\n- gsm8k, base: 2 failed and count as wrong: too long: 7 tokens\n" in markdown
     counts = {"answers": 5, "truncated": 2, "cut_by_context": 1, "empty": 1, "errors": {"too long: 7 tokens": 2}}
     assert strict_json(tmp_path / "report.json")["answers"] == {"base": {"gsm8k": counts}}
@@ -145,7 +249,7 @@ def test_the_terminal_shows_aligned_columns():
 
 def test_a_model_has_the_same_color_in_all_plots(full):
     blue = np.array([0x00, 0x72, 0xB2])
-    for name in plots("loss", "accuracy", "response_length"):
+    for name in plots("loss", *PLOTS):
         pixels = (imread(full / name)[..., :3] * 255).round()
         assert (pixels == blue).all(axis=-1).sum() > 50, name
 

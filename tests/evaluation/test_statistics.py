@@ -9,7 +9,15 @@ import pytest
 from scipy import stats
 
 from thinkpo_jax.evaluation.results import GradedSample, QuestionResult
-from thinkpo_jax.evaluation.statistics import compare_paired, compare_pooled_runs, score_benchmark
+from thinkpo_jax.evaluation.statistics import (
+    compare_groups,
+    compare_paired,
+    compare_pooled_runs,
+    estimate_mean,
+    score_benchmark,
+)
+
+FAILED = GradedSample("", 0, correct=False, truncated=False, error="the prompt is too long")
 
 
 def make_results(correct, tokens: npt.ArrayLike = 10):
@@ -93,11 +101,84 @@ def test_equal_answers_do_not_prove_equality(samples):
     assert 0.9 < score_benchmark(same).ci95[0] < 1
 
 
-@pytest.mark.parametrize(("wins", "losses"), [(0, 0), (1, 0), (3, 1), (6, 0), (10, 3)])
-def test_the_p_value_of_a_few_differences_is_the_exact_sign_test(wins, losses):
-    result = compare_paired(*wins_and_losses(30, wins, losses))
-    assert result.p_value == pytest.approx(stats.binomtest(wins, wins + losses).pvalue if wins else 1.0)
+@pytest.mark.parametrize(("wins", "losses"), [(0, 0), (1, 0), (3, 1), (6, 0), (10, 3), (40, 20), (330, 170)])
+def test_the_p_value_of_one_sample_per_question_is_the_exact_sign_test(wins, losses):
+    result = compare_paired(*wins_and_losses(500, wins, losses))
+    expected = stats.binomtest(wins, wins + losses).pvalue if wins else 1.0
+    assert result.p_value == pytest.approx(expected, rel=1e-12)
     assert (result.after_better, result.before_better) == (wins, losses)
+
+
+@pytest.mark.parametrize(
+    ("points", "loss_rate"), [(5, 0.1), (5, 0.0), (2, 0.03), (1, 0.004), (1, 0.1), (2, 0.2), (5, 0.005)]
+)
+def test_the_needed_questions_show_the_difference_in_80_of_100_experiments(points, loss_rate):
+    win_rate = loss_rate + points / 100
+    pilot = wins_and_losses(1000, round(1000 * win_rate), round(1000 * loss_rate))
+    questions = compare_paired(*pilot).questions_needed[points]
+    rates = [win_rate, loss_rate, 1 - win_rate - loss_rate]
+    wins, losses, _ = np.random.default_rng(6).multinomial(questions, rates, size=4000).T
+    p_values = 2 * stats.binom.cdf(np.minimum(wins, losses), wins + losses, 0.5)
+    assert 0.76 < np.mean((p_values < 0.05) & (wins > losses)) < 0.84
+
+
+def test_equal_answers_need_as_many_questions_as_one_sided_differences():
+    # With 80 % power, the sign test must see about 8 wins and no loss.
+    needed = compare_paired(*wins_and_losses(500, 0)).questions_needed
+    assert {points: round(count * points / 100) for points, count in needed.items()} == {1: 8, 2: 8, 5: 8}
+
+
+def test_more_samples_per_question_need_fewer_questions():
+    rng = np.random.default_rng(7)
+    rate_Q1 = rng.uniform(0, 1, (300, 1))
+    needed = [
+        compare_paired(*(make_results(rng.random((300, samples)) < rate_Q1) for _ in "ab")).questions_needed[2]
+        for samples in (1, 4)
+    ]
+    assert needed[1] == pytest.approx(needed[0] / 4, rel=0.25)
+
+
+def test_failed_answers_are_wrong_but_have_no_length():
+    answered, failed = make_results([1, 1], [[100], [300]]), QuestionResult("q2", (FAILED,))
+    score = score_benchmark([*answered, failed])
+    assert (score.accuracy, score.mean_response_tokens) == (pytest.approx(2 / 3), 200)
+    longer = [*make_results([1, 1], [[150], [350]]), QuestionResult("q2", (GradedSample("", 9000, False, False),))]
+    result = compare_paired([*answered, failed], longer)
+    assert (result.response_tokens_difference, result.num_questions) == (50, 3)
+    truncated = make_results([0, 0])
+    truncated[0] = QuestionResult("q0", (FAILED, GradedSample("", 7, correct=False, truncated=True)))
+    assert score_benchmark(truncated).truncation_rate == 0.5
+
+
+def test_models_of_which_all_answers_failed_can_be_compared():
+    failed = [QuestionResult(result.question_id, (FAILED,)) for result in make_results(np.ones(4))]
+    score, result = score_benchmark(failed), compare_paired(failed, make_results(np.ones(4)))
+    assert (score.accuracy, math.isnan(score.mean_response_tokens), math.isnan(score.truncation_rate)) == (
+        0,
+        True,
+        True,
+    )
+    assert (result.accuracy_difference, result.response_tokens_ci95) == (1, (-math.inf, math.inf))
+    assert math.isnan(result.response_tokens_difference)
+
+
+def test_groups_are_compared_by_their_own_questions_in_natural_order():
+    rng = np.random.default_rng(8)
+    before, after = (make_results(rng.random(60) < rate) for rate in (0.4, 0.6))
+    before = [dataclasses.replace(r, group=("", "10 steps", "9 steps")[i % 3]) for i, r in enumerate(before)]
+    groups = compare_groups(before, after[::-1])
+    assert list(groups) == ["9 steps", "10 steps"]
+    assert groups["10 steps"] == compare_paired(before[1::3], after[1::3])
+
+
+def test_the_interval_of_a_mean_covers_the_truth_in_95_of_100_benchmarks():
+    rng = np.random.default_rng(9)
+    is_covered = []
+    for _ in range(150):
+        mean_Q = rng.exponential(1000, 60)
+        low, high = estimate_mean([*(rng.normal(mean, 100, 4).tolist() for mean in mean_Q), []]).ci95
+        is_covered.append(low <= 1000 <= high)
+    assert 0.89 <= np.mean(is_covered) <= 0.99
 
 
 def test_p_values_are_uniform_if_the_models_are_equally_good():

@@ -1,4 +1,4 @@
-"""Draws the figures of a run report: training curves, accuracies and response lengths."""
+"""Draws the figures of a run report: training curves and accuracies. Those of lengths are in `length_plots`."""
 
 import math
 from collections.abc import Mapping
@@ -9,7 +9,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from thinkpo_jax.evaluation.results import ReportContents, ResultsByModel, StageSummary, benchmark_names
+from thinkpo_jax.evaluation.analysis import Analysis
+from thinkpo_jax.evaluation.length_plots import draw_accuracy_by_budget, draw_accuracy_by_length, draw_response_lengths
+from thinkpo_jax.evaluation.results import ReportContents, StageSummary, benchmark_names
 from thinkpo_jax.evaluation.statistics import ScoresByModel
 from thinkpo_jax.runtime.console import read_metrics
 from thinkpo_jax.runtime.figures import CHOSEN_COLOR, MARGIN_COLOR, REJECTED_COLOR, draw_legend, label_axes, subplots
@@ -19,7 +21,7 @@ Metrics = list[dict[str, float]]  # one dict per update
 _PALETTE = ("#7F7F7F", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")  # Okabe & Ito 2008
 
 
-def draw_figures(run_dir: Path, contents: ReportContents, scores: ScoresByModel) -> dict[str, Figure]:
+def draw_figures(run_dir: Path, contents: ReportContents, analysis: Analysis) -> dict[str, Figure]:
     """Returns the figures that have data, by file name without suffix."""
     names = dict.fromkeys([*contents.results, *(stage.name for stage in contents.stages)])
     colors = {name: _PALETTE[index % len(_PALETTE)] for index, name in enumerate(names)}
@@ -29,9 +31,13 @@ def draw_figures(run_dir: Path, contents: ReportContents, scores: ScoresByModel)
         figures["loss"] = _draw_losses(metrics, colors)
     if thinkpo_metrics := {stage: rows for stage, rows in metrics.items() if stage.objective == "thinkpo"}:
         figures["rewards"] = _draw_rewards(thinkpo_metrics)
-    if benchmark_names(scores):
-        figures["accuracy"] = _draw_accuracies(scores, colors)
-        figures["response_length"] = _draw_response_lengths(contents.results, scores, colors)
+    if probes := {s: rows for s in contents.stages if (rows := read_metrics(StageFolder(run_dir / s.name).probe))}:
+        figures["probe"] = _draw_probes(probes, colors)
+    if benchmark_names(analysis.scores):
+        figures["accuracy"] = _draw_accuracies(analysis.scores, colors)
+        figures["accuracy_by_length"] = draw_accuracy_by_length(analysis, colors)
+        figures["accuracy_by_budget"] = draw_accuracy_by_budget(contents.results, analysis, colors)
+        figures["response_length"] = draw_response_lengths(contents.results, analysis.scores, colors)
     return figures
 
 
@@ -65,6 +71,23 @@ def _draw_rewards(metrics: Mapping[StageSummary, Metrics]) -> Figure:
     return figure
 
 
+def _draw_probes(probes: Mapping[StageSummary, Metrics], colors: Mapping[str, str]) -> Figure:
+    """Draws the accuracy and the mean length of the answers during each stage. The stages share both vertical axes."""
+    figure = Figure(figsize=(9.6, 3.3 * len(probes) + 0.3), layout="constrained")
+    figure.suptitle("Answers to the questions of the probe during training")
+    labels = {"accuracy": "accuracy (%)", "mean_response_tokens": "mean response length (tokens)"}
+    grid = figure.subplots(len(probes), 2, squeeze=False, sharey="col")
+    for row, (stage, lines) in zip(grid, probes.items(), strict=True):
+        for ax, (key, label) in zip(row, labels.items(), strict=True):
+            label_axes(ax, f"{stage.name} (started from {stage.start})", "step", label)
+            values = np.array([line.get(key, np.nan) for line in lines]) * (100 if key == "accuracy" else 1)
+            ax.plot([line["step"] for line in lines], values, color=colors[stage.name], marker="o", markersize=3)
+            ax.xaxis.set_major_locator(MaxNLocator(nbins=7, integer=True, min_n_ticks=1))
+    grid[0, 0].set_ylim(-3, 103)
+    grid[0, 1].set_ylim(bottom=0)
+    return figure
+
+
 def _draw_accuracies(scores: ScoresByModel, colors: Mapping[str, str]) -> Figure:
     benchmarks = benchmark_names(scores)
     figure, panels = subplots(len(benchmarks), "Accuracy by model (error bars: 95 % intervals)")
@@ -84,35 +107,6 @@ def _draw_accuracies(scores: ScoresByModel, colors: Mapping[str, str]) -> Figure
         top = 112 * max(0.05, *(score.ci95[1] for score in by_model.values()))
         ax.set(xlim=(-0.6, len(by_model) - 0.4), ylim=(0, top))
         ax.grid(visible=False, axis="x")
-    return figure
-
-
-def _draw_response_lengths(results: ResultsByModel, scores: ScoresByModel, colors: Mapping[str, str]) -> Figure:
-    """Draws one histogram per model and benchmark. The models of a benchmark share both axes."""
-    benchmarks, models = benchmark_names(scores), list(scores)
-    figure = Figure(figsize=(1.6 + 4.4 * len(benchmarks), 1.6 + 1.7 * len(models)), layout="constrained")
-    figure.suptitle("Response length by model\n(dashed line: mean, black: truncated at the length limit)")
-    grid = figure.subplots(len(models), len(benchmarks), squeeze=False, sharex="col", sharey="col")
-    for column, benchmark in zip(grid.T, benchmarks, strict=True):
-        samples_by_model = {
-            m: np.array([(max(1, s.tokens), s.truncated) for q in results[m].get(benchmark, ()) for s in q.samples])
-            for m in models
-        }
-        tokens = np.concatenate([samples_N2[:, 0] for samples_N2 in samples_by_model.values() if len(samples_N2)])
-        scale = "log" if tokens.max() > 20 * tokens.min() else "linear"
-        bins = np.geomspace(tokens.min(), tokens.max(), 41) if scale == "log" else np.linspace(0, tokens.max(), 41)
-        for ax, (model, samples_N2) in zip(column, samples_by_model.items(), strict=True):
-            label_axes(ax, f"{model} on {benchmark}: not evaluated", "", "answers (%)")
-            if len(samples_N2):
-                score = scores[model][benchmark]
-                means = f"mean {score.mean_response_tokens:,.1f} tokens, {100 * score.truncation_rate:.1f} % truncated"
-                ax.set_title(f"{model} on {benchmark}\n{means}", fontsize=10)
-                groups = [samples_N2[samples_N2[:, 1] == is_truncated, 0] for is_truncated in (False, True)]
-                weights = [np.full(len(group), 100 / len(samples_N2)) for group in groups]
-                ax.hist(groups, bins.tolist(), weights=weights, stacked=True, color=[colors[model], "black"])
-                ax.axvline(score.mean_response_tokens, color="black", linestyle="--", linewidth=1.3)
-            ax.set_xscale(scale)
-        column[-1].set_xlabel(f"response length (tokens{', log scale' if scale == 'log' else ''})")
     return figure
 
 

@@ -1,34 +1,60 @@
 """Types of graded answers and of the report."""
 
 import re
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
+
+from thinkpo_jax.evaluation.benchmarks import QuestionsByBenchmark
 
 
 @dataclass(frozen=True)
 class GradedSample:
     """One generated answer. `tokens` counts the response alone. `truncated`: a limit cut it off.
 
-    `cut_by_context`: the limit was the context of the model, not `max_new_tokens`. With an `error` there was no answer.
-    The response is then empty and wrong.
+    `extracted` is the answer that the grader read in the response, None if it found none. `lenient_correct` is the
+    verdict on what the paper's grader reads, None if the benchmark has no such grader. `cut_by_context`: the limit was
+    the context of the model, not `max_new_tokens`. `unfinished_thought`: the thought never ends. With an `error` there
+    was no answer. The response is then empty and wrong.
     """
 
     response: str
     tokens: int
     correct: bool
     truncated: bool
+    extracted: str | None = None
+    lenient_correct: bool | None = None
     cut_by_context: bool = False
+    unfinished_thought: bool = False
     error: str | None = None
+
+    @property
+    def finished(self) -> bool:
+        """Whether the model ended the answer itself."""
+        return self.error is None and not self.truncated
 
 
 @dataclass(frozen=True)
 class QuestionResult:
-    """The graded samples of one question. Two models are compared on the questions with the same `question_id`."""
+    """The graded samples of one question. Two models are compared on the questions with the same `question_id`.
+
+    `group` is the part of the benchmark that the question belongs to, such as "level 3". It is empty if there are none.
+    """
 
     question_id: str
     samples: tuple[GradedSample, ...]
+    group: str = ""
+
+
+def split_by_group(results: Sequence[QuestionResult]) -> dict[str, list[QuestionResult]]:
+    """Returns the questions of each group, without those that have no group. "9 steps" comes before "10 steps"."""
+    results_by_group: defaultdict[str, list[QuestionResult]] = defaultdict(list)
+    for result in results:
+        results_by_group[result.group].append(result)
+    names = [name for name in results_by_group if name]
+    names.sort(key=lambda name: ([int(number) for number in re.findall(r"\d+", name)], name))
+    return {name: results_by_group[name] for name in names}
 
 
 @dataclass(frozen=True)
@@ -56,7 +82,7 @@ class AnswerCounts:
         parts = [f"{count} {what}" for what, count in counts.items() if count]
         parts = [f"of {self.answers} answers: {', '.join(parts)}"] if parts else []
         reasons = [f"{count} failed because: {error.rstrip('.')}" for error, count in self.errors.items()]
-        advice = ["Run the same command to ask for failed answers again"] if self.failed else []
+        advice = ["Run the evaluation again to ask for failed answers"] if self.failed else []
         return ". ".join([*parts, *reasons, *advice])
 
 
@@ -94,13 +120,18 @@ class StageSummary:
 
 @dataclass(frozen=True)
 class ReportContents:
-    """What a report shows. `comparisons`: (before, after) models to compare on every benchmark with results of both."""
+    """What a report shows. `comparisons`: (before, after) models to compare on every benchmark with results of both.
+
+    `questions` has every benchmark of `results`. `prompts`: benchmark name -> what a model gets for its first question.
+    """
 
     title: str
     stages: tuple[StageSummary, ...]
     results: ResultsByModel
     comparisons: tuple[tuple[str, str], ...]
     settings: Mapping[str, str]
+    questions: QuestionsByBenchmark
+    prompts: Mapping[str, str]
 
 
 def benchmark_names(results: Mapping[str, Mapping[str, Any]]) -> list[str]:
