@@ -26,9 +26,9 @@ def train_run(config: RunConfig) -> RunFolder:
     log_info(describe_compute(run.compute, run.mesh))
     pending = [stage for stage in config.stages if not is_stage_finished(run, stage) or has_changed_files(run, stage)]
     # All data and questions are read before anything is written. So an error in the last stage shows at once.
-    questions = load_all_questions(config.evaluation, run.model_source.tokenizer, seed=config.seed)
+    questions = load_all_questions(config, run.tokenizers)
     loaded = [load_stage_inputs(run, stage, questions) for stage in pending]
-    with run.folder.locked(config, model=run.model_source.quick_fingerprint()):
+    with run.folder.locked(config, models=run.fingerprints()):
         while loaded:
             inputs = loaded.pop(0)
             # Of a finished stage, only changed files were checked. Another process may have finished one by now.

@@ -44,14 +44,15 @@ def _write_run(run: Path, *, num_correct: int) -> None:
         items = [
             {
                 "question_id": str(i),
-                "samples": [
-                    {"response": "", "tokens": 5, "correct": model == "sft" and i < num_correct, "truncated": False}
-                ],
+                "samples": [{"tokens": 5, "correct": model == "sft" and i < num_correct, "truncated": False}],
+                "group": "",
             }
             for i in range(4)
         ]
-        (run / "evaluation" / model).mkdir(parents=True)
-        (run / "evaluation" / model / "gsm8k.json").write_text(json.dumps({"items": items}), encoding="utf-8")
+        folder = run / "evaluation" / model
+        folder.mkdir(parents=True)
+        (folder / "gsm8k.json").write_text(json.dumps({"settings": {}, "items": items}), encoding="utf-8")
+        (folder / "gsm8k.answers.jsonl").write_text("{}\n", encoding="utf-8")
     score = {"accuracy": 0.25, "ci95": [0.125, 0.5], "mean_response_tokens": 5.04, "truncation_rate": 0.01}
     stage = {"name": "sft", "objective": "sft", "start": "base", "steps": 2, "seconds": 1.5, "notes": ["a path"]}
     report = {"models": {"sft": {"gsm8k": score}}, "comparisons": [{"from": "base"}], "stages": [stage]}

@@ -3,6 +3,7 @@
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,13 +11,21 @@ import pytest
 from support import small
 from support.engines import ScriptedEngine
 
+from thinkpo_jax.data.chat_tokenizer import ChatTokenizer
 from thinkpo_jax.evaluation.benchmarks import load_questions
-from thinkpo_jax.evaluation.evaluate_model import EvaluationConfig, evaluate_model, read_answers
+from thinkpo_jax.evaluation.evaluate_model import (
+    EvaluatedModel,
+    EvaluationConfig,
+    evaluate_model,
+    read_answers,
+    regrade_answers,
+)
+from thinkpo_jax.evaluation.grading import Reference
 from thinkpo_jax.evaluation.results import AnswerCounts, GradedSample, QuestionResult, count_answers
 from thinkpo_jax.inference.engine import Completion, Request
 from thinkpo_jax.inference.local_engine import LocalEngine, LocalEngineConfig
 from thinkpo_jax.models.model_folder import ModelConfig, ModelSource, resolve_model_folder, resolve_model_source
-from thinkpo_jax.runtime.config import parse_config
+from thinkpo_jax.runtime.config import UserError, parse_config
 
 SERVER = {"engine": "server", "server": {"url": "http://localhost:8000/v1", "model": "tiny"}}
 Evaluate = Callable[..., list[QuestionResult]]
@@ -28,12 +37,11 @@ def _config(questions: int = 6, **changes: Any) -> EvaluationConfig:
 
 
 def _evaluate(folder: Path, engine: Any, config: EvaluationConfig, **changes: Any) -> list[QuestionResult]:
-    model = changes.pop("model", ModelConfig(path="builtin:miniature"))
-    options = {"compute": small.FLOAT32, "seed": 0, "folder": folder} | changes
-    questions = {"miniature": load_questions(config.benchmarks[0], seed=0)}
-    return evaluate_model("base", engine, resolve_model_source(model, seed=0), config, questions, **options)[
-        "miniature"
-    ]
+    source = resolve_model_source(changes.pop("model", ModelConfig(path="builtin:miniature")), seed=0)
+    options = {"dtype": "float32", "seed": 0, "folder": folder} | changes
+    questions = {(name := config.benchmarks[0].name): load_questions(config.benchmarks[0], seed=0)}
+    model = EvaluatedModel("base", source, config.server)
+    return evaluate_model(model, engine, config, questions, **options)[name]
 
 
 def _answer(request: Request) -> Completion:
@@ -91,7 +99,7 @@ def test_an_interrupted_evaluation_resumes_and_gives_the_same_file(tmp_path: Pat
     assert len(engine.requests) == 12 - 5
     files = [{path.name: path.read_bytes() for path in (tmp_path / name).iterdir()} for name in ("whole", "cut")]
     assert files[0] == files[1]
-    assert files[0].keys() == {"miniature.json"}
+    assert files[0].keys() == {"miniature.json", "miniature.answers.jsonl"}
     _evaluate(tmp_path / "cut", engine, config)
     assert len(engine.requests) == 12 - 5
 
@@ -148,7 +156,7 @@ def test_failed_answers_are_wrong_counted_by_reason_and_generated_again(
     assert count_answers(results) == AnswerCounts(9, 0, 0, 0, {"too long: 120 tokens": 2, "no": 1})
     message = (
         "warning: base on miniature: of 9 answers: 3 failed (count as wrong). 2 failed because: too long: 120 "
-        "tokens. 1 failed because: no. Run the same command to ask for failed answers again."
+        "tokens. 1 failed because: no. Run the evaluation again to ask for failed answers."
     )
     assert message in capsys.readouterr().err
     assert json.loads((tmp_path / "failed" / "miniature.json").read_text())["failed"] == 3
@@ -158,7 +166,7 @@ def test_failed_answers_are_wrong_counted_by_reason_and_generated_again(
     assert {request.key for request in engine.requests} == failures.keys()
     assert "warning" not in capsys.readouterr().err
     assert {path.name: path.read_bytes() for path in (tmp_path / "failed").iterdir()} == {
-        "miniature.json": (whole / "miniature.json").read_bytes()
+        name: (whole / name).read_bytes() for name in ("miniature.json", "miniature.answers.jsonl")
     }
 
 
@@ -177,9 +185,72 @@ def test_empty_and_truncated_answers_and_those_cut_by_the_context_are_counted(
         assert message in capsys.readouterr().err
 
 
-def test_a_file_of_an_older_version_is_read(tmp_path: Path) -> None:
-    sample = {"response": "#1", "tokens": 2, "correct": True, "truncated": False}
-    (tmp_path / "miniature.json").write_text(
-        json.dumps({"settings": {}, "items": [{"question_id": "a", "samples": [sample]}]})
-    )
-    assert read_answers(tmp_path / "miniature.json") == [QuestionResult("a", (GradedSample("#1", 2, True, False),))]
+def test_more_questions_and_samples_reuse_the_saved_answers_and_the_file_is_sorted(tmp_path: Path) -> None:
+    _evaluate(tmp_path, ScriptedEngine(_answer), _config(3))
+    engine, config = ScriptedEngine(_answer), _config(5, sampling={"max_new_tokens": 40, "samples": 2})
+    results = _evaluate(tmp_path, engine, config)
+    assert len(engine.requests) == 5 * 2 - 3
+    keys = [f"{question.id}/{sample}" for question in load_questions(config.benchmarks[0], seed=0) for sample in (0, 1)]
+    lines = (tmp_path / "miniature.answers.jsonl").read_text().splitlines()
+    assert [json.loads(line)["key"] for line in lines[1:]] == keys
+    assert results == _evaluate(tmp_path / "new", ScriptedEngine(_answer), config)
+    fewer = _evaluate(tmp_path, engine, _config(3))
+    assert fewer == [replace(result, samples=result.samples[:1]) for result in results[:3]]
+    assert len(engine.requests) == 5 * 2 - 3
+
+
+@pytest.mark.parametrize("prompt_opens_thought", [False, True])
+def test_nothing_in_a_thought_that_never_ends_is_an_answer(
+    prompt_opens_thought: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, opening = tmp_path / "rows.jsonl", "" if prompt_opens_thought else "<think>"
+    path.write_text('{"question": "1?", "answer": 2}\n{"question": "2?", "answer": 2}\n')
+    texts = [r"so \boxed{2} or", r"so \boxed{3}</think> thus \boxed{2}"]
+    config = _config(benchmarks=[{"name": "mine", "path": str(path)}])
+    encode_prompt = ChatTokenizer.encode_prompt
+    if prompt_opens_thought:
+        monkeypatch.setattr(
+            ChatTokenizer,
+            "encode_prompt",
+            lambda *arguments: encode_prompt(*arguments)._replace(open_thought_tag="<think>"),
+        )
+    answers = iter([opening + text for text in texts])
+    results = _evaluate(tmp_path / "answers", ScriptedEngine(lambda _: Completion(next(answers), 3)), config)
+    samples = [result.samples[0] for result in results]
+    assert [(each.correct, each.extracted, each.unfinished_thought) for each in samples] == [
+        (False, None, True),
+        (True, "2", False),
+    ]
+    assert [sample.response for sample in samples] == [opening + text for text in texts]
+
+
+@pytest.mark.parametrize("edited", ["miniature.json", "miniature.answers.jsonl"])
+def test_an_edited_file_is_graded_again(edited: str, tmp_path: Path) -> None:
+    config, engine = _config(), ScriptedEngine(_answer)
+    results = _evaluate(tmp_path, engine, config)
+    path = tmp_path / edited
+    text = path.read_text()
+    if edited == "miniature.json":
+        path.write_text(text.replace('"correct": true', '"correct": false'))
+        with pytest.raises(UserError, match="damaged"):
+            regrade_answers("", load_questions(config.benchmarks[0], seed=0), path)
+        assert _evaluate(tmp_path, engine, config) == results
+        assert path.read_text() == text
+    else:
+        path.write_text(text.replace("#", "#x"))
+        assert not any(sample.correct for each in _evaluate(tmp_path, engine, config) for sample in each.samples)
+    assert len(engine.requests) == 6
+
+
+def test_saved_answers_are_graded_again_without_the_engine(tmp_path: Path) -> None:
+    config, path = _config(9), tmp_path / "miniature.json"
+    results = _evaluate(tmp_path, ScriptedEngine(lambda r: _answer(r) if r.sample else Completion(error="no")), config)
+    results = _evaluate(tmp_path, ScriptedEngine(_answer), config)
+    questions = load_questions(config.benchmarks[0], seed=0)
+    content = path.read_bytes()
+    assert regrade_answers("base on miniature", questions, path) == results == read_answers(path)
+    assert path.read_bytes() == content
+    others = [replace(question, reference=Reference(("x",))) for question in questions]
+    assert not any(sample.correct for result in regrade_answers("", others, path) for sample in result.samples)
+    with pytest.raises(UserError, match="the answers are to other questions"):
+        regrade_answers("", questions[1:], path)

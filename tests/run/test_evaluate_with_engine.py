@@ -45,7 +45,9 @@ def answer(_: int, body: dict[str, Any]) -> Reply:
 
 
 def saved_files(out: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in (out / "evaluation" / "base").iterdir()}
+    """Returns the files of the only model."""
+    (folder,) = (out / "evaluation").iterdir()
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
 def test_a_server_answers_for_a_folder_without_weights(served_folder: Path, tmp_path: Path) -> None:
@@ -56,12 +58,11 @@ def test_a_server_answers_for_a_folder_without_weights(served_folder: Path, tmp_
         assert run_command(evaluate.main, arguments(out, served_folder, endpoint.url)) == 0
         assert len(endpoint.bodies) == QUESTIONS
     report = json.loads((out / "report.json").read_text())
-    assert report["models"]["base"]["miniature"]["accuracy"] == 1
+    assert report["models"]["served"]["miniature"]["accuracy"] == 1
     assert report["settings"]["engine"] == "server, model tiny"
-    items = json.loads((out / "evaluation" / "base" / "miniature.json").read_text())["items"]
-    sample = items[0]["samples"][0]
-    assert sample["response"].startswith("<think>\n")
-    assert sample["tokens"] > 6
+    saved = json.loads(saved_files(out)["miniature.answers.jsonl"].splitlines()[1])
+    assert saved["text"].startswith("<think>\n")
+    assert saved["num_tokens"] > 6
     body = endpoint.bodies[0]
     assert (body["model"], body["temperature"], body["max_tokens"]) == ("tiny", 0.7, 64)
     assert "chat_template_kwargs" not in body
@@ -92,13 +93,13 @@ def test_long_prompts_empty_and_cut_answers_of_a_server_are_counted(
     with serving(replies) as endpoint:
         assert run_command(evaluate.main, arguments(tmp_path / "out", served_folder, endpoint.url)) == 0
     message = (
-        "warning: base on miniature: of 8 answers: 2 failed (count as wrong), 1 empty, 1 cut by the context of the "
+        "warning: served on miniature: of 8 answers: 2 failed (count as wrong), 1 empty, 1 cut by the context of the "
         "model. 2 failed because: the prompt has 9 tokens, more than 4. Run the"
     )
     assert message in capsys.readouterr().err
     report = (tmp_path / "out" / "report.md").read_text()
-    assert "| miniature | base | 8 | 2 | 1 | 1 | 2 |" in report
-    assert "- miniature, base: 2 failed and count as wrong: the prompt has 9 tokens, more than 4" in report
+    assert "| miniature | served | 8 | 2 | 1 | 0 | 1 | 50.0 | 2 |" in report
+    assert "- miniature, served: 2 failed and count as wrong: the prompt has 9 tokens, more than 4" in report
     with serving(answer) as endpoint:
         assert run_command(evaluate.main, arguments(tmp_path / "out", served_folder, endpoint.url)) == 0
         assert len(endpoint.bodies) == 2
@@ -145,7 +146,7 @@ def test_several_processes_cannot_ask_a_server(
 ) -> None:
     monkeypatch.setattr("thinkpo_jax.run.resolve.is_distributed", lambda: True)
     assert run_command(evaluate.main, arguments(tmp_path / "out", served_folder, "http://localhost:1/v1")) == 2
-    assert "evaluation.engine is `server`, which one process asks." in capsys.readouterr().err
+    assert "one process asks a server, and several are running." in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("sent", [signal.SIGKILL, signal.SIGINT], ids=["kill -9", "ctrl-c"])

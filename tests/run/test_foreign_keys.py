@@ -67,7 +67,7 @@ def test_every_key_of_the_table_is_checked_for_what_it_names() -> None:
         ("stages.sft.learning_rate=1", "The key is stages.sft.optimizer.learning_rate."),
         ("stages.sft.weight_decay=1", "The key is stages.sft.optimizer.weight_decay."),
         ("stages.sft.seed=1", "The key is seed."),
-        ("gradient_checkpoints=1", "Keys here: compute, evaluation, "),
+        ("gradient_checkpoints=1", "Keys here: base_name, compute, evaluation, "),
     ],
 )
 def test_an_unknown_key_is_answered_with_the_key_to_use(assignment: str, message: str, tmp_path: Path) -> None:

@@ -51,7 +51,7 @@ def warnings_of(config: RunConfig, capsys: pytest.CaptureFixture[str]) -> list[s
 def warnings_of_training(config: RunConfig, capsys: pytest.CaptureFixture[str]) -> list[str]:
     """Returns the warnings at the start of training."""
     run = resolve_run(config)
-    questions = load_all_questions(config.evaluation, run.model_source.tokenizer, seed=0)
+    questions = load_all_questions(config, run.tokenizers)
     capsys.readouterr()
     load_stage_inputs(run, config.stages[0], questions)
     return _read_warnings(capsys)

@@ -114,7 +114,7 @@ def test_all_problems_of_a_file_are_reported_together(tmp_path: Path):
     assert sorted(problems(tmp_path, text)) == [
         "run_dir is required and not given.",
         "stages.sft.steps: Input should be a valid integer (found 'many').",
-        "unknown key extra. Keys here: compute, evaluation, mesh, model, run_dir, seed, stages, title.",
+        "unknown key extra. Keys here: base_name, compute, evaluation, mesh, model, run_dir, seed, stages, title.",
         "unknown key rundir (did you mean run_dir?).",
         "unknown key stages.sft.batch.sise (did you mean size?).",
     ]

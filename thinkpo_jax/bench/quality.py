@@ -20,7 +20,6 @@ the paper's, because the model is smaller. They were not tuned for accuracy.
 import contextlib
 import json
 import os
-import re
 import signal
 import subprocess
 import sys
@@ -34,8 +33,8 @@ import yaml
 
 from thinkpo_jax.bench.pack import WEIGHTS
 from thinkpo_jax.bench.smollm2 import write_smollm2
+from thinkpo_jax.data.gsm8k import BOXED_INSTRUCTION, split_solution
 from thinkpo_jax.data.readers import DataSourceConfig, iterate_valid_records
-from thinkpo_jax.evaluation.benchmarks import BOXED_INSTRUCTION
 from thinkpo_jax.evaluation.evaluate_model import read_answers
 from thinkpo_jax.evaluation.statistics import compare_pooled_runs
 from thinkpo_jax.planning.topology import GPU_MEMORY_FRACTION
@@ -50,7 +49,6 @@ MIN_STEPS = 3  # of a solution that becomes a pair
 SFT_RATE, CONTROL_RATE, THINKPO_RATE = 3e-4, 1e-4, 5e-6  # peak learning rates
 COMPARISONS = (("base", "sft"), ("sft", "thinkpo"), ("sft", "control"), ("control", "thinkpo"))
 Row = dict[str, str]
-_CALCULATOR_MARK = re.compile(r"<<.*?>>")
 
 
 @dataclass(frozen=True)
@@ -141,11 +139,11 @@ def make_answers(answer: str) -> tuple[str, str | None] | None:
 
     The short answer is None if the solution has fewer than `MIN_STEPS` steps.
     """
-    text, marks, number = answer.rpartition("####")
-    steps = [line.strip() for line in _CALCULATOR_MARK.sub("", text).split("\n") if line.strip()]
-    if not marks or not steps or not number.strip():
+    solution, result = split_solution(answer)
+    steps = [line.strip() for line in solution.split("\n") if line.strip()]
+    if not steps or not result:
         return None
-    end = f"The answer is \\boxed{{{number.strip().replace(',', '')}}}."
+    end = f"The answer is \\boxed{{{result}}}."
     return "\n".join((*steps, end)), f"{steps[-1]}\n{end}" if len(steps) >= MIN_STEPS else None
 
 
@@ -195,7 +193,8 @@ def make_run_config(
     chosen = sft | {"path": str(work / "pairs.jsonl")}
     pair = {"path": chosen["path"], "prompt": "question", "chosen": "long", "rejected": "short"}
     size, length = settings.size, settings.sft_row_length
-    sampling = {"temperature": 0.7, "max_new_tokens": settings.max_new_tokens, "samples": settings.samples}
+    sampling = {"temperature": 0.7, "top_p": 1.0, "max_new_tokens": settings.max_new_tokens}
+    sampling |= {"samples": settings.samples}
     return {
         "run_dir": str(work / "run"),
         "title": "ThinkPO of SmolLM2-135M on GSM8K",

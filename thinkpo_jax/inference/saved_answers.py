@@ -1,7 +1,9 @@
 """Saves answers in a file as they arrive, so that an interrupted run asks only for the missing ones."""
 
+import itertools
 import json
 import os
+import time
 from collections.abc import Mapping, Sequence
 from contextlib import closing
 from pathlib import Path
@@ -12,6 +14,7 @@ import pydantic
 from thinkpo_jax.inference.engine import Completion, Engine, Request, SamplingConfig
 from thinkpo_jax.runtime.config import ConfigSection, UserError
 from thinkpo_jax.runtime.console import ProgressReporter, log_info
+from thinkpo_jax.runtime.files import write_atomically
 from thinkpo_jax.runtime.processes import broadcast_from_primary, is_primary_process
 
 
@@ -42,9 +45,7 @@ class SavedAnswers:
         self.path, self._settings = path, json.loads(json.dumps(settings))
         self._on_mismatch = on_mismatch
         lines = broadcast_from_primary(b"\n".join(self._read_lines()) if is_primary_process() else b"")
-        self.completions: dict[str, Completion] = {}
-        for line in map(_Line.model_validate_json, lines.splitlines()):
-            self.completions[line.key] = Completion(**line.model_dump(exclude={"key"}))
+        self.completions = _parse_lines(lines.split(b"\n") if lines else [])
 
     def complete(
         self, engine: Engine, requests: Sequence[Request], sampling: SamplingConfig, *, seed: int, title: str
@@ -55,6 +56,8 @@ class SavedAnswers:
         if not missing:
             return completions
         path = self.path if is_primary_process() else Path(os.devnull)
+        num_truncated = sum(completion.finish_reason == "length" for completion in completions.values())
+        num_tokens, start = 0, time.monotonic()
         with (
             path.open("a", buffering=1, encoding="utf-8") as file,
             closing(ProgressReporter(title, len(requests), done=len(completions), unit="answer")) as progress,
@@ -63,11 +66,19 @@ class SavedAnswers:
             for key, completion in arriving:
                 completions[key] = completion
                 if completion.error is None:
-                    values = {name: value for name, value in vars(completion).items() if name in _Line.model_fields}
-                    file.write(json.dumps({"key": key, **values}) + "\n")
+                    file.write(_to_line(key, completion))
                     self.completions[key] = completion
-                progress.update(len(completions))
+                num_tokens += completion.num_tokens
+                num_truncated += completion.finish_reason == "length"
+                speed = num_tokens / max(time.monotonic() - start, 1e-9)
+                progress.update(len(completions), {"tok/s": f"{speed:,.0f}", "truncated": f"{num_truncated:,}"})
         return completions
+
+    def sort(self, keys: Sequence[str]) -> None:
+        """Writes the file again with the completions in the order of `keys`. Others follow in their old order."""
+        order = [key for key in dict.fromkeys([*keys, *self.completions]) if key in self.completions]
+        lines = [json.dumps(self._settings) + "\n", *(_to_line(key, self.completions[key]) for key in order)]
+        write_atomically(self.path, "".join(lines).encode())
 
     def _read_lines(self) -> list[bytes]:
         """Returns the lines with completions. Truncates or starts the file, so that lines can be appended."""
@@ -89,10 +100,17 @@ class SavedAnswers:
             advice = "Remove the file to generate the answers again, or choose another folder"
             raise UserError(f"{self.path}: {problem}. {advice}.")
         if problem:
-            log_info(f"{self.path}: {problem}. The answers are generated again.")
+            log_info(
+                f"{self.path}: {problem}. The answers are generated again. The old ones are in {self._set_aside()}."
+            )
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self.path.write_text(json.dumps(self._settings) + "\n", encoding="utf-8")
         return []
+
+    def _set_aside(self) -> str:
+        """Gives the file another name, which no file has, and returns it."""
+        names = (self.path.with_name(f"{self.path.name}.old{number}") for number in itertools.count(1))
+        return self.path.rename(next(name for name in names if not name.exists())).name
 
     def _changed_settings(self, line: bytes) -> list[str]:
         try:
@@ -103,6 +121,28 @@ class SavedAnswers:
             raise _DamagedFileError("line 1 does not hold settings")
         settings = self._settings
         return [key for key in {**saved, **settings} if saved.get(key) != settings.get(key)]
+
+
+def read_saved_answers(path: Path) -> tuple[dict[str, Any], dict[str, Completion]]:
+    """Returns the settings and the completions in a file of `SavedAnswers`. Changes nothing.
+
+    Raises `UserError` if the file is missing or damaged.
+    """
+    try:
+        first, *lines = path.read_bytes().rpartition(b"\n")[0].split(b"\n")
+        return json.loads(first), _parse_lines(_valid_lines(lines))
+    except (OSError, ValueError, RecursionError, _DamagedFileError) as error:
+        raise UserError(f"{path}: the saved answers cannot be read: {error}. Evaluate the model again.") from None
+
+
+def _parse_lines(lines: Sequence[bytes]) -> dict[str, Completion]:
+    parsed = map(_Line.model_validate_json, lines)
+    return {line.key: Completion(**line.model_dump(exclude={"key"})) for line in parsed}
+
+
+def _to_line(key: str, completion: Completion) -> str:
+    values = {name: value for name, value in vars(completion).items() if name in _Line.model_fields}
+    return json.dumps({"key": key, **values}) + "\n"
 
 
 def _valid_lines(lines: Sequence[bytes]) -> list[bytes]:

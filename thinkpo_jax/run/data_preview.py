@@ -54,7 +54,7 @@ def preview_run_data(config: RunConfig) -> None:
         warnings += find_weight_problems(source.folder)
     longest_prompt = 0
     with collect_errors() as collector:
-        questions_by_name = collector(load_all_questions, config.evaluation, tokenizer, seed=config.seed) or {}
+        questions_by_name = collector(load_all_questions, config, {config.base_name: tokenizer}) or {}
         for stage in config.stages:
             dataset = collector(tokenize_stage_data, stage, tokenizer, seed=config.seed, keep_going=True)
             if dataset is None:

@@ -9,12 +9,16 @@ from typing import Any
 
 from jax.sharding import Mesh
 
+from thinkpo_jax.data.chat_tokenizer import ChatTokenizer
 from thinkpo_jax.data.readers import source_state
+from thinkpo_jax.evaluation.evaluate_model import EvaluatedModel
+from thinkpo_jax.evaluation.protocols import DEFAULT_MAX_NEW_TOKENS
 from thinkpo_jax.models.architecture import Architecture
 from thinkpo_jax.models.compute_config import ComputeConfig, resolve_attention_kernel
 from thinkpo_jax.models.model_folder import ModelSource, resolve_model_source
 from thinkpo_jax.models.weight_mapping import abstract_model
-from thinkpo_jax.run.run_config import BASE_MODEL_NAME, RunConfig
+from thinkpo_jax.run.evaluated_models import open_against, parse_server
+from thinkpo_jax.run.run_config import RunConfig
 from thinkpo_jax.run.run_folder import RunFolder
 from thinkpo_jax.runtime.config import UserError, parse_config
 from thinkpo_jax.runtime.console import log_warning
@@ -34,10 +38,21 @@ class ResolvedRun:
     compute: ComputeConfig  # with the attention kernel of the devices
     mesh: Mesh
     folder: RunFolder
+    against: tuple[EvaluatedModel, ...] = ()  # other models to evaluate
+
+    @property
+    def tokenizers(self) -> dict[str, ChatTokenizer]:
+        """The tokenizer of the start model and of each other model to evaluate, by the name of the model."""
+        others = {model.name: model.source.tokenizer for model in self.against}
+        return {self.config.base_name: self.model_source.tokenizer, **others}
+
+    def fingerprints(self) -> list[str | None]:
+        """Returns the fingerprints of the start model and of the other models to evaluate."""
+        return [source.quick_fingerprint() for source in (self.model_source, *(each.source for each in self.against))]
 
     def source_of(self, name: str) -> ModelSource:
         """Returns a model of the run. That of a stage can be loaded once the stage is finished."""
-        if name == BASE_MODEL_NAME:
+        if name == self.config.base_name:
             return self.model_source
         return replace(self.model_source, folder=self.folder.stage(name).model, random_seed=None)
 
@@ -80,22 +95,23 @@ def resolve_run(config: RunConfig) -> ResolvedRun:
         log_warning(warning)
     row_lengths = [stage.batch.row_length for stage in config.stages]
     compute = resolve_attention_kernel(config.compute, source.architecture, mesh, row_lengths)
-    return ResolvedRun(config, source, compute, mesh, RunFolder(Path(config.run_dir)))
+    return ResolvedRun(config, source, compute, mesh, RunFolder(Path(config.run_dir)), open_against(config))
 
 
 def check_evaluation_engine(config: RunConfig) -> None:
     """Raises `UserError` if a server should answer for several models, or several processes should ask it."""
-    if config.evaluation is None or config.evaluation.engine == "local":
+    if config.evaluation is None:
         return
-    if config.stages:
+    is_served = config.evaluation.engine == "server"
+    if is_served and config.stages:
         raise UserError(
             f"evaluation.engine is `server`, but a server answers for one model, and this run has {len(config.stages)} "
             "stages. Train with `engine: local` or `--set evaluation=null`. Then serve a model of the run, such as "
             f"{config.run_dir}/{config.stages[-1].name}/model. Give this folder to `python -m thinkpo_jax.evaluate` "
             "with --model, --out and --set evaluation.engine=server."
         )
-    if is_distributed():
-        raise UserError("evaluation.engine is `server`, which one process asks. Start this command as one process.")
+    if is_distributed() and (is_served or any(map(parse_server, config.evaluation.against.values()))):
+        raise UserError("one process asks a server, and several are running. Start this command as one process.")
 
 
 def find_length_warnings(config: RunConfig, architecture: Architecture, *, longest_prompt: int = 0) -> list[str]:
@@ -108,8 +124,8 @@ def find_length_warnings(config: RunConfig, architecture: Architecture, *, longe
                 f"{key} is {stage.batch.row_length}, but the model was made for at most {limit} tokens. Decrease it, "
                 "unless all examples are shorter."
             )
-    if config.evaluation is not None and longest_prompt + config.evaluation.sampling.max_new_tokens > limit:
-        new = config.evaluation.sampling.max_new_tokens
+    new = config.evaluation.sampling.max_new_tokens if config.evaluation is not None else 0
+    if new != DEFAULT_MAX_NEW_TOKENS and longest_prompt + new > limit:
         prompts = f" and prompts have up to {longest_prompt}" if longest_prompt else ""
         warnings.append(
             f"evaluation.sampling.max_new_tokens is {new}{prompts}, but the model was made for at most {limit} tokens. "
@@ -152,7 +168,9 @@ def has_changed_files(run: ResolvedRun, stage: StageConfig) -> bool:
 def _stage_settings(stage: StageConfig) -> dict[str, Any]:
     # How rows are laid out over devices and micro-batches does not change the result.
     # Nor does it matter what happens to updates that are not applied: users change it after one stopped the run.
-    excluded: dict[str, Any] = dict.fromkeys(("checkpoint", "init_from", "on_nonfinite", "max_skipped"), True)
+    # A probe only reads the weights.
+    keys = ("checkpoint", "init_from", "on_nonfinite", "max_skipped", "probe")
+    excluded: dict[str, Any] = dict.fromkeys(keys, True)
     excluded |= {"batch": {"rows_per_device"}, "validation": {"every"}}
     return stage.model_dump(mode="json", exclude=excluded)
 

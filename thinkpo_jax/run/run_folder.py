@@ -3,7 +3,7 @@
 import contextlib
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -70,18 +70,18 @@ class RunFolder:
         write_atomically(self.stage(name).record, content.encode())
 
     @contextlib.contextmanager
-    def locked(self, config: RunConfig, *, model: str | None) -> Iterator[None]:
+    def locked(self, config: RunConfig, *, models: Sequence[str | None]) -> Iterator[None]:
         """Locks the folder for this run, checks that all processes agree, and writes config.yaml.
 
-        Paths of models and data may differ among hosts. `model` is the fingerprint of the start model. No process
-        writes before all processes have read what is there. Raises `UserError` if another run holds the lock, or the
-        processes do not agree.
+        Paths of models and data may differ among hosts. `models` are the fingerprints of all models that are loaded. No
+        process writes before all processes have read what is there. Raises `UserError` if another run holds the lock,
+        or the processes do not agree.
         """
         with lock_folder(self.path, "run_dir"):
-            versions = {**software_versions(), "devices": ""}
-            if not is_same_on_all_processes(config.model_dump_json(exclude=PATH_KEYS) + json.dumps([versions, model])):
+            identity = json.dumps([{**software_versions(), "devices": ""}, *models])
+            if not is_same_on_all_processes(config.model_dump_json(exclude=PATH_KEYS) + identity):
                 raise UserError(
-                    "this process has another configuration, start model or run_dir, or other package versions than "
+                    "this process has another configuration, model or run_dir, or other package versions than "
                     "process 0. Start all processes with the same --config and --set, from the same installation."
                 )
             versions = "".join(f"# {name}: {version}\n" for name, version in software_versions().items())
