@@ -50,6 +50,7 @@ def _config(folder: Path, run: str, *, evaluated: bool = True, **stage: Any) -> 
         "optimizer": OPTIMIZER,
         "checkpoint": {"every": 2},
         "steps": STEPS,
+        "probe": {"every": 3, "questions": 6, "max_new_tokens": 12} if evaluated else None,
     } | stage
     sft = {"prompt": "question", "response": "long", "path": str(path)}
     pairs = {"prompt": "question", "chosen": "long", "rejected": "short", "path": str(path)}
@@ -166,6 +167,8 @@ def test_two_processes_make_the_same_run_as_one(single_run: Path, tmp_path: Path
     assert [path.name for path in (run / "sft" / "checkpoints").iterdir()] == [str(STEPS)]
     expected, models = (json.loads((folder / "report.json").read_text())["models"] for folder in (single_run, run))
     assert models == expected
+    probes = [read_metrics(folder / "sft" / "probe.jsonl") for folder in (single_run, run)]
+    assert probes[1] == probes[0] != []
     answers = [folder / "evaluation" / "thinkpo" / "miniature.json" for folder in (single_run, run)]
     assert len({json.dumps(json.loads(path.read_text())["items"]) for path in answers}) == 1
 
@@ -358,10 +361,7 @@ ADDRESS, COUNT, INDEX = "--coordinator-address", "--num-processes", "--process-i
     [
         ([ADDRESS, "10.0.0.2:8476"], "go together"),
         ([INDEX, "0"], "go together"),
-        (
-            [ADDRESS, "10.0.0.2:8476", COUNT, "2", INDEX, "2"],
-            "--process-id 2: with --num-processes 2 it must be one of 0 to 1",
-        ),
+        ([ADDRESS, "10.0.0.2:8476", COUNT, "2", INDEX, "2"], "with --num-processes 2 it must be one of 0 to 1"),
         ([ADDRESS, "10.0.0.2:8476", COUNT, "0", INDEX, "0"], "--num-processes 0: expected"),
         ([ADDRESS, "10.0.0.2", COUNT, "2", INDEX, "0"], "expected HOST:PORT"),
         ([ADDRESS, "localhost:0", COUNT, "2", INDEX, "0"], "expected HOST:PORT"),

@@ -19,7 +19,8 @@ from thinkpo_jax.runtime.config import RunError
 from thinkpo_jax.runtime.console import read_metrics
 from thinkpo_jax.training import pipeline, train_stage
 from thinkpo_jax.training.checkpoints import CheckpointStore
-from thinkpo_jax.training.train_stage import PeriodicValidation, StageInputs, StageResult
+from thinkpo_jax.training.periodic_evaluation import PeriodicEvaluation
+from thinkpo_jax.training.train_stage import StageInputs, StageResult
 
 NEVER = {"every": 1000}  # only the last update of a stage is saved
 LINEAR = {"learning_rate": 1e-3, "schedule": "linear", "warmup_ratio": 0.0}
@@ -57,7 +58,7 @@ def events(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Records the order of the loop: place a batch (p), launch (l), read (r), validate (v) and save (s) an update."""
     recorded: list[str] = []
     compile_train_step, put_batch = train_stage.compile_train_step, pipeline.put_batch
-    save, run_if_due = CheckpointStore.save, PeriodicValidation.run_if_due
+    save, run_if_due = CheckpointStore.save, PeriodicEvaluation.run_if_due
 
     def compile_recorded(*args: Any) -> Callable[..., Any]:
         train_step = compile_train_step(*args)
@@ -78,15 +79,15 @@ def events(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         recorded.append(f"s{step}")
         save(store, state, step)
 
-    def run_recorded(validation: PeriodicValidation, update: int, state: Any) -> float:
+    def run_recorded(validation: PeriodicEvaluation, update: int, model: Any) -> float:
         if validation.is_due(update):
             recorded.append(f"v{update}")
-        return run_if_due(validation, update, state)
+        return run_if_due(validation, update, model)
 
     monkeypatch.setattr(train_stage, "compile_train_step", compile_recorded)
     monkeypatch.setattr(pipeline, "put_batch", put_recorded)
     monkeypatch.setattr(CheckpointStore, "save", save_recorded)
-    monkeypatch.setattr(PeriodicValidation, "run_if_due", run_recorded)
+    monkeypatch.setattr(PeriodicEvaluation, "run_if_due", run_recorded)
     return recorded
 
 

@@ -105,8 +105,8 @@ def inference_mesh(
 ) -> Mesh:
     """Returns the mesh of the engine: tensor parallelism in the smallest groups of devices that hold the model.
 
-    The groups answer different requests. `memory` is the bytes of a device, for devices that are not attached. Raises
-    `UserError` if no group that the key/value heads allow is large enough.
+    The groups answer different requests. `memory` is the bytes that each device has for the engine (default: all of its
+    memory). Raises `UserError` if no group that the key/value heads allow is large enough.
     """
     bytes_per_device = weight_bytes(arch, compute)
     if memory is None:
@@ -170,6 +170,11 @@ def device_memory_limit(device: Any) -> float:
     stats = device.memory_stats() or {}
     spec = find_device_spec(device.device_kind)
     return stats.get("bytes_limit") or (spec.memory if spec else math.inf)
+
+
+def free_device_memory(device: Any) -> float:
+    """Returns the bytes of `device_memory_limit` that no array takes now."""
+    return device_memory_limit(device) - (device.memory_stats() or {}).get("bytes_in_use", 0)
 
 
 def _cache_bytes(mesh: Mesh) -> int:

@@ -33,7 +33,7 @@ class LocalEngineConfig(ConfigSection):
 
 
 class LocalEngine:
-    """Implements `Engine`. The model is loaded when the first answer is needed."""
+    """Implements `Engine`. Answers with `model`, or else loads the model when the first answer is needed."""
 
     def __init__(
         self,
@@ -41,9 +41,10 @@ class LocalEngine:
         compute: ComputeConfig,
         config: LocalEngineConfig,
         devices: Sequence[Any] | None = None,
+        model: InferenceModel | None = None,
     ) -> None:
         self._source, self._compute, self._config, self._devices = source, compute, config, devices
-        self._model: InferenceModel | None = None
+        self._model = model
         self._last_prompt: tuple[Sequence[Message], list[int]] | None = None
 
     def generate(
@@ -107,14 +108,14 @@ class LocalEngine:
 
     def _load(self) -> InferenceModel:
         if self._model is None:
-            devices = _default_devices() if self._devices is None else self._devices
+            devices = default_devices() if self._devices is None else self._devices
             self._model = load_inference_model(
                 self._source, self._compute, devices=devices, cache_memory=self._config.cache_memory
             )
         return self._model
 
 
-def _default_devices() -> list[Any]:
+def default_devices() -> list[Any]:
     """Returns all devices, but only one CPU device of each process, because those share memory and cores."""
     devices = jax.devices()
     if devices[0].platform != "cpu":

@@ -9,6 +9,7 @@ from thinkpo_jax.data.chat_tokenizer import ChatTokenizer
 from thinkpo_jax.data.examples import TokenizedDataset, split_held_out
 from thinkpo_jax.data.tokenization import tokenize_sources
 from thinkpo_jax.evaluation.benchmarks import QuestionsByBenchmark
+from thinkpo_jax.evaluation.probes import Probe
 from thinkpo_jax.run.resolve import ResolvedRun
 from thinkpo_jax.run.run_folder import is_same_on_all_processes
 from thinkpo_jax.run.stage_checks import find_stage_problems, find_stage_warnings
@@ -35,8 +36,21 @@ def load_stage_inputs(run: ResolvedRun, stage: StageConfig, questions: Questions
         log_warning(warning)
     check_data_unchanged(run, stage, dataset)  # all processes reach this exchange before one can fail at the split
     held_out, initial_model = held_out_indices(stage, dataset, seed=seed), run.initial_source_of(stage)
-    folder = run.folder.stage(stage.name)
-    return StageInputs(stage, initial_model, run.compute, run.mesh, dataset, held_out, folder, seed)
+    folder, probe = run.folder.stage(stage.name), make_stage_probe(run, stage, questions)
+    return StageInputs(stage, initial_model, run.compute, run.mesh, dataset, held_out, folder, seed, probe)
+
+
+def make_stage_probe(run: ResolvedRun, stage: StageConfig, questions: QuestionsByBenchmark) -> Probe | None:
+    """Returns the probe of a stage, which asks the first questions of the run's first benchmark. None without one."""
+    if stage.probe is None:
+        return None
+    assert run.config.evaluation is not None  # RunConfig checks it
+    name, count = run.config.evaluation.benchmarks[0].name, stage.probe.questions
+    first = questions[name][:count]
+    if len(first) < count:
+        log_info(f"{stage.name}: probe.questions is {count}, but {name} has {len(first)} questions. All are asked.")
+    limit = stage.probe.max_new_tokens
+    return Probe(run.model_source, run.compute, run.config.evaluation, first, max_new_tokens=limit)
 
 
 def tokenize_stage_data(

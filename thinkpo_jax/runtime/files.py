@@ -127,6 +127,7 @@ class StageFolder:
         self.checkpoints = path / "checkpoints"
         self.metrics = path / "metrics.jsonl"
         self.validation = path / "validation.jsonl"
+        self.probe = path / "probe.jsonl"
         self.reference = path / "reference.npz"  # the reference log-probs that the stage was begun with
         self.model = path / "model"  # a Hugging Face folder, once the stage is finished
 

@@ -28,6 +28,18 @@ def _as_tuple(value: Any) -> Any:
 Sources = Annotated[tuple[DataT, ...], pydantic.BeforeValidator(_as_tuple), pydantic.Field(min_length=1)]
 
 
+class ProbeConfig(ConfigSection):
+    """Questions that the model answers greedily during training: the first ones of the run's first benchmark.
+
+    They are asked before the first update, after every `every` updates, and after the last update. An answer has at
+    most `max_new_tokens` (default: as in the evaluation).
+    """
+
+    every: int = pydantic.Field(default=50, ge=1)
+    questions: int = pydantic.Field(default=16, ge=1)
+    max_new_tokens: int | None = pydantic.Field(default=None, ge=1)
+
+
 class _StageConfig(ConfigSection):
     """The keys of every stage.
 
@@ -44,6 +56,7 @@ class _StageConfig(ConfigSection):
     batch: BatchConfig
     optimizer: OptimizerConfig
     validation: ValidationConfig | None = None
+    probe: ProbeConfig | None = None
     on_nonfinite: Literal["stop", "skip"] = "stop"
     max_skipped: int = pydantic.Field(default=10, ge=1)
     checkpoint: CheckpointConfig = CheckpointConfig()

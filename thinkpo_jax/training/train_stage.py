@@ -29,13 +29,14 @@ from thinkpo_jax.runtime.sharding import put_batch
 from thinkpo_jax.training.checkpoints import CheckpointStore
 from thinkpo_jax.training.objectives import Objective, make_preference_loss, make_thinkpo_objective, sft_objective
 from thinkpo_jax.training.optimizer import learning_rate_schedule, make_optimizer
+from thinkpo_jax.training.periodic_evaluation import EvaluateFn, PeriodicEvaluation, make_validation
 from thinkpo_jax.training.pipeline import PlacedBatch, place_ahead
 from thinkpo_jax.training.preference_metrics import finalize_metrics, headline_metrics
 from thinkpo_jax.training.reference_cache import load_stage_reference, save_stage_reference
 from thinkpo_jax.training.reference_log_probs import check_initial_loss, load_or_compute_reference
 from thinkpo_jax.training.stage_config import StageConfig, ThinkpoStage
 from thinkpo_jax.training.throughput import throughput_metrics
-from thinkpo_jax.training.train_step import TrainState, TrainStepFn, init_train_state, make_eval_step, make_train_step
+from thinkpo_jax.training.train_step import TrainState, TrainStepFn, init_train_state, make_train_step
 
 
 @dataclass(frozen=True)
@@ -45,6 +46,7 @@ class StageInputs:
     `initial_model` is the model that the stage starts from. For ThinkPO it is the reference model too.
     `compute` names the attention kernel, see `resolve_attention_kernel`. `held_out` are the sorted indices of the
     validation examples, see `split_held_out`. `folder` can be any folder. Training resumes from its checkpoints.
+    `probe` asks the questions of `config.probe` and returns figures of the answers. Without it nothing is asked.
     """
 
     config: StageConfig
@@ -55,6 +57,7 @@ class StageInputs:
     held_out: np.ndarray
     folder: StageFolder
     seed: int
+    probe: EvaluateFn | None = None
 
 
 @dataclass(frozen=True)
@@ -63,7 +66,7 @@ class StageResult:
 
     state: TrainState
     num_updates: int
-    seconds: float  # of training, over all resumed parts, without compilation and validation
+    seconds: float  # of training, over all resumed parts, without compilation, validation and probes
     notes: tuple[str, ...]
 
 
@@ -99,17 +102,20 @@ def train_stage(inputs: StageInputs) -> StageResult:
             state = checkpoints.restore(state)
             log_info(f"{config.name}: resuming from update {start}")
         train_step = compile_train_step(inputs, batches, objective, optimizer, state)
-        validation = PeriodicValidation(inputs, batches, objective, state, start, stack)
-        validation.run_if_due(start, state)
+        evaluations = make_periodic_evaluations(inputs, batches, objective, state.model, start, stack)
+        for evaluation in evaluations:
+            evaluation.run_if_due(start, state.model)
         metrics = StageMetrics(inputs, batches, start, stack)
         for update, batch in enumerate(place_ahead(batches.prefetch_from(start), mesh), start + 1):
             state, step_metrics = train_step(state, batch.device)
             metrics.add(update, step_metrics, batch)  # waits for the update before this one
             should_stop = stop_vote(stop_requested())
             should_save = should_stop or update == len(batches) or update % config.checkpoint.every == 0
-            if should_save or validation.is_due(update):
+            # A stage that stops here evaluates when it resumes.
+            due = [] if should_stop else [evaluation for evaluation in evaluations if evaluation.is_due(update)]
+            if should_save or due:
                 metrics.drain()
-                metrics.clock += validation.run_if_due(update, state)
+            metrics.clock += sum(evaluation.run_if_due(update, state.model) for evaluation in due)
             if should_save:
                 checkpoints.save(state, update)
             if should_stop:
@@ -136,6 +142,29 @@ def compile_train_step(
     compiled = train_step.lower(state, put_batch(batches[0], inputs.mesh)).compile()
     log_info(f"{inputs.config.name}: the train step was compiled in {time.monotonic() - began:.1f} s")
     return compiled
+
+
+def make_periodic_evaluations(
+    inputs: StageInputs,
+    batches: BatchPlan,
+    objective: Objective,
+    model: Transformer,
+    start: int,
+    stack: ExitStack,
+) -> list[PeriodicEvaluation]:
+    """Returns the validation and the probe, if the stage has them. Compiles the validation."""
+    config, folder, evaluations = inputs.config, inputs.folder, list[PeriodicEvaluation]()
+    options: dict[str, Any] = {"start": start, "last": len(batches)}
+    if config.validation is not None:
+        validate = make_validation(objective, batches, model, inputs.mesh)
+        every = config.validation.every
+        evaluations += [PeriodicEvaluation("validation", validate, folder.validation, every=every, **options)]
+    if config.probe is not None and inputs.probe is not None:
+        every = config.probe.every
+        evaluations += [PeriodicEvaluation("probe", inputs.probe, folder.probe, every=every, **options)]
+    for evaluation in evaluations:
+        stack.enter_context(closing(evaluation))
+    return evaluations
 
 
 def make_stage_objective(inputs: StageInputs, batches: BatchPlan, model: Transformer) -> Objective:
@@ -183,8 +212,8 @@ class StageMetrics:
     """Writes one line of `metrics.jsonl` for each update, and shows progress.
 
     It reads the metrics of an update after the next one was launched. So the devices never wait for the host.
-    `clock` is when the time of the next update starts, in seconds. The caller adds the seconds of validation. Waiting
-    for batches and saving count as training.
+    `clock` is when the time of the next update starts, in seconds. The caller adds the seconds of evaluations.
+    Waiting for batches and saving count as training.
     """
 
     def __init__(self, inputs: StageInputs, batches: BatchPlan, start: int, stack: ExitStack) -> None:
@@ -259,50 +288,3 @@ def _warn_if_saturated(config: StageConfig, line: Mapping[str, float]) -> None:
     if config.loss != "sigmoid_norm" and (margin := line.get("rewards/margins", 0.0)) > 1:
         advice += f" With beta {config.beta / margin:.1g} the mean margin would be 1 (gradient weight 27 %)."
     log_warning(f"stage {config.name}: at its end, {share:.0%} of the pairs had almost no gradient. {advice}")
-
-
-class PeriodicValidation:
-    """Writes loss and metrics of the held-out examples to `validation.jsonl`. Does nothing without `validation`."""
-
-    def __init__(
-        self,
-        inputs: StageInputs,
-        batches: BatchPlan,
-        objective: Objective,
-        state: TrainState,
-        start: int,
-        stack: ExitStack,
-    ) -> None:
-        """Compiles the evaluation. Removes the lines of updates after `start`, which a stopped run may have left."""
-        validation, path, mesh = inputs.config.validation, inputs.folder.validation, inputs.mesh
-        self._mesh, self._last, self._every = mesh, len(batches), validation and validation.every
-        if self._every is None:
-            return
-        eval_step: Any = make_eval_step(objective, mesh)
-        self._eval_step = eval_step.lower(state.model, put_batch(batches[0], mesh)).compile()
-        self._batches = batches.batches_of(batches.held_out)
-        self._file = stack.enter_context(closing(MetricsFile(path, step=start)))
-        is_done = np.zeros(self._last + 1, bool)
-        is_done[[int(line["step"]) for line in read_metrics(path)]] = True
-        self._is_done = broadcast_from_primary(is_done)
-
-    def is_due(self, update: int) -> bool:
-        """Returns whether an evaluation is due after `update` updates and not written yet."""
-        if self._every is None or self._is_done[update]:
-            return False
-        return update % self._every == 0 or update == self._last
-
-    def run_if_due(self, update: int, state: TrainState) -> float:
-        """Evaluates if an evaluation is due after `update` updates. Returns the seconds it took."""
-        if not self.is_due(update):
-            return 0.0
-        began = time.monotonic()
-        sums = [jax.device_get(self._eval_step(state.model, put_batch(batch, self._mesh))) for batch in self._batches]
-        total = jax.tree.map(lambda *values: sum(values), *sums)
-        means = {name: float(value / total.weight) for name, value in total.metrics.items()}
-        line = finalize_metrics(means | {"loss": float(total.loss / total.weight)})
-        self._file.write({"step": update, **line})
-        self._is_done[update] = True
-        summary = ", ".join(f"{name} {value}" for name, value in headline_metrics(line).items())
-        log_info(f"validation after {update} updates: {summary}")
-        return time.monotonic() - began
