@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from thinkpo_jax.pair_building.build_pairs import PairsConfig, build_pairs
 from thinkpo_jax.runtime.cli import add_config_arguments, run_and_exit
 from thinkpo_jax.runtime.config import parse_config
-from thinkpo_jax.runtime.yaml_text import apply_overrides, read_yaml
+from thinkpo_jax.runtime.config_file import read_config
+from thinkpo_jax.runtime.yaml_text import apply_overrides
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -18,8 +19,9 @@ def main(arguments: Sequence[str]) -> None:
     )
     add_config_arguments(parser)
     parsed = parser.parse_args(arguments)
-    raw = apply_overrides(read_yaml(parsed.config), parsed.assignments)
-    build_pairs(parse_config(PairsConfig, raw, source=str(parsed.config), assignments=parsed.assignments))
+    values, source = read_config(parsed.config)
+    raw = apply_overrides(values, parsed.assignments)
+    build_pairs(parse_config(PairsConfig, raw, source=source, assignments=parsed.assignments))
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
 """Compiles a run's stages or evaluation for devices that are not attached. Prints whether they fit, with estimates.
 
 Examples:
-    python -m thinkpo_jax.plan --config configs/thinkpo_bespoke_stratos_7b.yaml --topology v5e:4x4
-    python -m thinkpo_jax.plan --config configs/thinkpo_bespoke_stratos_7b.yaml --topology v6e --smallest
-    python -m thinkpo_jax.plan --config configs/thinkpo_r1_distill_qwen_7b.yaml --topology v5e:2x2 --evaluation
+    python -m thinkpo_jax.plan --config configs/paper/thinkpo_bespoke_stratos_7b.yaml --topology v5e:4x4
+    python -m thinkpo_jax.plan --config configs/paper/thinkpo_bespoke_stratos_7b.yaml --topology v6e --smallest
+    python -m thinkpo_jax.plan --config configs/paper/thinkpo_r1_distill_qwen_7b.yaml --topology v5e:2x2 --evaluation
 
 Only the model's config.json is read: no weights, no data, and no tokenizer unless it may resize the embedding.
 Exit status: 0 fits, 1 does not fit, 2 error.

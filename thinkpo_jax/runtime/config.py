@@ -1,7 +1,8 @@
 """Turns plain values into typed, frozen sections, and defines the two error classes.
 
-The steps are: YAML text, a dict (yaml_text.py), `parse_config`, a tree of `ConfigSection` objects. Each folder of the
-package owns the sections that it reads. All problems of one file are reported together.
+The steps are: YAML text (yaml_text.py), a dict with the values of all extended files (config_file.py), `parse_config`,
+a tree of `ConfigSection` objects. Each folder of the package owns the sections that it reads. All problems of one file
+are reported together.
 """
 
 import contextlib
