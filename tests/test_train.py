@@ -19,6 +19,7 @@ import safetensors.numpy
 from filelock import FileLock
 from support.paths import ROOT
 from support.quickstart import quickstart_arguments, train_quickstart
+from support.selection import cases
 from support.stages import TIME_METRICS
 
 from thinkpo_jax import evaluate, export
@@ -52,9 +53,14 @@ def test_the_run_folder_holds_all_outputs(finished_run: Path) -> None:
         "loss.png",
         "rewards.png",
         "accuracy.png",
+        "accuracy_by_length.png",
+        "accuracy_by_budget.png",
         "response_length.png",
     }
+    comparisons = {path.name for path in (finished_run / "comparisons" / "miniature").iterdir()}
+    assert comparisons == {"base+sft.md", "sft+thinkpo.md", "sft+control.md", "control+thinkpo.md"}
     report = json.loads((finished_run / "report.json").read_text())
+    assert report["prompts"]["miniature"] in (finished_run / "report.md").read_text()
     assert list(report["models"]) == ["base", "sft", "thinkpo", "control"]
     for benchmarks in report["models"].values():
         assert benchmarks["miniature"].keys() == {
@@ -148,7 +154,9 @@ def _interrupt(arguments: Sequence[str], metrics: Path, number: int, *, lines: i
 
 
 @pytest.mark.parametrize(
-    "number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL], ids=["ctrl-c", "sigterm", "kill -9"]
+    "number",
+    cases([signal.SIGINT, signal.SIGTERM, signal.SIGKILL], short=lambda number: number != signal.SIGTERM),
+    ids=["ctrl-c", "sigterm", "kill -9"],
 )
 def test_a_resumed_run_equals_an_uninterrupted_run_bit_for_bit(
     number: signal.Signals, finished_run: Path, tmp_path: Path
@@ -234,7 +242,7 @@ def test_evaluating_an_exported_model_gives_the_scores_of_its_run(finished_run: 
         str(tmp_path / "other"),
     ]
     assert run_command(evaluate.main, arguments) == 0
-    scores = json.loads((tmp_path / "other" / "report.json").read_text())["models"]["base"]
+    (scores,) = json.loads((tmp_path / "other" / "report.json").read_text())["models"].values()
     run_scores = json.loads((finished_run / "report.json").read_text())["models"]["sft"]
     assert scores == run_scores
 

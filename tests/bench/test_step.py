@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from support.checkpoints import needs_trl
+from support.selection import exhaustive
 
 from thinkpo_jax.bench import __main__ as bench
 from thinkpo_jax.bench import step as bench_step
@@ -27,6 +28,7 @@ TINY = {
 RESULT = bench_step.SideResult(tokens=100, seconds=1.0, first_loss=math.log(2), reference=(-90.0, -30.0), peak_memory=2)
 
 
+@exhaustive
 @pytest.mark.slow
 @needs_trl
 def test_both_sides_do_the_same_work(
