@@ -13,9 +13,10 @@ import numpy as np
 import pytest
 from matplotlib.image import imread
 
+from thinkpo_jax.evaluation import report
+from thinkpo_jax.evaluation.analysis import analyze
 from thinkpo_jax.evaluation.benchmarks import Question
 from thinkpo_jax.evaluation.grading import Reference
-from thinkpo_jax.evaluation.report import terminal_summary, write_report
 from thinkpo_jax.evaluation.results import GradedSample, QuestionResult, ReportContents, StageSummary
 from thinkpo_jax.evaluation.statistics import compare_paired, score_benchmark
 
@@ -26,6 +27,14 @@ FAILED = GradedSample("", 0, False, False, error="too long")
 PROMPT = "<|user|>\nIs ```a | b``` right?\n<|assistant|>\n"
 PLOTS = ("accuracy", "accuracy_by_length", "accuracy_by_budget", "response_length")
 THINKPO_KEYS = ("rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies")
+
+
+def write_report(run_dir: Path, contents: ReportContents) -> None:
+    report.write_report(run_dir, contents, analyze(contents))
+
+
+def terminal_summary(contents: ReportContents) -> str:
+    return report.terminal_summary(contents.title, analyze(contents))
 
 
 def make_results(wins, questions=40, tokens=100, truncated=False):

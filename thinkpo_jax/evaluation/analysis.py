@@ -58,7 +58,7 @@ def analyze(contents: ReportContents) -> Analysis:
     names = benchmark_names(results)
     budgets = {name: find_token_budgets(by[name] for by in results.values() if name in by) for name in names}
     return Analysis(
-        scores=score_models(results),
+        scores=_map_results(results, lambda _, questions: score_benchmark(questions)),
         measures=_map_results(results, lambda benchmark, questions: measure_answers(questions, budgets[benchmark])),
         counts=_map_results(results, lambda _, questions: count_answers(questions)),
         groups=_map_results(
@@ -66,11 +66,6 @@ def analyze(contents: ReportContents) -> Analysis:
         ),
         comparisons=compare_models(contents),
     )
-
-
-def score_models(results: ResultsByModel) -> ScoresByModel:
-    """Returns model name -> benchmark name -> score. Raises `ValueError` for results that `statistics` rejects."""
-    return _map_results(results, lambda _, questions: score_benchmark(questions))
 
 
 def compare_models(contents: ReportContents) -> list[ModelComparison]:

@@ -12,7 +12,7 @@ from datetime import timedelta
 from pathlib import Path
 
 from thinkpo_jax.evaluation import tables
-from thinkpo_jax.evaluation.analysis import Analysis, analyze, compare_models, score_models
+from thinkpo_jax.evaluation.analysis import Analysis
 from thinkpo_jax.evaluation.comparison_files import comparison_link, comparison_path, describe_changed_questions
 from thinkpo_jax.evaluation.plots import draw_figures
 from thinkpo_jax.evaluation.results import ReportContents
@@ -29,12 +29,11 @@ from thinkpo_jax.runtime.figures import figure_to_png
 from thinkpo_jax.runtime.files import StageFolder, write_atomically
 
 
-def write_report(run_dir: Path, contents: ReportContents) -> None:
+def write_report(run_dir: Path, contents: ReportContents, analysis: Analysis) -> None:
     """Writes the report into `run_dir`, each file atomically. It has the plots that have data.
 
-    Raises `ValueError` for a comparison of models without a common benchmark, or results that `statistics` rejects.
+    `analysis` is that of the contents.
     """
-    analysis = analyze(contents)
     figures = draw_figures(run_dir, contents, analysis)
     for name, figure in figures.items():
         write_atomically(run_dir / "plots" / f"{name}.png", figure_to_png(figure))
@@ -50,15 +49,14 @@ def write_report(run_dir: Path, contents: ReportContents) -> None:
     _write_text(run_dir / "report.json", _to_json(contents, analysis, probes))
 
 
-def terminal_summary(contents: ReportContents) -> str:
-    """Returns the tables of models and comparisons as aligned text. Raises the errors of `write_report`."""
-    scores, comparisons = score_models(contents.results), compare_models(contents)
-    parts = [contents.title]
-    if scores:
-        parts += [align_columns(tables.models_table(scores))]
-    if comparisons:
-        parts += [align_columns(tables.comparisons_table(comparisons))]
-        parts += ["\n".join(map(describe_comparison, comparisons))]
+def terminal_summary(title: str, analysis: Analysis) -> str:
+    """Returns the tables of models and comparisons as aligned text, below the title."""
+    parts = [title]
+    if analysis.scores:
+        parts += [align_columns(tables.models_table(analysis.scores))]
+    if analysis.comparisons:
+        parts += [align_columns(tables.comparisons_table(analysis.comparisons))]
+        parts += ["\n".join(map(describe_comparison, analysis.comparisons))]
     return "\n\n".join(parts) + "\n"
 
 

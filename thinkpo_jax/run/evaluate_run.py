@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from thinkpo_jax.data.chat_tokenizer import ChatTokenizer
+from thinkpo_jax.evaluation.analysis import analyze
 from thinkpo_jax.evaluation.benchmarks import Question, QuestionsByBenchmark, load_questions
 from thinkpo_jax.evaluation.evaluate_model import (
     EvaluatedModel,
@@ -142,8 +143,9 @@ def _write_report(
         prompts=prompts,
     )
     if is_primary_process():
-        write_report(folder.path, contents)
-        print(terminal_summary(contents))
+        analysis = analyze(contents)
+        write_report(folder.path, contents, analysis)
+        print(terminal_summary(config.title, analysis))
     log_info(f"report: {folder.path / 'report.md'}, plots: {folder.path / 'plots'}")
 
 
