@@ -40,11 +40,11 @@ def find_model(spec: str) -> dict[str, Any]:
     """
     if server := parse_server(spec):
         return {"path": server.model}
-    folder, colon, stage = (spec, "", "") if Path(spec).is_dir() else spec.rpartition(":")
-    folder, stage = (folder, stage) if colon else (spec, "")
+    has_stage = ":" in spec and not Path(spec).is_dir()
+    folder, _, stage = spec.rpartition(":") if has_stage else (spec, "", "")
     run = RunFolder(Path(folder))
     if (run.path / "config.json").exists() or not run.config.is_file():
-        if colon and not spec.startswith("builtin:"):
+        if has_stage and not spec.startswith("builtin:"):
             raise UserError(
                 f"{spec}: {folder} is not a run folder, because it has no config.yaml. Expected {MODEL_HELP}."
             )
@@ -90,11 +90,12 @@ def config_of_models(
     """
     names = _unique_names(specs)
     run_dir = out or f"{DEFAULT_OUT}/{names[0]}"
-    old_config = RunFolder(Path(run_dir)).config
-    if old_config.exists() and load_run_config(old_config).stages:
+    path = RunFolder(Path(run_dir)).config
+    old_config = load_run_config(path) if path.exists() else None
+    if old_config is not None and old_config.stages:
         raise UserError(f"--out {run_dir} is the folder of a run with stages. Choose another folder.")
     model = _mapping(raw, "model") | {"weights": "pretrained"} | find_model(specs[0])
-    if out is None and old_config.exists() and load_run_config(old_config).model.path != model["path"]:
+    if out is None and old_config is not None and old_config.model.path != model["path"]:
         raise UserError(f"{run_dir} holds the evaluation of another model. Choose another folder with --out.")
     section = _mapping(raw, "evaluation")
     section["against"] = dict(zip(names[1:], specs[1:], strict=True))
