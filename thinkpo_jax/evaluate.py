@@ -10,7 +10,7 @@ from typing import Any
 from thinkpo_jax.models.compute_config import describe_compute
 from thinkpo_jax.run.evaluate_run import evaluate_run, load_all_questions, pool_runs, rescore_run
 from thinkpo_jax.run.evaluated_models import MODEL_HELP, config_of_models
-from thinkpo_jax.run.resolve import is_stage_finished, resolve_run
+from thinkpo_jax.run.resolve import finished_stages, resolve_run
 from thinkpo_jax.run.run_config import parse_run_config
 from thinkpo_jax.runtime.cli import add_config_arguments, run_and_exit
 from thinkpo_jax.runtime.config import UserError
@@ -90,9 +90,8 @@ def main(arguments: Sequence[str]) -> None:
     run = resolve_run(config)
     log_info(describe_compute(run.compute, run.mesh))
     questions = load_all_questions(config, run.tokenizers)
-    for stage in config.stages:
-        is_stage_finished(run, stage)  # raises if the folder holds a stage with other settings
-    with run.folder.locked(config, models=run.fingerprints()):
+    finished_stages(run)  # raises if the folder holds a stage with other settings, or a damaged model
+    with run.folder.locked(config, models=run.identities()):
         evaluate_run(run, questions)
 
 

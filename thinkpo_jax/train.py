@@ -28,7 +28,7 @@ def train_run(config: RunConfig) -> RunFolder:
     # All data and questions are read before anything is written. So an error in the last stage shows at once.
     questions = load_all_questions(config, run.tokenizers)
     loaded = [load_stage_inputs(run, stage, questions) for stage in pending]
-    with run.folder.locked(config, models=run.fingerprints()):
+    with run.folder.locked(config, models=run.identities()):
         while loaded:
             inputs = loaded.pop(0)
             # Of a finished stage, only changed files were checked. Another process may have finished one by now.

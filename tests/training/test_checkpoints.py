@@ -1,8 +1,13 @@
-"""Checkpoints on disk: folders of every name, saves that are not complete, and warnings of Orbax."""
+"""Checkpoints on disk: folders of every name, damaged files, full disks, and warnings of Orbax."""
 
 import logging
+import os
+import random
 import re
 import shutil
+import subprocess
+import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +17,7 @@ import numpy as np
 import pytest
 from support.selection import cases
 
-from thinkpo_jax.runtime.config import RunError
+from thinkpo_jax.runtime.config import RunError, UserError
 from thinkpo_jax.training import checkpoints
 from thinkpo_jax.training.checkpoints import PLAIN_PATH, CheckpointStore
 from thinkpo_jax.training.train_step import TrainState
@@ -34,7 +39,7 @@ def state(value: float) -> TrainState:
 @pytest.mark.parametrize("name", cases(HARD_NAMES + OTHER_NAMES, short=lambda name: name in HARD_NAMES))
 def test_a_folder_may_have_any_name(name: str, tmp_path: Path) -> None:
     folder = tmp_path / name / "sft" / "checkpoints"
-    with CheckpointStore(folder) as store:
+    with CheckpointStore(folder, keep=1) as store:
         for step in (1, 2):
             store.save(state(step), step)
     with CheckpointStore(folder, read_only=True) as store:
@@ -64,9 +69,7 @@ def test_a_save_that_orbax_leaves_incomplete_is_an_error(
 ) -> None:
     monkeypatch.setattr(checkpoints, "PLAIN_PATH", re.compile(".*"))  # so Orbax gets a name that it reads as a pattern
     folder = tmp_path / "exp[1]"
-    message = (
-        r"exp\[1\]: the checkpoint of update 1 is not complete: 1/model/manifest.ocdbt, 1/training/manifest.ocdbt "
-    )
+    message = r"exp\[1\]: checkpoint 1 cannot be written: manifest.ocdbt of model missing. Check the disk."
     with pytest.raises(RunError, match=message), CheckpointStore(folder) as store:
         store.save(state(1), 1)
     assert "Skipping merge of OCDBT checkpoints" in caplog.text
@@ -77,24 +80,106 @@ def test_a_save_that_orbax_leaves_incomplete_is_an_error(
             store.save(state(2), 2)
 
 
-def test_an_error_that_is_on_its_way_is_kept(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_error_that_is_on_its_way_is_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(checkpoints, "ITEM_FILES", ("missing-file",))
+
     def interrupted_training() -> None:
         with CheckpointStore(tmp_path) as store:
             store.save(state(1), 1)
-            store._manager.wait_until_finished()
-            (tmp_path / "1" / "training" / "_METADATA").unlink()
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
         interrupted_training()
-    expected = f"warning: {tmp_path}: the checkpoint of update 1 is not complete: 1/training/_METADATA missing."
-    assert expected in capsys.readouterr().err
+    assert f"warning: {tmp_path}: checkpoint 1 cannot be written: missing-file of model" in capsys.readouterr().err
+
+
+@pytest.fixture(scope="module")
+def three_checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("three") / "checkpoints"
+    with CheckpointStore(folder, keep=3) as store:
+        for step in (1, 2, 3):
+            store.save(state(step), step)
+    return folder
+
+
+def flip_bit(path: Path, bit: int) -> None:
+    content = bytearray(path.read_bytes())
+    content[bit // 8 % len(content)] ^= 1 << bit % 8
+    path.write_bytes(content)
+
+
+def decides_the_state(path: Path) -> bool:
+    return path.name not in ("commit_success.txt", "_CHECKPOINT_METADATA")
+
+
+@pytest.mark.parametrize("damage", ["flip", "cut", "empty", "remove"])
+def test_a_damaged_checkpoint_is_never_restored(damage: str, three_checkpoints: Path, tmp_path: Path) -> None:
+    damages: dict[str, Callable[[Path], object]] = {
+        "flip": lambda path: flip_bit(path, random.Random(0).randrange(2**20)),
+        "cut": lambda path: os.truncate(path, path.stat().st_size // 2),
+        "empty": lambda path: path.write_bytes(b""),
+        "remove": Path.unlink,
+    }
+    files = [path for path in sorted((three_checkpoints / "3").rglob("*")) if path.is_file()]
+    assert sum(map(decides_the_state, files)) >= 12
+    for number, file in enumerate(files):
+        folder = tmp_path / str(number)
+        shutil.copytree(three_checkpoints, folder)
+        damages[damage](folder / file.relative_to(three_checkpoints))
+        expected = 2 if decides_the_state(file) else 3
+        with CheckpointStore(folder) as store:
+            assert store.latest_step() == expected, file
+            restored = store.restore(state(0))
+        assert all(map(np.array_equal, jax.tree.leaves(restored), jax.tree.leaves(state(expected)))), file
+        assert (folder / "damaged-3").is_dir() == decides_the_state(file)
+
+
+def test_a_damaged_checkpoint_is_reported_and_its_step_is_saved_again(
+    three_checkpoints: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "checkpoints"
+    shutil.copytree(three_checkpoints, folder)
+    for step in (3, 2):
+        file = next(path for path in (folder / str(step) / "model" / "d").iterdir())
+        flip_bit(file, 0)
+    (folder / "7").mkdir()
+    with CheckpointStore(folder, read_only=True) as store:
+        assert store.latest_step() == 1
+        with pytest.raises(UserError, match=r"checkpoints/3: damaged: model/d/.* has other content. Choose another"):
+            store.restore_model(state(0).model, 3)
+    assert (folder / "3").is_dir()  # a reader changes nothing
+    capsys.readouterr()
+    with CheckpointStore(folder, keep=3) as store:
+        store.save(state(3), 3)
+    lines = capsys.readouterr().err.splitlines()
+    assert [re.split("/|:", line.split("checkpoints/")[1])[0] for line in lines] == ["7", "3", "2"]
+    assert "is now called damaged-2. Training resumes from an earlier checkpoint" in lines[-1]
+    with CheckpointStore(folder) as store:
+        assert store.latest_step() == 3
+        assert store.restore(state(0)).step == 3
+
+
+def test_a_full_disk_keeps_the_newest_checkpoint_and_is_tried_once_more() -> None:
+    """A script saves on a file system of 30 MB. Its states have 9 MB, and one has 40 MB."""
+    command = ["unshare", "-rm", "sh", "-c", 'mount -t tmpfs -o size=30m tmpfs /mnt && exec "$@"', "sh"]
+    if not shutil.which("unshare") or subprocess.run([*command, "true"], capture_output=True, check=False).returncode:
+        pytest.skip("this machine does not let us mount a file system")
+    script = Path(__file__).parents[1] / "support" / "full_disk.py"
+    environment = os.environ | {"PYTHONPATH": str(script.parents[2])}
+    process = [*command, sys.executable, str(script), "/mnt/checkpoints"]
+    done = subprocess.run(process, capture_output=True, text=True, check=True, env=environment)
+    assert done.stdout.splitlines() == ["kept [1, 2]", "too large: [2]", "again [2, 5]", "newest 5", "names ['2', '5']"]
+    warning, error = done.stderr.splitlines()
+    assert warning.startswith("warning: /mnt/checkpoints: the disk is full. All checkpoints but the newest are removed")
+    assert error.startswith("error: /mnt/checkpoints: checkpoint 3 cannot be written: the disk is full (0.0")
 
 
 def test_complete_checkpoints_are_saved_and_read_without_a_warning(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    checkpoints._let_one_replica_write.cache_clear()
+    checkpoints._configure_orbax.cache_clear()
     with CheckpointStore(tmp_path) as store:
         store.save(state(1), 1)
     with CheckpointStore(tmp_path, read_only=True) as store:

@@ -116,10 +116,14 @@ def source_fingerprint(source: DataSourceConfig, *, seed: int) -> str:
 
 
 def source_state(source: DataSourceConfig) -> str:
-    """Returns where the data of a source are, and the sizes and times of its files. Reads none of them."""
+    """Returns where the data of a source are, and the sizes and times of its files. Reads none of them.
+
+    The time of the last change counts too, because a program may set the time of the last write again.
+    """
     path = source.local_path
     files = [path] if path.is_file() else _files_of(path) if source.path and path.is_dir() else []
-    stats = [(str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+    times = [(file.stat().st_size, file.stat().st_mtime_ns, file.stat().st_ctime_ns) for file in files]
+    stats = [(str(file.resolve()), *each) for file, each in zip(files, times, strict=True)]
     return hashlib.sha256(repr((source.name if not files else "", source.revision, stats)).encode()).hexdigest()[:16]
 
 

@@ -1,7 +1,6 @@
 """Answers and grades the questions of all benchmarks with one model, and reuses saved answers."""
 
 import hashlib
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import islice
@@ -22,7 +21,7 @@ from thinkpo_jax.inference.saved_answers import SavedAnswers, read_saved_answers
 from thinkpo_jax.models.model_folder import ModelSource
 from thinkpo_jax.runtime.config import ConfigPath, UserError
 from thinkpo_jax.runtime.console import log_warning
-from thinkpo_jax.runtime.files import read_json_record, software_versions, write_atomically
+from thinkpo_jax.runtime.files import read_json_record, software_versions, write_json_record
 from thinkpo_jax.runtime.processes import broadcast_from_primary
 
 # Tokens of a server's answer are counted again from its text, which may give a few tokens less than were generated.
@@ -120,13 +119,12 @@ def _evaluate_benchmark(
     title = f"{model.name} on {benchmark}"
     saved = SavedAnswers(answers_path, settings, on_mismatch="restart")
     record_settings = settings | _grading_settings(questions, num_samples)
-    record = read_json_record(path, "settings", "items")
+    record = _read_verdicts(path)
     is_complete = (
         record is not None
         and record["settings"] == record_settings
         and not record.get("failed")
         and saved.completions.keys() >= set(keys)
-        and _is_intact(record)
         and record.get("texts") == _digest_texts(saved.completions, keys)
     )
     if broadcast_from_primary(is_complete):
@@ -134,6 +132,15 @@ def _evaluate_benchmark(
     completions = saved.complete(engine, requests, config.sampling, seed=seed, title=title)
     saved.sort(keys)
     return grade_answers(questions, completions, title=title, settings=record_settings, path=path)
+
+
+def _read_verdicts(path: Path) -> dict[str, Any] | None:
+    """Returns the record of a graded benchmark. None if there is none, or it is damaged. Then answers are graded."""
+    try:
+        return read_json_record(path, "settings", "items", remedy="The answers are graded again.")
+    except UserError as error:
+        log_warning(str(error))
+        return None
 
 
 def _server_limit(model: EvaluatedModel, config: EvaluationConfig, question: Question) -> int:
@@ -165,8 +172,7 @@ def grade_answers(
     for sample in (sample for item in without_texts for sample in item["samples"]):
         del sample["response"]  # it is in the file of the answers
     record = {"settings": settings, "failed": counts.failed, "items": without_texts}
-    record |= {"texts": _digest_texts(completions, keys), "digest": _digest(json.dumps(without_texts))}
-    write_atomically(path, json.dumps(record).encode())
+    write_json_record(path, record | {"texts": _digest_texts(completions, keys)})
     return items
 
 
@@ -176,11 +182,9 @@ def regrade_answers(title: str, questions: Sequence[Question], path: Path) -> li
     An answer that is not saved failed, and stays so. Raises `UserError` if the answers are to other questions, or have
     other settings than the verdicts.
     """
-    record = read_json_record(path, "settings", "items", "digest")
+    record = read_json_record(path, "settings", "items", remedy="Remove it, and run the evaluation again.")
     if record is None:
         raise UserError(f"{path}: there are no verdicts. Finish the evaluation first.")
-    if not _is_intact(record):
-        raise UserError(f"{path}: damaged. Remove it, and run the evaluation again.")
     ids = [question.id for question in questions]
     if [item["question_id"] for item in record["items"]] != ids:
         raise UserError(f"{path}: the answers are to other questions than those of the configuration. Restore them.")
@@ -193,11 +197,6 @@ def regrade_answers(title: str, questions: Sequence[Question], path: Path) -> li
         raise UserError(f"{path}: {len(missing)} answers are missing, such as {missing[0]}. Evaluate the model again.")
     settings = record["settings"] | _grading_settings(questions, record["settings"]["samples"])
     return grade_answers(questions, completions, title=title, settings=settings, path=path)
-
-
-def _is_intact(record: Mapping[str, Any]) -> bool:
-    """Returns whether the verdicts are those that were written."""
-    return record.get("digest") == _digest(json.dumps(record["items"]))
 
 
 def _digest_texts(completions: Mapping[str, Completion], keys: Sequence[str]) -> str:
@@ -225,7 +224,7 @@ def answer_settings(model: EvaluatedModel, config: EvaluationConfig, question: Q
     settings = {
         "sampling": config.sampling.model_dump(mode="json", exclude={"samples"}),
         "engine": "local" if model.server is None else "server",
-        "model": model.source.quick_fingerprint(),
+        "model": model.source.identity(),
         "system": system[0]["content"] if system else None,
         "template": _digest(prompt.ids),  # with its arguments
         "open_thought_tag": prompt.open_thought_tag,

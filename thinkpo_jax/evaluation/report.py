@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 from thinkpo_jax.evaluation import tables
 from thinkpo_jax.evaluation.analysis import Analysis
@@ -26,7 +27,7 @@ from thinkpo_jax.evaluation.tables import (
 )
 from thinkpo_jax.runtime.console import read_metrics
 from thinkpo_jax.runtime.figures import figure_to_png
-from thinkpo_jax.runtime.files import StageFolder, write_atomically
+from thinkpo_jax.runtime.files import StageFolder, write_atomically, write_json_record
 
 
 def write_report(run_dir: Path, contents: ReportContents, analysis: Analysis) -> None:
@@ -46,7 +47,7 @@ def write_report(run_dir: Path, contents: ReportContents, analysis: Analysis) ->
     probes = {stage.name: read_metrics(StageFolder(run_dir / stage.name).probe) for stage in contents.stages}
     probes = {stage: lines for stage, lines in probes.items() if lines}
     _write_text(run_dir / "report.md", _to_markdown(contents, analysis, probes, list(figures)))
-    _write_text(run_dir / "report.json", _to_json(contents, analysis, probes))
+    write_json_record(run_dir / "report.json", _to_record(contents, analysis, probes), indent=2)
 
 
 def terminal_summary(title: str, analysis: Analysis) -> str:
@@ -159,7 +160,7 @@ def _describe_errors(analysis: Analysis) -> list[str]:
     ]
 
 
-def _to_json(contents: ReportContents, analysis: Analysis, probes: Probes) -> str:
+def _to_record(contents: ReportContents, analysis: Analysis, probes: Probes) -> dict[str, Any]:
     tree = {
         "title": contents.title,
         "models": analysis.scores,
@@ -177,5 +178,4 @@ def _to_json(contents: ReportContents, analysis: Analysis, probes: Probes) -> st
         "probes": probes,
         "settings": dict(contents.settings),
     }
-    finite = json.loads(json.dumps(tree, default=asdict), parse_constant=lambda _: None)  # NaN -> null
-    return json.dumps(finite, indent=2, allow_nan=False) + "\n"
+    return json.loads(json.dumps(tree, default=asdict), parse_constant=lambda _: None)  # NaN -> null

@@ -1,6 +1,6 @@
 """Saves answers in a file as they arrive, so that an interrupted run asks only for the missing ones."""
 
-import itertools
+import contextlib
 import json
 import os
 import time
@@ -13,8 +13,9 @@ import pydantic
 
 from thinkpo_jax.inference.engine import Completion, Engine, Request, SamplingConfig
 from thinkpo_jax.runtime.config import ConfigSection, UserError
-from thinkpo_jax.runtime.console import ProgressReporter, log_info
-from thinkpo_jax.runtime.files import write_atomically
+from thinkpo_jax.runtime.console import ProgressReporter, log_info, log_warning
+from thinkpo_jax.runtime.files import free_name, write_atomically
+from thinkpo_jax.runtime.manifest import digest_text
 from thinkpo_jax.runtime.processes import broadcast_from_primary, is_primary_process
 
 
@@ -23,6 +24,17 @@ class _Line(ConfigSection):
     text: str
     num_tokens: int
     finish_reason: Literal["stop", "length"]
+    digest: str
+
+    @pydantic.model_validator(mode="after")
+    def _check_digest(self) -> "_Line":
+        if self.digest != _digest(self.model_dump(exclude={"digest"})):
+            raise ValueError("its values are not those that were written")
+        return self
+
+
+def _digest(values: Mapping[str, Any]) -> str:
+    return digest_text(json.dumps(sorted(values.items())))[:16]
 
 
 class _DamagedFileError(Exception):
@@ -37,9 +49,9 @@ class SavedAnswers:
     """
 
     def __init__(self, path: Path, settings: Mapping[str, Any], *, on_mismatch: Literal["refuse", "restart"]) -> None:
-        """Reads the file, or starts it. Removes a last line that is incomplete or damaged.
+        """Reads the file, or starts it. Removes damaged lines with a warning. Their answers are missing then.
 
-        If the file has other settings or another damaged line, "restart" starts it anew, and "refuse" raises
+        If the file has other settings, or their line is damaged, "restart" starts it anew, and "refuse" raises
         `UserError`.
         """
         self.path, self._settings = path, json.loads(json.dumps(settings))
@@ -91,8 +103,9 @@ class SavedAnswers:
                 if changed := self._changed_settings(first):
                     problem = f"holds answers that were generated with other settings ({', '.join(changed)})"
                 else:
-                    lines = _valid_lines(lines)
-                    os.truncate(self.path, sum(len(line) + len(newline) for line in [first, *lines]))
+                    lines = _good_lines(self.path, lines)
+                    if (good := b"".join(line + newline for line in [first, *lines])) != content:
+                        write_atomically(self.path, good)
                     return lines
             except _DamagedFileError as error:
                 problem = f"damaged: {error}"
@@ -109,8 +122,7 @@ class SavedAnswers:
 
     def _set_aside(self) -> str:
         """Gives the file another name, which no file has, and returns it."""
-        names = (self.path.with_name(f"{self.path.name}.old{number}") for number in itertools.count(1))
-        return self.path.rename(next(name for name in names if not name.exists())).name
+        return self.path.rename(free_name(self.path.with_name(f"{self.path.name}.old"))).name
 
     def _changed_settings(self, line: bytes) -> list[str]:
         try:
@@ -130,29 +142,28 @@ def read_saved_answers(path: Path) -> tuple[dict[str, Any], dict[str, Completion
     """
     try:
         first, *lines = path.read_bytes().rpartition(b"\n")[0].split(b"\n")
-        return json.loads(first), _parse_lines(_valid_lines(lines))
-    except (OSError, ValueError, RecursionError, _DamagedFileError) as error:
+        return json.loads(first), _parse_lines(_good_lines(path, lines))
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path}: the saved answers cannot be read: {error}. Evaluate the model again.") from None
 
 
 def _parse_lines(lines: Sequence[bytes]) -> dict[str, Completion]:
     parsed = map(_Line.model_validate_json, lines)
-    return {line.key: Completion(**line.model_dump(exclude={"key"})) for line in parsed}
+    return {line.key: Completion(**line.model_dump(exclude={"key", "digest"})) for line in parsed}
 
 
 def _to_line(key: str, completion: Completion) -> str:
-    values = {name: value for name, value in vars(completion).items() if name in _Line.model_fields}
-    return json.dumps({"key": key, **values}) + "\n"
+    values = {"key": key} | {name: value for name, value in vars(completion).items() if name in _Line.model_fields}
+    return json.dumps({**values, "digest": _digest(values)}) + "\n"
 
 
-def _valid_lines(lines: Sequence[bytes]) -> list[bytes]:
-    """Returns the lines without a damaged last one. Raises `_DamagedFileError` if another line is damaged."""
-    for number, line in enumerate(lines):
-        try:
+def _good_lines(path: Path, lines: Sequence[bytes]) -> list[bytes]:
+    """Returns the lines that hold an answer. Logs a warning if there are others."""
+    good: list[bytes] = []
+    for line in lines:
+        with contextlib.suppress(pydantic.ValidationError):
             _Line.model_validate_json(line, strict=True)
-        except pydantic.ValidationError as error:
-            reason = error.errors()[0]["msg"]
-            if number + 1 < len(lines):
-                raise _DamagedFileError(f"line {number + 2} does not hold an answer ({reason})") from None
-            return list(lines[:number])
-    return list(lines)
+            good.append(line)
+    if len(good) < len(lines):
+        log_warning(f"{path}: {len(lines) - len(good)} of {len(lines)} answers are damaged. They are left out.")
+    return good

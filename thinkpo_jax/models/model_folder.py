@@ -1,8 +1,5 @@
 """Finds and opens a model folder: local, from the Hugging Face Hub, or built in."""
 
-import hashlib
-import os
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -16,15 +13,15 @@ from thinkpo_jax.data.chat_tokenizer import ChatTokenizer
 from thinkpo_jax.data.tokenizer_files import count_token_ids, load_tokenizer
 from thinkpo_jax.models.architecture import Architecture, read_architecture
 from thinkpo_jax.models.compute_config import ComputeConfig
-from thinkpo_jax.models.safetensors_files import WEIGHTS_INDEX_FILE, check_has_config
+from thinkpo_jax.models.safetensors_files import WEIGHTS_INDEX_FILE, check_has_config, join_first
 from thinkpo_jax.models.transformer import Transformer
 from thinkpo_jax.models.weight_loading import check_weights, init_model, load_model
 from thinkpo_jax.runtime.config import ConfigPath, ConfigSection, UserError, collect_errors
 from thinkpo_jax.runtime.console import log_info, log_warning
 from thinkpo_jax.runtime.files import read_json_object
 from thinkpo_jax.runtime.integers import round_up
+from thinkpo_jax.runtime.manifest import MANIFEST_FILE, digest_files, digest_text, find_damage, read_manifest
 
-_SAMPLED_BYTES = 2**22  # read from each end of a file
 BUILTIN_MODELS_FOLDER = Path(__file__).parent / "builtin"
 TOKENIZER_FILE_PATTERNS = (
     "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
@@ -92,25 +89,31 @@ def read_stop_token_ids(folder: Path) -> list[int]:
     return []
 
 
-def quick_fingerprint(folder: Path) -> str | None:
-    """Returns a digest of the configuration and of size and both ends of each weight file, or None without a model."""
-    digest = hashlib.sha256()
-    files = [folder / "config.json", *sorted(folder.glob("*.safetensors"))]
-    if not files[0].exists():
+def model_files(folder: Path) -> list[Path]:
+    """Returns the files that make a model: configurations, weights, tokenizer and chat templates, sorted."""
+    patterns = ("config.json", "generation_config.json", *WEIGHT_FILES, *TOKENIZER_FILE_PATTERNS)
+    return sorted({file for pattern in patterns for file in folder.glob(pattern) if file.is_file()})
+
+
+def model_identity(folder: Path) -> str | None:
+    """Returns a digest of the names and of every byte of `model_files`, or None without config.json."""
+    if not (folder / "config.json").is_file():
         return None
-    for path in files:
-        with path.open("rb") as file:
-            size = file.seek(0, 2)
-            digest.update(f"{path.name} {size} ".encode())
-            for start in (0, max(0, size - _SAMPLED_BYTES)):
-                file.seek(start)
-                digest.update(file.read(_SAMPLED_BYTES))
-    return digest.hexdigest()[:16]
+    files = model_files(folder)
+    names = [file.relative_to(folder).as_posix() for file in files]
+    return digest_text(repr(list(zip(names, digest_files(files), strict=True))))
 
 
-def _file_digest(path: Path) -> bytes:
-    with path.open("rb") as file:
-        return path.name.encode() + hashlib.file_digest(file, "sha256").digest()
+def find_model_damage(folder: Path) -> str:
+    """Returns how a model differs from its manifest, as a text. Empty if it does not.
+
+    The manifest must be there. A file that makes the model and is not in the manifest counts as a difference.
+    """
+    if not folder.is_dir():
+        return "the folder is missing"
+    known = read_manifest(folder) or {}
+    names = [file.relative_to(folder).as_posix() for file in model_files(folder)] if known else []
+    return join_first([*find_damage(folder), *(f"{name} was added" for name in names if name not in known)])
 
 
 @dataclass(frozen=True)
@@ -131,37 +134,29 @@ class ModelSource:
             return load_model(self.folder, compute, mesh, vocab_size=self.architecture.vocab_size, dtype=dtype)
         return init_model(self.architecture, compute, mesh, seed=self.random_seed, dtype=dtype)
 
-    def quick_fingerprint(self) -> str | None:
-        """Returns `quick_fingerprint` of the folder. It includes a resized embedding and the seed of random weights."""
-        if (fingerprint := quick_fingerprint(self.folder)) is None:
+    def identity(self) -> str | None:
+        """Returns `model_identity` of the folder. It includes a resized embedding and the seed of random weights."""
+        if (identity := model_identity(self.folder)) is None:
             return None
-        random = "" if self.random_seed is None else f", random weights of seed {self.random_seed}"
-        return f"{fingerprint}{self._resize_suffix()}{random}"
-
-    def tokenizer_fingerprint(self) -> str:
-        """Returns a digest of the files of the tokenizer and of its chat templates."""
-        files = sorted(file for pattern in TOKENIZER_FILE_PATTERNS for file in self.folder.glob(pattern))
-        return hashlib.sha256(b"".join(map(_file_digest, files))).hexdigest()[:16]
-
-    def _resize_suffix(self) -> str:
-        old = read_json_object(self.folder / "config.json").get("vocab_size")
-        return "" if old == self.architecture.vocab_size else f", resized to {self.architecture.vocab_size} rows"
-
-    def weights_digest(self) -> str:
-        """Returns a digest of the configuration and of every byte of the weights, and the seed of random weights."""
-        files = [self.folder / "config.json", *sorted(self.folder.glob("*.safetensors"))]
-        with ThreadPoolExecutor(os.cpu_count()) as pool:  # hashing releases the interpreter lock
-            digest = hashlib.sha256(b"".join(pool.map(_file_digest, files))).hexdigest()[:32] + self._resize_suffix()
-        return digest if self.random_seed is None else f"random, seed {self.random_seed}, {digest}"
+        old_rows, rows = read_json_object(self.folder / "config.json").get("vocab_size"), self.architecture.vocab_size
+        resized = "" if old_rows == rows else f", resized to {rows} rows"
+        return (
+            f"{identity}{resized}{'' if self.random_seed is None else f', random weights of seed {self.random_seed}'}"
+        )
 
 
 def resolve_model_source(config: ModelConfig, *, seed: int, require_weights: bool = True) -> ModelSource:
     """Opens a model folder and checks that architecture, weights and tokenizer fit together.
 
-    Without `require_weights` the weights of a Hub id are not downloaded, and no weights are checked. Raises one
-    `UserError` with all problems of the folder.
+    Without `require_weights` the weights of a Hub id are not downloaded, and no weights are checked. Raises `UserError`
+    if the files differ from the manifest of an export, or else one with all problems of the folder.
     """
     folder = resolve_model_folder(config.path, weights=require_weights)
+    if (folder / MANIFEST_FILE).is_file() and (damage := find_model_damage(folder)):
+        raise UserError(
+            f"{folder}: differs from its {MANIFEST_FILE}: {damage}. Export or download the model again. If you changed "
+            f"it on purpose, remove {MANIFEST_FILE}."
+        )
     check = require_weights and config.weights == "pretrained"
     architecture, tokenizer = check_model_folder(config, folder, weights=check)
     return ModelSource(folder, architecture, tokenizer, seed if config.weights == "random" else None)

@@ -16,14 +16,10 @@ from thinkpo_jax.models.safetensors_files import WEIGHTS_INDEX_FILE
 from thinkpo_jax.models.transformer import Transformer
 from thinkpo_jax.models.weight_mapping import flatten_by_name, mappings_by_hf_name
 from thinkpo_jax.runtime.files import read_json_object
+from thinkpo_jax.runtime.manifest import sync_to_disk, write_manifest
 from thinkpo_jax.runtime.processes import barrier, gather_to_host, is_primary_process
 
 MAX_SHARD = "5GB"  # Largest safetensors file. A larger model is written as several files with an index.
-
-
-def temporary_folder(folder: Path) -> Path:
-    """Returns the folder, beside the final one, in which a model is written until it is complete."""
-    return folder.with_name(f".{folder.name}.partial")
 
 
 def save_model(
@@ -35,16 +31,16 @@ def save_model(
     stop_token_ids: Sequence[int],
     model_card: str,
 ) -> None:
-    """Writes the model as a Hugging Face folder, which appears when it is complete.
+    """Writes the model as a Hugging Face folder with a manifest. The folder appears when it is complete.
 
     Config, tokenizer, chat templates and license come from `template_folder`. Other files are not copied.
     For example, transformers cannot load a model beside an old adapter_config.json. `stop_token_ids`
     (`ChatTokenizer.stop_token_ids`) go into generation_config.json. Then other programs end a generation where our
     sampler does.
     """
-    partial = temporary_folder(folder)
+    partial = folder.with_name(f".{folder.name}.partial")
     if is_primary_process():
-        shutil.rmtree(partial, ignore_errors=True)
+        shutil.rmtree(partial, ignore_errors=True)  # a killed program may have left it
         partial.mkdir(parents=True)
     _save_weights(model, partial, jnp.dtype(dtype))
     if is_primary_process():
@@ -58,9 +54,11 @@ def save_model(
         generation = partial / "generation_config.json"
         settings = read_json_object(generation) if generation.exists() else {}
         _write_json(generation, settings | ({"eos_token_id": list(stop_token_ids)} if stop_token_ids else {}))
-        (partial / "README.md").write_text(model_card, encoding="utf-8")
+        write_manifest(partial, [path for path in partial.rglob("*") if path.is_file()])
+        (partial / "README.md").write_text(model_card, encoding="utf-8")  # after the manifest, because users edit it
         shutil.rmtree(folder, ignore_errors=True)
         partial.rename(folder)
+        sync_to_disk(folder.parent)
     barrier("the model is saved")
 
 

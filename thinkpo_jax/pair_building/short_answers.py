@@ -20,7 +20,7 @@ from thinkpo_jax.inference.local_engine import LocalEngine
 from thinkpo_jax.inference.openai_engine import ServerEngine
 from thinkpo_jax.inference.saved_answers import SavedAnswers
 from thinkpo_jax.models.compute_config import ComputeConfig
-from thinkpo_jax.models.model_folder import ModelConfig, quick_fingerprint, resolve_model_folder, resolve_model_source
+from thinkpo_jax.models.model_folder import ModelConfig, model_identity, resolve_model_folder, resolve_model_source
 from thinkpo_jax.pair_building.filters import normalize_question
 from thinkpo_jax.runtime.config import UserError
 from thinkpo_jax.runtime.console import log_info, log_warning
@@ -109,9 +109,9 @@ def _answer_settings(config: GeneratedAnswersConfig, thinking: ThinkingFormat) -
     """Returns what determines the answers. A model may lie at another path, and a server have another url."""
     settings = config.model_dump(mode="json", include={"by", "engine", "system", "sampling"})
     if config.model is not None:
-        fingerprint = quick_fingerprint(resolve_model_folder(config.model.path))
+        identity = model_identity(resolve_model_folder(config.model.path))
         arguments = config.model.model_dump(include={"template_arguments"}, exclude_defaults=True)
-        settings["model"] = {"weights": config.model.weights, "fingerprint": fingerprint, **arguments}
+        settings["model"] = {"weights": config.model.weights, "identity": identity, **arguments}
         settings["dtype"] = config.compute.dtype
     if config.server is not None:
         settings["server"] = config.server.model_dump(include={"model", "template_arguments"}, exclude_defaults=True)

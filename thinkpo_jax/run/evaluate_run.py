@@ -20,7 +20,7 @@ from thinkpo_jax.evaluation.statistics import compare_pooled_runs
 from thinkpo_jax.inference.engine import Engine
 from thinkpo_jax.inference.local_engine import LocalEngine
 from thinkpo_jax.inference.openai_engine import ServerEngine
-from thinkpo_jax.run.resolve import ResolvedRun, is_stage_finished
+from thinkpo_jax.run.resolve import ResolvedRun, finished_stages
 from thinkpo_jax.run.run_config import PATH_KEYS, RunConfig, load_run_config
 from thinkpo_jax.run.run_folder import RunFolder, is_same_on_all_processes
 from thinkpo_jax.runtime.config import UserError
@@ -76,7 +76,7 @@ def evaluate_run(run: ResolvedRun, questions: QuestionsByBenchmark) -> None:
     prompts: dict[str, str] = {}
     if evaluation is not None:
         options = {"dtype": run.compute.dtype, "seed": config.seed}
-        finished = [stage.name for stage in config.stages if is_stage_finished(run, stage)]
+        finished = finished_stages(run)
         own = [EvaluatedModel(name, run.source_of(name), evaluation.server) for name in (config.base_name, *finished)]
         for model in (*own, *run.against):
             engine, out = _make_engine(run, model, evaluation), folder.answers(model.name)

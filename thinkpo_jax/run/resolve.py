@@ -15,10 +15,10 @@ from thinkpo_jax.evaluation.evaluate_model import EvaluatedModel
 from thinkpo_jax.evaluation.protocols import DEFAULT_MAX_NEW_TOKENS
 from thinkpo_jax.models.architecture import Architecture
 from thinkpo_jax.models.compute_config import ComputeConfig, resolve_attention_kernel
-from thinkpo_jax.models.model_folder import ModelSource, resolve_model_source
+from thinkpo_jax.models.model_folder import ModelSource, find_model_damage, model_identity, resolve_model_source
 from thinkpo_jax.models.weight_mapping import abstract_model
 from thinkpo_jax.run.evaluated_models import open_against, parse_server
-from thinkpo_jax.run.run_config import RunConfig
+from thinkpo_jax.run.run_config import RESERVED_NAMES, RunConfig
 from thinkpo_jax.run.run_folder import RunFolder
 from thinkpo_jax.runtime.config import UserError, parse_config
 from thinkpo_jax.runtime.console import log_warning
@@ -46,9 +46,16 @@ class ResolvedRun:
         others = {model.name: model.source.tokenizer for model in self.against}
         return {self.config.base_name: self.model_source.tokenizer, **others}
 
-    def fingerprints(self) -> list[str | None]:
-        """Returns the fingerprints of the start model and of the other models to evaluate."""
-        return [source.quick_fingerprint() for source in (self.model_source, *(each.source for each in self.against))]
+    def identities(self) -> list[str | None]:
+        """Returns the identities of the start model and of the other models to evaluate."""
+        return [source.identity() for source in (self.model_source, *(each.source for each in self.against))]
+
+    def identity_of(self, name: str) -> str | None:
+        """Returns the identity of the start model, or of what a stage exported. None if the stage is not finished."""
+        if name == self.config.base_name:
+            return self.model_source.identity()
+        record = self.folder.read_stage_record(name)
+        return record.summary["model"] if record is not None and record.summary is not None else None
 
     def source_of(self, name: str) -> ModelSource:
         """Returns a model of the run. That of a stage can be loaded once the stage is finished."""
@@ -65,26 +72,27 @@ class ResolvedRun:
 
         Paths and `data_state` are not compared. They tell whether the digest of a finished stage must be checked again.
         """
-        fingerprint = self.initial_source_of(stage).quick_fingerprint()
+        start = self.config.initial_model_of(stage)
         return {
             "stage": _stage_settings(stage),
-            "tokenizer": {
-                "files": self.model_source.tokenizer_fingerprint(),
-                **self.config.model.model_dump(mode="json", include={"template_arguments", "thinking_tags"}),
-            },
+            "tokenizer": self.config.model.model_dump(mode="json", include={"template_arguments", "thinking_tags"}),
             "data_state": [source_state(source) for source in stage.data],
             "seed": self.config.seed,
             "dtype": self.config.compute.dtype,
-            "start": {"model": self.config.initial_model_of(stage), "fingerprint": fingerprint},
+            "start": {"model": start, "identity": self.identity_of(start)},
         }
 
 
 def resolve_run(config: RunConfig) -> ResolvedRun:
-    """Checks the mesh, the start model, its tokenizer and the row lengths. Raises `UserError` if a check failed.
+    """Checks the run folder, the mesh, the start model, its tokenizer and the row lengths.
+
+    Raises `UserError` if a check failed.
 
     If a server answers for the model, its weights are not needed.
     """
     check_evaluation_engine(config)
+    folder = RunFolder(Path(config.run_dir))
+    folder.check_owned([*RESERVED_NAMES, *(stage.name for stage in config.stages)])
     mesh = make_mesh(config.mesh)
     is_served = config.evaluation is not None and config.evaluation.engine == "server"
     source = resolve_model_source(config.model, seed=config.seed, require_weights=not is_served)
@@ -95,7 +103,7 @@ def resolve_run(config: RunConfig) -> ResolvedRun:
         log_warning(warning)
     row_lengths = [stage.batch.row_length for stage in config.stages]
     compute = resolve_attention_kernel(config.compute, source.architecture, mesh, row_lengths)
-    return ResolvedRun(config, source, compute, mesh, RunFolder(Path(config.run_dir)), open_against(config))
+    return ResolvedRun(config, source, compute, mesh, folder, open_against(config))
 
 
 def check_evaluation_engine(config: RunConfig) -> None:
@@ -135,27 +143,49 @@ def find_length_warnings(config: RunConfig, architecture: Architecture, *, longe
 
 
 def is_stage_finished(run: ResolvedRun, stage: StageConfig) -> bool:
-    """Returns whether a stage is finished. Process 0 decides for all processes.
+    """Returns whether a stage is finished, and its model is what it exported. Process 0 decides for all processes.
 
-    Raises `UserError` if the folder holds the stage with other settings, or the model that it was trained from is gone.
+    Training exports a missing or damaged model again, see `begin_stage`. Raises `UserError` if the folder holds the
+    stage with other settings.
     """
     record, folder = run.folder.read_stage_record(stage.name), run.folder.stage(stage.name)
-    initial = run.initial_source_of(stage)
-    if record is not None and initial.quick_fingerprint() is None:
-        raise UserError(
-            f"{initial.folder}: there is no model, but stage {stage.name!r} was trained from it. Put the model back, "
-            f"or remove {folder.path} to train both stages again."
-        )
     settings = json.loads(json.dumps(run.settings_of(stage)))
-    if record is not None and "tokenizer" not in record.settings:
-        del settings["tokenizer"]  # an older version did not know it
+    if record is not None and settings["start"]["identity"] is None:
+        # The stage before it must be finished first. Then this function is called again.
+        settings["start"]["identity"] = record.settings["start"]["identity"]
     if changes := record and _differences(_with_defaults(record.settings, stage), settings):
         raise UserError(
             f"{folder.path} holds stage {stage.name!r}, which was trained with other settings: {'; '.join(changes)}. "
             "Choose another run_dir (--set run_dir=...), or remove that folder to train the stage again."
         )
-    is_finished = record is not None and record.summary is not None and folder.model.is_dir()
-    return broadcast_from_primary(is_finished)
+    return broadcast_from_primary(record is not None and record.summary is not None and not find_damage(run, stage))
+
+
+def find_damage(run: ResolvedRun, stage: StageConfig) -> str:
+    """Returns how the model of a finished stage differs from what the stage exported. Empty if it does not.
+
+    Empty for a stage that is not finished.
+    """
+    exported, folder = run.identity_of(stage.name), run.folder.stage(stage.name).model
+    if exported is None:
+        return ""
+    differs = "it is not the model that the stage exported"
+    return find_model_damage(folder) or ("" if model_identity(folder) == exported else differs)
+
+
+def finished_stages(run: ResolvedRun) -> list[str]:
+    """Returns the names of the finished stages.
+
+    Raises `UserError` if a stage has other settings, or the model of a finished stage is missing or damaged.
+    """
+    names = [stage.name for stage in run.config.stages if is_stage_finished(run, stage)]
+    for stage in run.config.stages:
+        if damage := find_damage(run, stage):
+            raise UserError(
+                f"{run.folder.stage(stage.name).model}: damaged: {damage}. Run the training command of this run again. "
+                "It exports the model again from a good checkpoint."
+            )
+    return names
 
 
 def has_changed_files(run: ResolvedRun, stage: StageConfig) -> bool:

@@ -3,7 +3,7 @@
 import contextlib
 import hashlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -12,11 +12,19 @@ import numpy as np
 
 from thinkpo_jax.run.run_config import PATH_KEYS, RunConfig
 from thinkpo_jax.runtime.config import UserError
-from thinkpo_jax.runtime.files import StageFolder, lock_folder, read_json_record, software_versions, write_atomically
+from thinkpo_jax.runtime.files import (
+    StageFolder,
+    lock_folder,
+    read_json_record,
+    software_versions,
+    write_atomically,
+    write_json_record,
+)
 from thinkpo_jax.runtime.processes import barrier, broadcast_from_primary
 from thinkpo_jax.runtime.yaml_text import dump_yaml
 
-STAGE_FORMAT = 2  # raised when older stage records or checkpoints cannot be resumed. 1 had no number.
+VERSIONS_HEADER = "# thinkpo_jax: "  # how each config.yaml of a run begins
+STAGE_FORMAT = 3  # raised when older stage records or checkpoints cannot be resumed. 1 had no number.
 
 
 @dataclass(frozen=True)
@@ -44,6 +52,23 @@ class RunFolder:
         """Returns the folder of a model's answers, one JSON file for each benchmark."""
         return self.path / "evaluation" / model
 
+    def check_owned(self, names: Iterable[str]) -> None:
+        """Raises `UserError` if the folder has one of the files or folders that a run writes, and no run wrote it.
+
+        `names` are those of the files. A run writes config.yaml first.
+        """
+        try:
+            is_run = self.config.read_text(encoding="utf-8").startswith(VERSIONS_HEADER)
+        except FileNotFoundError:
+            is_run = False
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(f"run_dir: {self.config} cannot be read: {error}. Choose another run_dir.") from None
+        if not is_run and (taken := sorted(name for name in names if (self.path / name).exists())):
+            raise UserError(
+                f"run_dir: {self.path} has {', '.join(taken)}, which a run would overwrite and no run has written. "
+                "Choose another run_dir, such as a new folder."
+            )
+
     def read_stage_record(self, name: str) -> StageRecord | None:
         """Returns the record of a stage, or None if the stage was never begun.
 
@@ -66,14 +91,13 @@ class RunFolder:
 
     def write_stage_record(self, name: str, record: StageRecord) -> None:
         """Writes the record of a stage."""
-        content = json.dumps({"format": STAGE_FORMAT, **asdict(record)})
-        write_atomically(self.stage(name).record, content.encode())
+        write_json_record(self.stage(name).record, {"format": STAGE_FORMAT, **asdict(record)})
 
     @contextlib.contextmanager
     def locked(self, config: RunConfig, *, models: Sequence[str | None]) -> Iterator[None]:
         """Locks the folder for this run, checks that all processes agree, and writes config.yaml.
 
-        Paths of models and data may differ among hosts. `models` are the fingerprints of all models that are loaded. No
+        Paths of models and data may differ among hosts. `models` are the identities of all models that are loaded. No
         process writes before all processes have read what is there. Raises `UserError` if another run holds the lock,
         or the processes do not agree.
         """
@@ -85,6 +109,7 @@ class RunFolder:
                     "process 0. Start all processes with the same --config and --set, from the same installation."
                 )
             versions = "".join(f"# {name}: {version}\n" for name, version in software_versions().items())
+            assert versions.startswith(VERSIONS_HEADER)
             write_atomically(self.config, (versions + dump_yaml(config.model_dump(mode="json"))).encode())
             barrier("the configuration is written")
             if not self.config.exists():

@@ -8,14 +8,14 @@ import yaml
 
 from thinkpo_jax.models.transformer import Transformer
 from thinkpo_jax.models.weight_mapping import abstract_model
-from thinkpo_jax.models.weight_saving import save_model, temporary_folder
-from thinkpo_jax.run.resolve import ResolvedRun, is_stage_finished
+from thinkpo_jax.models.weight_saving import save_model
+from thinkpo_jax.run.resolve import ResolvedRun, find_damage, is_stage_finished
 from thinkpo_jax.run.run_folder import StageRecord
 from thinkpo_jax.run.stage_data import check_data_unchanged
 from thinkpo_jax.runtime.config import UserError, did_you_mean
-from thinkpo_jax.runtime.console import log_info, read_metrics
-from thinkpo_jax.runtime.files import read_json_record, software_versions
-from thinkpo_jax.runtime.processes import barrier
+from thinkpo_jax.runtime.console import log_info, log_warning, read_metrics
+from thinkpo_jax.runtime.files import free_name, read_json_record, software_versions
+from thinkpo_jax.runtime.processes import barrier, is_primary_process
 from thinkpo_jax.runtime.sharding import abstract_with_shardings
 from thinkpo_jax.training.checkpoints import CheckpointStore
 from thinkpo_jax.training.stage_config import StageConfig
@@ -23,11 +23,26 @@ from thinkpo_jax.training.train_stage import StageInputs, StageResult
 
 
 def begin_stage(run: ResolvedRun, inputs: StageInputs) -> None:
-    """Writes the record of a stage. Raises `UserError` if the stage was begun with other data."""
+    """Writes the record of a stage. Raises `UserError` if the stage was begun with other data.
+
+    If the stage was finished, its model is missing or damaged. Then its files are set aside, and training writes them
+    again from the last checkpoint.
+    """
     stage = inputs.config
     check_data_unchanged(run, inputs.config, inputs.dataset)
+    if (damage := find_damage(run, stage)) and is_primary_process():
+        _set_model_aside(inputs.folder.model, damage)
     log_info(f"{stage.name}: starts from {run.config.initial_model_of(stage)}")
     run.folder.write_stage_record(stage.name, StageRecord(run.settings_of(stage), inputs.dataset.digest()))
+
+
+def _set_model_aside(folder: Path, damage: str) -> None:
+    """Gives a damaged model another name, and logs why."""
+    moved = ""
+    if folder.exists():
+        target = free_name(folder.with_name(f"{folder.name}.damaged"))
+        moved = f" Its files are now in {folder.rename(target).name}."
+    log_warning(f"{folder}: damaged: {damage}.{moved} The model is exported again from the last good checkpoint.")
 
 
 def save_stage_output(run: ResolvedRun, inputs: StageInputs, result: StageResult) -> None:
@@ -35,7 +50,8 @@ def save_stage_output(run: ResolvedRun, inputs: StageInputs, result: StageResult
     stage, notes = inputs.config, result.notes
     card = _model_card(run, stage, step=result.num_updates, notes=notes)
     _save_model(run, result.state.model, inputs.folder.model, dtype="float32", card=card)
-    summary = {"steps": result.num_updates, "seconds": result.seconds, "notes": notes}
+    identity = run.source_of(stage.name).identity()
+    summary = {"steps": result.num_updates, "seconds": result.seconds, "notes": notes, "model": identity}
     run.folder.write_stage_record(stage.name, StageRecord(run.settings_of(stage), inputs.dataset.digest(), summary))
     barrier("the stage is finished")
 
@@ -54,8 +70,6 @@ def export_checkpoint(
         raise UserError(f"{run.folder.path}: no stage has a checkpoint yet.")
     if out.exists() or out.is_symlink():
         raise UserError(f"{out} exists already. Choose another folder with --out.")
-    if (leftover := temporary_folder(out)).exists():
-        raise UserError(f"{leftover} is left from an interrupted export. Remove it, or choose another --out.")
     name = name or with_checkpoint[-1]
     if name not in names:
         raise UserError(
@@ -136,4 +150,4 @@ def _model_card(run: ResolvedRun, stage: StageConfig, *, step: int, notes: Seque
 
 def _is_score_of_current_model(run: ResolvedRun, name: str, benchmark: str) -> bool:
     record = read_json_record(run.folder.answers(name) / f"{benchmark}.json", "settings")
-    return record is not None and record["settings"]["model"] == run.source_of(name).quick_fingerprint()
+    return record is not None and record["settings"]["model"] == run.source_of(name).identity()

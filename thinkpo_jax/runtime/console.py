@@ -1,5 +1,6 @@
 """Prints messages and progress, and writes metrics to a file. Only the primary process does either."""
 
+import contextlib
 import json
 import os
 import sys
@@ -9,7 +10,6 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from thinkpo_jax.runtime.config import UserError
 from thinkpo_jax.runtime.processes import is_primary_process
 
 PROGRESS_LINE_INTERVAL_SECONDS = 10.0
@@ -38,14 +38,22 @@ class MetricsFile:
 
 
 def read_metrics(path: Path) -> list[dict[str, float]]:
-    """Returns the lines of a metrics file, without a last line that a crash cut short. A missing file has no lines."""
+    """Returns the lines of a metrics file, without a last line that a crash cut short. A missing file has no lines.
+
+    Logs a warning if there are damaged lines, and leaves them out.
+    """
     if not path.exists():
         return []
-    lines = path.read_text(encoding="utf-8").split("\n")
-    try:
-        return [json.loads(line) for line in lines[:-1] if line]
-    except ValueError as error:
-        raise UserError(f"{path}: damaged: {error}. Remove the stage's folder to train it again.") from None
+    lines = [line for line in path.read_bytes().split(b"\n")[:-1] if line]
+    metrics: list[dict[str, float]] = []
+    for line in lines:
+        with contextlib.suppress(ValueError, RecursionError, TypeError, KeyError):
+            values = json.loads(line)
+            if all(isinstance(values[name], int | float) for name in ("step", *values)):
+                metrics.append(values)
+    if len(metrics) < len(lines):
+        log_warning(f"{path}: {len(lines) - len(metrics)} of {len(lines)} lines are damaged. They are left out.")
+    return metrics
 
 
 class ProgressReporter:

@@ -2,12 +2,13 @@
 
 import contextlib
 import importlib.metadata
+import itertools
 import json
 import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ import jax
 from thinkpo_jax import __version__
 from thinkpo_jax.runtime.config import UserError
 from thinkpo_jax.runtime.console import log_info, log_warning
+from thinkpo_jax.runtime.manifest import digest_text, sync_to_disk
 from thinkpo_jax.runtime.paths import describe_missing, expand_path
 from thinkpo_jax.runtime.processes import is_primary_process
 
@@ -86,6 +88,8 @@ def check_writable(path: Path, option: str) -> None:
 def write_atomically(path: Path, content: bytes) -> None:
     """Writes a file and makes its folder. A crash leaves the old file or the new one, never a part of it.
 
+    The same holds for a power failure.
+
     Only the primary process writes.
     """
     if not is_primary_process():
@@ -94,7 +98,9 @@ def write_atomically(path: Path, content: bytes) -> None:
     partial = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         partial.write_bytes(content)
+        sync_to_disk(partial)
         partial.replace(path)
+        sync_to_disk(path.parent)
     finally:
         partial.unlink(missing_ok=True)
 
@@ -132,8 +138,20 @@ class StageFolder:
         self.model = path / "model"  # a Hugging Face folder, once the stage is finished
 
 
+def free_name(path: Path) -> Path:
+    """Returns the path, with a number after it if there is such a file already."""
+    names = (path.with_name(f"{path.name}.{number}" if number else path.name) for number in itertools.count())
+    return next(name for name in names if not name.exists())
+
+
+def write_json_record(path: Path, record: Mapping[str, Any], *, indent: int | None = None) -> None:
+    """Writes a JSON object for `read_json_record`, with a digest of its values."""
+    digest = digest_text(json.dumps(record))
+    write_atomically(path, (json.dumps({**record, "digest": digest}, indent=indent) + "\n").encode())
+
+
 def read_json_record(path: Path, *keys: str, remedy: str = "Remove the file.") -> dict[str, Any] | None:
-    """Returns a JSON object that a command wrote, or None if there is none yet.
+    """Returns a JSON object that `write_json_record` wrote, or None if there is none yet.
 
     Raises `UserError` if the file is damaged, or lacks one of `keys`. The message ends with `remedy`.
     """
@@ -143,6 +161,9 @@ def read_json_record(path: Path, *keys: str, remedy: str = "Remove the file.") -
         record = read_json_object(path)
     except UserError as error:
         raise UserError(f"{error} {remedy}") from None
+    digest = record.pop("digest", None)
     if missing := [key for key in keys if key not in record]:
         raise UserError(f"{path} is damaged: {', '.join(missing)} is missing. {remedy}")
+    if digest != digest_text(json.dumps(record)):
+        raise UserError(f"{path} is damaged: its values are not those that were written. {remedy}")
     return record

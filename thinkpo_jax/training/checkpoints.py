@@ -2,11 +2,17 @@
 
 A checkpoint holds two items, `model` and `training` (optimizer state and step). Each is a flat mapping from the path of
 a parameter to its array. The step itself is the position in the data, see `BatchPlan`.
+
+Each item has a manifest with the digests of its files. Orbax does not notice a changed byte in its files. A checkpoint
+without its manifests, or with other files, is damaged and never restored.
 """
 
 import contextlib
+import errno
 import functools
+import logging
 import re
+import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,11 +22,15 @@ import absl.logging
 import jax
 import orbax.checkpoint as ocp
 import pydantic
+from etils import epath
 
+from thinkpo_jax.models.safetensors_files import join_first
 from thinkpo_jax.models.weight_mapping import flatten_by_name
 from thinkpo_jax.runtime.config import ConfigSection, RunError, UserError
 from thinkpo_jax.runtime.console import log_warning
-from thinkpo_jax.runtime.processes import broadcast_from_primary, is_distributed
+from thinkpo_jax.runtime.files import free_name
+from thinkpo_jax.runtime.manifest import find_damage, write_manifest
+from thinkpo_jax.runtime.processes import barrier, broadcast_from_primary, is_distributed, is_primary_process
 from thinkpo_jax.training.train_step import TrainState
 
 TreeT = TypeVar("TreeT")
@@ -34,64 +44,136 @@ class CheckpointConfig(ConfigSection):
     """Saves every `every` updates and at the end of the stage, and keeps the last `keep` checkpoints."""
 
     every: int = pydantic.Field(default=100, ge=1)
-    keep: int = pydantic.Field(default=1, ge=1)
+    keep: int = pydantic.Field(default=2, ge=1)
+
+
+class DiskFullError(RunError):
+    """A checkpoint does not fit on the disk."""
 
 
 class CheckpointStore:
     """The checkpoints of one stage in `folder`."""
 
-    def __init__(self, folder: Path, *, keep: int = 1, read_only: bool = False) -> None:
-        """With `read_only` it does not touch what a running training writes."""
+    def __init__(self, folder: Path, *, keep: int = 2, read_only: bool = False) -> None:
+        """Renames damaged checkpoints that are newer than the newest good one, with a warning.
+
+        With `read_only` it does not touch what a running training writes.
+        """
         self.folder = folder
-        self._unchecked_step: int | None = None  # is being written, or was written and not checked yet
+        self._unsettled_step: int | None = None  # is being written, or was written and may have failed
+        self._failure: DiskFullError | None = None
         self._cleanup = contextlib.ExitStack()
         self._path = folder.absolute()
         if not PLAIN_PATH.fullmatch(str(self._path)):
             self._path = self._cleanup.enter_context(_plain_link(self._path, make=not read_only))
-        _let_one_replica_write()
+        _configure_orbax()
         if read_only:
-            options = ocp.CheckpointManagerOptions(
+            self._options = ocp.CheckpointManagerOptions(
                 max_to_keep=None, cleanup_tmp_directories=False, read_only=True, create=False, save_interval_steps=0
             )
         else:
-            options = ocp.CheckpointManagerOptions(max_to_keep=keep, cleanup_tmp_directories=True)
-        with _without_warnings() if read_only else contextlib.nullcontext():  # Orbax warns that it only reads
-            self._manager = ocp.CheckpointManager(self._path, options=options)
+            if is_primary_process():
+                _set_damaged_aside(folder)
+            barrier("damaged checkpoints have other names")
+            self._options = ocp.CheckpointManagerOptions(max_to_keep=keep, cleanup_tmp_directories=True)
+        self._manager = self._open_manager()
+
+    def _open_manager(self) -> ocp.CheckpointManager:
+        handlers = ocp.handlers.DefaultCheckpointHandlerRegistry()
+        for item in ITEMS:
+            handler = _ItemHandler()
+            handlers.add(item, ocp.args.StandardSave, handler)
+            handlers.add(item, ocp.args.StandardRestore, handler)
+        with _without_warnings() if self._options.read_only else contextlib.nullcontext():  # that it only reads
+            return ocp.CheckpointManager(self._path, handler_registry=handlers, options=self._options)
 
     def __enter__(self) -> "CheckpointStore":
         return self
 
     def __exit__(self, kind: object, *_: object) -> None:
-        """Waits for a save in the background and checks it. Raises `RunError` if it is not complete."""
+        """Waits for a save in the background. Raises `RunError` if it failed."""
         try:
-            with self._cleanup, self._naming_unwritten(self._unchecked_step):
+            with self._cleanup, self._naming_unwritten(self._unsettled_step):
                 self._manager.close()
-                self._check_complete(all_processes=kind is None)
         except RunError as error:
             if kind is None:
                 raise
             log_warning(str(error))  # another error is already on its way
 
     def latest_step(self) -> int | None:
-        """Returns the last step that was saved completely, or None."""
-        return self._manager.latest_step()
+        """Returns the last step with a good checkpoint, or None. Logs a warning for each newer one that is damaged."""
+        latest = None
+        for step in sorted(self._manager.all_steps(), reverse=True) if is_primary_process() else ():
+            if not (damage := _find_checkpoint_damage(self.folder / str(step))):
+                latest = step
+                break
+            log_warning(f"{self.folder / str(step)}: {damage}. This checkpoint is not used.")
+        latest = broadcast_from_primary(-1 if latest is None else latest)
+        return None if latest < 0 else latest
 
-    def save(self, state: TrainState, step: int) -> None:
+    def save(self, state: TrainState, step: int, *, wait: bool = False) -> None:
         """Saves the state after `step` updates, unless that step is saved already.
 
-        Returns once the state is copied to the host, and writes the files in the background. It first waits for a save
-        that is still being written, and checks that its files are there. Raises `RunError` if a state cannot be saved.
+        Returns once the state is copied to the host, and writes the files in the background, unless it shall `wait`. It
+        first waits for a save that is still being written. If the disk is full, it removes the partial checkpoint and
+        all but the newest checkpoint, and tries once more. Raises `RunError` if a state cannot be saved.
         """
+        try:
+            self._settle()
+            self._begin_save(state, step)
+            if wait:
+                self._settle()
+        except DiskFullError:
+            if is_distributed():
+                raise
+            self._make_room()
+            self._begin_save(state, step)
+            self._settle()
+
+    def must_retry(self) -> bool:
+        """Returns whether a save in the background failed because the disk is full. `save` then makes room.
+
+        Raises `RunError` if it failed for another reason, or if there are several processes.
+        """
+        if self._unsettled_step is None or self._manager.is_saving_in_progress():
+            return False
+        try:
+            self._settle()
+        except DiskFullError as error:
+            if is_distributed():
+                raise
+            self._failure = error
+        return self._failure is not None
+
+    def _begin_save(self, state: TrainState, step: int) -> None:
         if step in self._manager.all_steps():
             return
-        with self._naming_unwritten(self._unchecked_step):
-            self._manager.wait_until_finished()
-            self._check_complete(all_processes=True)
         items = dict(zip(ITEMS, (state.model, (state.optimizer, state.step)), strict=True))
         args = {name: ocp.args.StandardSave(flatten_by_name(item, "/")) for name, item in items.items()}
         with self._naming_unwritten(step):
             self._manager.save(step, args=ocp.args.Composite(**args))
-            self._unchecked_step = step
+        self._unsettled_step = step
+
+    def _settle(self) -> None:
+        """Waits for the save in the background. Raises `RunError` if it failed, now or at an earlier look."""
+        step, self._unsettled_step = self._unsettled_step, None
+        with self._naming_unwritten(step):
+            self._manager.wait_until_finished()
+        if self._failure is not None:
+            raise self._failure
+
+    def _make_room(self) -> None:
+        """Removes what a failed save left, and all checkpoints but the newest."""
+        log_warning(
+            f"{self.folder}: the disk is full. All checkpoints but the newest are removed, and the state is saved once "
+            "more."
+        )
+        self._failure = None
+        with contextlib.suppress(Exception):  # the error that is known already
+            self._manager.close()
+        self._manager = self._open_manager()  # reads the folder again, and removes partial checkpoints
+        for step in sorted(self._manager.all_steps())[:-1]:
+            self._manager.delete(step)
 
     @contextlib.contextmanager
     def _naming_unwritten(self, step: int | None) -> Iterator[None]:
@@ -100,48 +182,47 @@ class CheckpointStore:
             yield
         except RunError:
             raise
-        except (ValueError, RuntimeError) as error:  # the message of an OSError is clear already
+        except (OSError, ValueError, RuntimeError) as error:
             _raise_if_process_died(error)
-            raise RunError(f"{self.folder}: checkpoint {step} cannot be written: {self._reason(error)}") from None
-
-    def _check_complete(self, *, all_processes: bool) -> None:
-        """Raises `RunError` if a file of the last save is missing. Process 0 looks, and may decide for all."""
-        step, self._unchecked_step = self._unchecked_step, None
-        if step is None:
-            return
-        paths = [Path(str(step), item, name) for item in ITEMS for name in ITEM_FILES]
-        missing = [str(path) for path in paths if not (self.folder / path).is_file()]
-        is_complete = broadcast_from_primary(not missing) if all_processes else not missing
-        if not is_complete:
-            raise RunError(
-                f"{self.folder}: the checkpoint of update {step} is not complete: {', '.join(missing) or 'files'} "
-                f"missing. Check the disk, and remove {self.folder / str(step)}. Then rerun the same command. Training "
-                "resumes from an earlier checkpoint or from the start."
-            )
+            if not _is_disk_full(error):
+                raise RunError(f"{self.folder}: checkpoint {step} cannot be written: {self._reason(error)}") from None
+            free = shutil.disk_usage(self._path).free / 1e9
+            raise DiskFullError(
+                f"{self.folder}: checkpoint {step} cannot be written: the disk is full ({free:.2f} GB are free). Free "
+                "some space and rerun the same command. Training resumes from the newest checkpoint."
+            ) from None
 
     def restore(self, like: TrainState) -> TrainState:
-        """Returns the latest state, sharded like `like`. Raises `UserError` if there is none, or it cannot be read."""
-        model = self.restore_model(like.model)
-        return TrainState(model, *self._restore("training", (like.optimizer, like.step)))
+        """Returns the latest good state, sharded like `like`.
+
+        Raises `UserError` if there is none, or it cannot be read.
+        """
+        step = self.latest_step()
+        model = self._restore("model", like.model, step)
+        return TrainState(model, *self._restore("training", (like.optimizer, like.step), step))
 
     def restore_model(self, like: TreeT, step: int | None = None) -> TreeT:
-        """Returns only the model of `step` (default: the latest). `like` may be abstract. Raises like `restore`."""
-        return self._restore("model", like, step)
+        """Returns only the model of `step` (default: the latest good one). `like` may be abstract.
 
-    def _restore(self, item: str, like: TreeT, step: int | None = None) -> TreeT:
+        Raises `UserError` if there is no such checkpoint, it is damaged, or it cannot be read.
+        """
+        return self._restore("model", like, self.latest_step() if step is None else step)
+
+    def _restore(self, item: str, like: TreeT, step: int | None) -> TreeT:
         steps = sorted(self._manager.all_steps())
-        if not steps or (step is not None and step not in steps):
-            wanted = "" if step is None else f" {step}"
+        if step is None or step not in steps:
+            wanted = " that can be used" if step is None else f" {step}"
             raise UserError(f"{self.folder}: there is no checkpoint{wanted}. There are: {steps}.")
-        step = steps[-1] if step is None else step
+        if damage := _find_checkpoint_damage(self.folder / str(step)):
+            raise UserError(f"{self.folder / str(step)}: {damage}. Choose another checkpoint. There are: {steps}.")
         targets = jax.tree.map(ocp.utils.to_shape_dtype_struct, flatten_by_name(like, "/"))
         try:
             restored = self._manager.restore(step, args=ocp.args.Composite(**{item: ocp.args.StandardRestore(targets)}))
-        except Exception as error:  # for damaged files Orbax and TensorStore raise errors of many types
+        except Exception as error:  # Orbax and TensorStore raise errors of many types
             _raise_if_process_died(error)
             raise UserError(
-                f"{self.folder / str(step)}: the checkpoint cannot be read: {self._reason(error)} If its files are "
-                "damaged, move that folder away. Training then resumes from an earlier checkpoint or from the start."
+                f"{self.folder / str(step)}: the checkpoint cannot be read: {self._reason(error)} Move that folder "
+                "away. Training then resumes from an earlier checkpoint or from the start."
             ) from None
         return jax.tree.unflatten(jax.tree.structure(like), list(restored[item].values()))
 
@@ -149,6 +230,44 @@ class CheckpointStore:
         """Returns the first line of an error, with the name of the folder as the user knows it."""
         line = (str(error).splitlines() or [type(error).__name__])[0]
         return line.replace(str(self._path), str(self.folder))
+
+
+class _ItemHandler(ocp.StandardCheckpointHandler):
+    """Writes the manifest of an item once its files are complete, before the checkpoint gets its final name."""
+
+    def finalize(self, directory: epath.Path) -> None:
+        super().finalize(directory)
+        folder = Path(directory)
+        if missing := [name for name in ITEM_FILES if not (folder / name).is_file()]:
+            raise ValueError(f"{', '.join(missing)} of {folder.name.split('.')[0]} missing. Check the disk.")
+        write_manifest(folder, [path for path in folder.rglob("*") if path.is_file()])
+
+
+def _find_checkpoint_damage(folder: Path) -> str:
+    """Returns how the files of a checkpoint differ from its manifests. Empty if none differs."""
+    damage = [f"{item}/{line}" for item in ITEMS for line in find_damage(folder / item)]
+    return f"damaged: {join_first(damage)}" if damage else ""
+
+
+def _set_damaged_aside(folder: Path) -> None:
+    """Renames damaged checkpoints, from the newest to the newest good one. Orbax does not look at the new names."""
+    names = (
+        [path.name for path in folder.iterdir() if path.is_dir() and path.name.isdecimal()] if folder.is_dir() else []
+    )
+    for name in sorted(names, key=int, reverse=True):
+        if not (damage := _find_checkpoint_damage(folder / name)):
+            return
+        target = (folder / name).rename(free_name(folder / f"damaged-{name}"))
+        log_warning(
+            f"{folder / name}: {damage}. This checkpoint is not used, and is now called {target.name}. Training "
+            "resumes from an earlier checkpoint or from the start."
+        )
+
+
+def _is_disk_full(error: Exception) -> bool:
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        return True
+    return any(text in str(error) for text in ("RESOURCE_EXHAUSTED", "No space left", "quota exceeded", "too large"))
 
 
 @contextlib.contextmanager
@@ -177,11 +296,20 @@ def _without_warnings() -> Iterator[None]:
 
 
 @functools.cache
-def _let_one_replica_write() -> None:
-    """Lets one replica write an array, in this whole process. Otherwise the first save compiles slices of arrays."""
+def _configure_orbax() -> None:
+    """Configures Orbax for this whole process.
+
+    One replica writes an array. Otherwise the first save compiles slices of arrays. Orbax logs the traceback of each
+    error that it raises. They are left out, because `CheckpointStore` reports the errors.
+    """
+    absl.logging.get_absl_logger().addFilter(_has_no_traceback_of_orbax)
     handler = ocp.type_handlers.ArrayHandler(use_replica_parallel=False)
     with _without_warnings():  # about the override
         ocp.type_handlers.register_type_handler(jax.Array, handler, override=True)
+
+
+def _has_no_traceback_of_orbax(record: logging.LogRecord) -> bool:
+    return not (record.exc_info and "orbax" in record.pathname)
 
 
 def _raise_if_process_died(error: Exception) -> None:

@@ -110,14 +110,15 @@ def train_stage(inputs: StageInputs) -> StageResult:
             state, step_metrics = train_step(state, batch.device)
             metrics.add(update, step_metrics, batch)  # waits for the update before this one
             should_stop = stop_vote(stop_requested())
-            should_save = should_stop or update == len(batches) or update % config.checkpoint.every == 0
+            is_due = update == len(batches) or update % config.checkpoint.every == 0
+            should_save = should_stop or is_due or checkpoints.must_retry()
             # A stage that stops here evaluates when it resumes.
             due = [] if should_stop else [evaluation for evaluation in evaluations if evaluation.is_due(update)]
             if should_save or due:
                 metrics.drain()
-            metrics.clock += sum(evaluation.run_if_due(update, state.model) for evaluation in due)
             if should_save:
-                checkpoints.save(state, update)
+                checkpoints.save(state, update, wait=should_stop or update == len(batches))
+            metrics.clock += sum(evaluation.run_if_due(update, state.model) for evaluation in due)
             if should_stop:
                 raise KeyboardInterrupt
         if any_process(stop_requested()):  # a vote of the last update may still be open
@@ -189,7 +190,7 @@ def _reference_log_probs(inputs: StageInputs, batches: BatchPlan, model: Transfo
     """Returns the log-probs of the initial model, from the cache of all runs or computed."""
     device = jax.devices()[0]
     identity = {
-        "weights": inputs.initial_model.weights_digest(),
+        "model": str(inputs.initial_model.identity()),
         "dtype": inputs.compute.dtype,
         "attention": inputs.compute.attention,
         "device": f"{device.platform} {device.device_kind}",
