@@ -10,6 +10,7 @@ from support.engines import ScriptedEngine
 from thinkpo_jax.inference.engine import Completion, Request, SamplingConfig
 from thinkpo_jax.inference.saved_answers import SavedAnswers
 from thinkpo_jax.runtime.config import UserError
+from thinkpo_jax.runtime.manifest import digest_text
 
 SETTINGS = {"seed": 1, "sampling": {"stop": ()}}
 REQUESTS = [Request(f"q{i}", [{"role": "user", "content": f"{i}?"}]) for i in range(5)]
@@ -23,7 +24,9 @@ def answer(request: Request) -> Completion:
 def line(request: Request) -> bytes:
     values = answer(request)
     fields = {"text": values.text, "num_tokens": values.num_tokens, "finish_reason": values.finish_reason}
-    return json.dumps({"key": request.key, **fields}).encode() + b"\n"
+    record = {"key": request.key, **fields}
+    digest = digest_text(json.dumps(sorted(record.items())))[:16]
+    return json.dumps({**record, "digest": digest}).encode() + b"\n"
 
 
 EXPECTED = {request.key: answer(request) for request in REQUESTS}
@@ -80,6 +83,21 @@ def test_a_last_line_that_is_incomplete_or_damaged_is_removed(end: bytes, tmp_pa
     assert path.read_bytes() == FIRST_LINE + b"".join(LINES)
 
 
+@pytest.mark.parametrize(
+    "damaged", [b"7", LINES[2][:-9], LINES[2].replace(b"q2", b"Q2", 1), LINES[2].replace(b'": 2', b'": 6')]
+)
+def test_a_damaged_line_is_left_out_with_a_warning_and_its_answer_is_generated_again(
+    damaged: bytes, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "answers.jsonl"
+    path.write_bytes(FIRST_LINE + b"".join(LINES[:2]) + damaged.rstrip(b"\n") + b"\n" + b"".join(LINES[3:]))
+    engine = ScriptedEngine(answer)
+    assert complete(path, engine) == EXPECTED
+    assert engine.requests == [REQUESTS[2]]
+    assert f"{path}: 1 of 5 answers are damaged. They are left out." in capsys.readouterr().err
+    assert sorted(path.read_bytes().split(b"\n")) == sorted((FIRST_LINE + b"".join(LINES)).split(b"\n"))
+
+
 @pytest.mark.parametrize("content", [b"", b"\n", b'{"see', FIRST_LINE[:-1]])
 def test_a_file_that_was_not_begun_is_started(content: bytes, tmp_path: Path) -> None:
     path = tmp_path / "answers.jsonl"
@@ -93,7 +111,6 @@ MISMATCHES = {
     "no JSON": (b"{\n", "damaged: line 1 is not JSON"),
     "binary": (b"\xff\n", "damaged: line 1 is not JSON"),
     "deep": (b"[" * 100_000 + b"\n", "damaged: line 1 is not JSON"),
-    "a line in the middle": (FIRST_LINE + LINES[0] + b"7\n" + LINES[1], "damaged: line 3 does not hold an answer"),
     "other settings": (
         b'{"seed": 2, "sampling": {"stop": []}, "more": 1}\n' + LINES[0],
         "holds answers that were generated with other settings (seed, more)",

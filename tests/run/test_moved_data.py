@@ -1,6 +1,7 @@
 """A run is identified by what its data holds, not by where it lies."""
 
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -10,9 +11,10 @@ from support.stages import ROWS, STAGE
 from thinkpo_jax.models.model_folder import ModelConfig, resolve_model_folder
 from thinkpo_jax.run.resolve import ResolvedRun, has_changed_files, is_stage_finished, resolve_run
 from thinkpo_jax.run.run_config import RunConfig, load_run_config
-from thinkpo_jax.run.run_folder import StageRecord
+from thinkpo_jax.run.run_folder import VERSIONS_HEADER, StageRecord
 from thinkpo_jax.run.stage_data import load_stage_inputs
 from thinkpo_jax.runtime.config import UserError, parse_config
+from thinkpo_jax.runtime.files import write_atomically, write_json_record
 from thinkpo_jax.runtime.yaml_text import dump_yaml
 
 
@@ -30,6 +32,7 @@ def resolve(folder: Path, data: object, **stage: object) -> ResolvedRun:
 def begin(run: ResolvedRun) -> None:
     stage = run.config.stages[0]
     inputs = load_stage_inputs(run, stage, {})
+    write_atomically(run.folder.config, VERSIONS_HEADER.encode())
     run.folder.write_stage_record(stage.name, StageRecord(run.settings_of(stage), inputs.dataset.digest()))
 
 
@@ -69,7 +72,8 @@ def test_a_record_of_an_older_version_has_the_defaults_of_new_keys(tmp_path: Pat
     record_path = tmp_path / "run" / STAGE["name"] / "stage.json"
     record = json.loads(record_path.read_text())
     assert record["settings"]["stage"]["data"][0].pop("train_on") == "last"
-    record_path.write_text(json.dumps(record))
+    del record["digest"]
+    write_json_record(record_path, record)
     resume(run)
     with pytest.raises(UserError, match=r"stage\.data\.0\.train_on was 'last', is 'all'"):
         resume(resolve(tmp_path, {"path": str(path), "train_on": "all"}, objective="sft", beta=None))
@@ -87,7 +91,9 @@ def test_a_finished_stage_is_checked_again_only_if_its_files_changed(tmp_path: P
 
     assert not has_changed(path)
     assert has_changed(other)
-    path.write_text(path.read_text() + "\n")
+    times = path.stat().st_atime_ns, path.stat().st_mtime_ns
+    path.write_text(path.read_text().replace("?", "!"))
+    os.utime(path, ns=times)  # as `cp --preserve` does
     assert has_changed(path)
 
 
@@ -106,7 +112,7 @@ def test_the_resolved_configuration_is_read_back_without_the_variables(
 @pytest.mark.parametrize(
     ("change", "difference"),
     [
-        ({"weights": "random"}, "start.fingerprint was"),
+        ({"weights": "random"}, "start.identity was"),
         ({"thinking_tags": ["<a>", "</a>"]}, "tokenizer.thinking_tags was None, is ['<a>', '</a>']"),
     ],
     ids=str,
@@ -133,5 +139,5 @@ def test_a_stage_of_an_edited_template_is_refused(tmp_path: Path) -> None:
     resume(resolve_run(config))
     with (folder / "chat_template.jinja").open("a") as file:
         file.write("{# edited #}")
-    with pytest.raises(UserError, match=r"tokenizer\.files was"):
+    with pytest.raises(UserError, match=r"start\.identity was"):
         resume(resolve_run(config))

@@ -12,7 +12,7 @@ from thinkpo_jax.data.tokenization import tokenize_sources
 from thinkpo_jax.models.compute_config import ComputeConfig
 from thinkpo_jax.models.model_folder import ModelConfig, resolve_model_source
 from thinkpo_jax.runtime.config import parse_config
-from thinkpo_jax.runtime.files import StageFolder
+from thinkpo_jax.runtime.files import StageFolder, write_json_record
 from thinkpo_jax.runtime.mesh import MeshConfig, make_mesh
 from thinkpo_jax.training import train_stage
 from thinkpo_jax.training.stage_config import ThinkpoStage
@@ -75,3 +75,10 @@ def make_update_nonfinite(monkeypatch: pytest.MonkeyPatch, *, update: int) -> No
         return log_probs
 
     monkeypatch.setattr(train_stage, "load_or_compute_reference", load_with_nan)
+
+
+def edit_record(path: Path, **changes: Any) -> None:
+    """Changes values of a JSON record, such as stage.json, and gives it the digest that belongs to them."""
+    record = json.loads(path.read_text()) | changes
+    del record["digest"]
+    write_json_record(path, record)

@@ -38,7 +38,7 @@ def save_model(
     (`ChatTokenizer.stop_token_ids`) go into generation_config.json. Then other programs end a generation where our
     sampler does.
     """
-    partial = folder.with_name(f".{folder.name}.partial")
+    partial = folder.with_name(f".{folder.name}.thinkpo_jax-partial")
     if is_primary_process():
         shutil.rmtree(partial, ignore_errors=True)  # a killed program may have left it
         partial.mkdir(parents=True)

@@ -151,7 +151,13 @@ def is_stage_finished(run: ResolvedRun, stage: StageConfig) -> bool:
     record, folder = run.folder.read_stage_record(stage.name), run.folder.stage(stage.name)
     settings = json.loads(json.dumps(run.settings_of(stage)))
     if record is not None and settings["start"]["identity"] is None:
-        # The stage before it must be finished first. Then this function is called again.
+        initial = run.config.initial_model_of(stage)
+        if run.folder.read_stage_record(initial) is None:
+            raise UserError(
+                f"{run.folder.stage(initial).record} is missing, but stage {stage.name!r} was trained from it. Put the "
+                f"folder back, or remove {folder.path} too, to train both stages again."
+            )
+        # That stage is finished before this one. Then this function is called again.
         settings["start"]["identity"] = record.settings["start"]["identity"]
     if changes := record and _differences(_with_defaults(record.settings, stage), settings):
         raise UserError(

@@ -75,18 +75,11 @@ class RunFolder:
         Raises `UserError` if the record is damaged, or another version of thinkpo_jax wrote it.
         """
         path = self.stage(name).record
-        remedy = f"Remove {path.parent} to train the stage again."
-        record = read_json_record(path, remedy=remedy)
+        remedy = f"Choose another run_dir, or remove {path.parent} to train the stage again."
+        keys = ("settings", "data_digest", "summary")
+        record = read_json_record(path, *keys, record_format=STAGE_FORMAT, remedy=remedy)
         if record is None:
             return None
-        if (number := record.get("format")) != STAGE_FORMAT:
-            written = "no format number" if number is None else f"format {number}"
-            raise UserError(
-                f"{path} has {written}, but this version of thinkpo_jax reads format {STAGE_FORMAT}. The "
-                f"stage cannot be resumed. Choose another run_dir, or remove {path.parent} to train the stage again."
-            )
-        record = read_json_record(path, "settings", "data_digest", "summary", remedy=remedy)
-        assert record is not None
         return StageRecord(record["settings"], record["data_digest"], record["summary"])
 
     def write_stage_record(self, name: str, record: StageRecord) -> None:

@@ -97,7 +97,7 @@ def _has_checkpoint(folder: Path) -> bool:
     if not folder.is_dir():
         return False
     with CheckpointStore(folder, read_only=True) as checkpoints:
-        return checkpoints.latest_step() is not None
+        return bool(checkpoints.steps())
 
 
 def _save_model(

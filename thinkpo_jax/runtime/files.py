@@ -150,10 +150,13 @@ def write_json_record(path: Path, record: Mapping[str, Any], *, indent: int | No
     write_atomically(path, (json.dumps({**record, "digest": digest}, indent=indent) + "\n").encode())
 
 
-def read_json_record(path: Path, *keys: str, remedy: str = "Remove the file.") -> dict[str, Any] | None:
+def read_json_record(
+    path: Path, *keys: str, record_format: int | None = None, remedy: str = "Remove the file."
+) -> dict[str, Any] | None:
     """Returns a JSON object that `write_json_record` wrote, or None if there is none yet.
 
-    Raises `UserError` if the file is damaged, or lacks one of `keys`. The message ends with `remedy`.
+    Raises `UserError` if the file is damaged, lacks one of `keys`, or has another `format` than `record_format`. The
+    message ends with `remedy`.
     """
     if not path.exists():
         return None
@@ -161,6 +164,9 @@ def read_json_record(path: Path, *keys: str, remedy: str = "Remove the file.") -
         record = read_json_object(path)
     except UserError as error:
         raise UserError(f"{error} {remedy}") from None
+    if record_format is not None and (number := record.get("format")) != record_format:
+        written = "no format number" if number is None else f"format {number}"
+        raise UserError(f"{path} has {written}, but this version of thinkpo_jax reads format {record_format}. {remedy}")
     digest = record.pop("digest", None)
     if missing := [key for key in keys if key not in record]:
         raise UserError(f"{path} is damaged: {', '.join(missing)} is missing. {remedy}")

@@ -100,10 +100,14 @@ class CheckpointStore:
                 raise
             log_warning(str(error))  # another error is already on its way
 
+    def steps(self) -> list[int]:
+        """Returns the steps of all checkpoints, in ascending order. They may be damaged."""
+        return sorted(self._manager.all_steps())
+
     def latest_step(self) -> int | None:
         """Returns the last step with a good checkpoint, or None. Logs a warning for each newer one that is damaged."""
         latest = None
-        for step in sorted(self._manager.all_steps(), reverse=True) if is_primary_process() else ():
+        for step in reversed(self.steps() if is_primary_process() else []):
             if not (damage := _find_checkpoint_damage(self.folder / str(step))):
                 latest = step
                 break
@@ -146,7 +150,7 @@ class CheckpointStore:
         return self._failure is not None
 
     def _begin_save(self, state: TrainState, step: int) -> None:
-        if step in self._manager.all_steps():
+        if step in self.steps():
             return
         items = dict(zip(ITEMS, (state.model, (state.optimizer, state.step)), strict=True))
         args = {name: ocp.args.StandardSave(flatten_by_name(item, "/")) for name, item in items.items()}
@@ -172,7 +176,7 @@ class CheckpointStore:
         with contextlib.suppress(Exception):  # the error that is known already
             self._manager.close()
         self._manager = self._open_manager()  # reads the folder again, and removes partial checkpoints
-        for step in sorted(self._manager.all_steps())[:-1]:
+        for step in self.steps()[:-1]:
             self._manager.delete(step)
 
     @contextlib.contextmanager
@@ -209,7 +213,7 @@ class CheckpointStore:
         return self._restore("model", like, self.latest_step() if step is None else step)
 
     def _restore(self, item: str, like: TreeT, step: int | None) -> TreeT:
-        steps = sorted(self._manager.all_steps())
+        steps = self.steps()
         if step is None or step not in steps:
             wanted = " that can be used" if step is None else f" {step}"
             raise UserError(f"{self.folder}: there is no checkpoint{wanted}. There are: {steps}.")
