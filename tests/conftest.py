@@ -2,6 +2,7 @@
 
 import os
 import signal
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -29,6 +30,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 signal.signal(signal.SIGINT, signal.default_int_handler)
 os.umask(0o022)  # some tests read the permissions of files
 
+from support.faults import Outcome  # noqa: E402 -- it imports jax, too
 from support.program_cache import share_programs  # noqa: E402 -- it imports jax
 
 pytest_plugins = ["support.server"]  # has the fixture fast_retries
@@ -53,3 +55,12 @@ def own_caches(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.Mon
     cache = tmp_path_factory.mktemp("cache")
     monkeypatch.setenv("XDG_CACHE_HOME", str(cache))
     monkeypatch.setenv("HF_DATASETS_CACHE", str(cache / "datasets"))
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Counts the outcomes of the faults."""
+    reports = [report for key in ("passed", "failed") for report in terminalreporter.stats.get(key, [])]
+    outcomes = Counter(value for report in reports for name, value in report.user_properties if "fault" in name)
+    if outcomes:
+        counts = ", ".join(f"{outcomes[outcome.value]} {outcome.value}" for outcome in Outcome)
+        terminalreporter.write_line(f"{outcomes.total()} faults: {counts}")
