@@ -21,7 +21,8 @@ from thinkpo_jax.runtime.console import log_warning
 from thinkpo_jax.runtime.paths import expand_path, path_argument
 from thinkpo_jax.runtime.processes import is_distributed, shutdown_distributed
 
-EXIT_STATUS_INTERRUPTED = 130  # after Ctrl-C or SIGTERM
+EXIT_STATUS_INTERRUPTED = 130  # after Ctrl-C, SIGTERM or SIGHUP
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 def add_config_arguments(parser: argparse.ArgumentParser, *, required: bool = True) -> None:
@@ -42,9 +43,10 @@ def run_command(main: Callable[[Sequence[str]], None], arguments: Sequence[str] 
             stream.reconfigure(errors="backslashreplace")  # a terminal may lack a character
     status = 1
     try:
-        _set_cache_folder_without_home()
-        main(sys.argv[1:] if arguments is None else arguments)
-        sys.stdout.flush()
+        with handling(signal.default_int_handler, *STOP_SIGNALS):
+            _set_cache_folder_without_home()
+            main(sys.argv[1:] if arguments is None else arguments)
+            sys.stdout.flush()
         return 0
     except (UserError, RunError) as error:
         message, status = str(error), 2 if isinstance(error, UserError) else 1
@@ -121,29 +123,57 @@ def run_and_exit(main: Callable[[Sequence[str]], None]) -> NoReturn:
 
 @contextlib.contextmanager
 def handling(handler: Callable[[int, Any], Any], *signals: signal.Signals) -> Iterator[None]:
-    """Handles signals with `handler` inside the `with` block. Has no effect outside the main thread."""
+    """Handles signals with `handler` inside the `with` block. Has no effect outside the main thread.
+
+    A signal that this process ignores stays ignored, such as SIGHUP after nohup.
+    """
     with contextlib.ExitStack() as stack:
         if threading.current_thread() is threading.main_thread():
-            for number in signals:
+            for number in (each for each in signals if signal.getsignal(each) != signal.SIG_IGN):
                 stack.callback(signal.signal, number, signal.signal(number, handler))
         yield
 
 
+class DeferredInterrupts:
+    """Ctrl-C, SIGTERM and SIGHUP inside a block of `defer_interrupts`."""
+
+    def __init__(self) -> None:
+        self.requested = False  # whether a signal came
+        self._are_deferred = True
+
+    @contextlib.contextmanager
+    def allowed(self) -> Iterator[None]:
+        """Lets a signal raise `KeyboardInterrupt` at once, also one that came before.
+
+        Has no effect in a run of several processes, because the others would wait for this one.
+        """
+        if is_distributed():
+            yield
+            return
+        self._are_deferred = False
+        try:
+            if self.requested:
+                raise KeyboardInterrupt
+            yield
+        finally:
+            self._are_deferred = True
+
+    def handle(self, *_: object) -> None:
+        """Handles a signal."""
+        if self.requested or not self._are_deferred:
+            raise KeyboardInterrupt
+        self.requested = True
+        print("\nStopping after the updates that are launched. Press Ctrl-C again to stop at once.", file=sys.stderr)
+
+
 @contextlib.contextmanager
-def defer_interrupts() -> Iterator[Callable[[], bool]]:
-    """Delays Ctrl-C and SIGTERM, so that an update is never cut in two. Yields a function that tells if a signal came.
+def defer_interrupts() -> Iterator[DeferredInterrupts]:
+    """Delays Ctrl-C, SIGTERM and SIGHUP, so that an update is never cut in two. The yielded object knows if one came.
 
     If one has, the end of the `with` block raises `KeyboardInterrupt`. A second signal raises it at once.
     """
-    received: list[int] = []
-
-    def handle(number: int, _: Any) -> None:
-        if received:
-            raise KeyboardInterrupt
-        received.append(number)
-        print("\nStopping after the updates that are launched. Press Ctrl-C again to stop at once.", file=sys.stderr)
-
-    with handling(handle, signal.SIGINT, signal.SIGTERM):
-        yield lambda: bool(received)
-    if received:
+    interrupts = DeferredInterrupts()
+    with handling(interrupts.handle, *STOP_SIGNALS):
+        yield interrupts
+    if interrupts.requested:
         raise KeyboardInterrupt

@@ -96,7 +96,6 @@ def train_stage(inputs: StageInputs) -> StageResult:
         state = init_train_state(model, optimizer, mesh)
         del model  # the state holds it now, and the update donates its memory
         checkpoints = stack.enter_context(CheckpointStore(inputs.folder.checkpoints, keep=config.checkpoint.keep))
-        stop_requested, stop_vote = stack.enter_context(defer_interrupts()), DelayedVote(mesh)
         start = checkpoints.latest_step() or 0
         if start:
             state = checkpoints.restore(state)
@@ -105,23 +104,24 @@ def train_stage(inputs: StageInputs) -> StageResult:
         evaluations = make_periodic_evaluations(inputs, batches, objective, state.model, start, stack)
         for evaluation in evaluations:
             evaluation.run_if_due(start, state.model)
+        stop_vote, interrupts = DelayedVote(mesh), stack.enter_context(defer_interrupts())
         metrics = StageMetrics(inputs, batches, start, stack)
         for update, batch in enumerate(place_ahead(batches.prefetch_from(start), mesh), start + 1):
             state, step_metrics = train_step(state, batch.device)
             metrics.add(update, step_metrics, batch)  # waits for the update before this one
-            should_stop = stop_vote(stop_requested())
-            is_due = update == len(batches) or update % config.checkpoint.every == 0
-            should_save = should_stop or is_due or checkpoints.must_retry()
-            # A stage that stops here evaluates when it resumes.
+            should_stop = stop_vote(interrupts.requested)
+            # A stage that stops here evaluates when it resumes. Before an evaluation, which may take long, it saves.
             due = [] if should_stop else [evaluation for evaluation in evaluations if evaluation.is_due(update)]
-            if should_save or due:
+            is_due = update == len(batches) or update % config.checkpoint.every == 0
+            if should_stop or is_due or due or checkpoints.must_retry():
                 metrics.drain()
-            if should_save:
                 checkpoints.save(state, update, wait=should_stop or update == len(batches))
-            metrics.clock += sum(evaluation.run_if_due(update, state.model) for evaluation in due)
+            if due:
+                with interrupts.allowed():
+                    metrics.clock += sum(evaluation.run_if_due(update, state.model) for evaluation in due)
             if should_stop:
                 raise KeyboardInterrupt
-        if any_process(stop_requested()):  # a vote of the last update may still be open
+        if any_process(interrupts.requested):  # a vote of the last update may still be open
             raise KeyboardInterrupt
     lines = read_metrics(inputs.folder.metrics)
     _warn_if_saturated(config, lines[-1] if lines else {})
