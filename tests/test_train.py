@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 from filelock import FileLock
+from support.disks import on_small_disk
 from support.paths import ROOT
 from support.quickstart import quickstart_arguments, train_quickstart
 from support.selection import cases
@@ -342,6 +343,45 @@ def test_export_errors_do_not_change_other_folders(
         "nowhere/config.yaml: there is no such file. Give the folder of a run.",
     ):
         assert part in errors
+
+
+def test_an_export_to_a_full_disk_is_one_message_and_leaves_nothing(finished_run: Path) -> None:
+    export = f"{sys.executable} -m thinkpo_jax.export --run {finished_run} --stage sft --out /mnt/model"
+    script = f"{export}; echo status $?; ls -A /mnt; mount -o remount,size=50m /mnt; {export}; ls -A /mnt"
+    command = [*on_small_disk("100k"), "sh", "-c", script]
+    result = subprocess.run(command, cwd=ROOT, env={**os.environ, "XLA_FLAGS": ""}, capture_output=True, text=True)
+    assert result.stdout == "status 2\nmodel\n"
+    error, exported = result.stderr.splitlines()
+    assert error.startswith("error: --out /mnt/model cannot be written: ")
+    assert "No space left on device" in error
+    assert exported == "/mnt/model: stage sft, update 6, bfloat16"
+
+
+def test_an_export_removes_what_a_killed_export_left(finished_run: Path, tmp_path: Path) -> None:
+    leftover = tmp_path / ".out.thinkpo_jax-partial" / "model.safetensors"
+    leftover.parent.mkdir()
+    leftover.write_bytes(b"half")
+    assert run_command(export.main, ["--run", str(finished_run), "--out", str(tmp_path / "out")]) == 0
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_run_never_writes_over_a_file_of_another_program(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name, content in {"config.yaml": "mine", "thinkpo": None, "report.md": "mine"}.items():
+        folder = tmp_path / f"with {name}"
+        folder.mkdir()
+        path = folder / name
+        if content is None:
+            path.mkdir()
+        else:
+            path.write_text(content)
+        assert train_quickstart(folder) == 2
+        expected = f"run_dir: {folder} has {name}, which a run would overwrite and no run has written. Choose another"
+        assert expected in capsys.readouterr().err
+        assert [each.name for each in folder.iterdir()] == [name]
+        assert content is None or path.read_text() == content
 
 
 def test_an_os_error_ends_with_exit_status_1(finished_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:

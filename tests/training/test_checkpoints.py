@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from support.disks import on_small_disk
 from support.selection import cases
 
 from thinkpo_jax.runtime.config import RunError, UserError
@@ -163,12 +164,9 @@ def test_a_damaged_checkpoint_is_reported_and_its_step_is_saved_again(
 
 def test_a_full_disk_keeps_the_newest_checkpoint_and_is_tried_once_more() -> None:
     """A script saves on a file system of 30 MB. Its states have 9 MB, and one has 40 MB."""
-    command = ["unshare", "-rm", "sh", "-c", 'mount -t tmpfs -o size=30m tmpfs /mnt && exec "$@"', "sh"]
-    if not shutil.which("unshare") or subprocess.run([*command, "true"], capture_output=True, check=False).returncode:
-        pytest.skip("this machine does not let us mount a file system")
     script = Path(__file__).parents[1] / "support" / "full_disk.py"
     environment = os.environ | {"PYTHONPATH": str(script.parents[2])}
-    process = [*command, sys.executable, str(script), "/mnt/checkpoints"]
+    process = [*on_small_disk("30m"), sys.executable, str(script), "/mnt/checkpoints"]
     done = subprocess.run(process, capture_output=True, text=True, check=True, env=environment)
     assert done.stdout.splitlines() == ["kept [1, 2]", "too large: [2]", "again [2, 5]", "newest 5", "names ['2', '5']"]
     warning, error = done.stderr.splitlines()

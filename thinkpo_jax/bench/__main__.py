@@ -9,6 +9,7 @@ from thinkpo_jax.bench.device import PARTS, bench_device
 from thinkpo_jax.bench.generate import bench_generate
 from thinkpo_jax.bench.growth import bench_growth
 from thinkpo_jax.bench.load import bench_load
+from thinkpo_jax.bench.save import bench_save
 from thinkpo_jax.bench.step import SHAPE, bench_step
 from thinkpo_jax.run.run_config import load_run_config
 from thinkpo_jax.runtime.cli import add_config_arguments, run_and_exit
@@ -43,6 +44,9 @@ def _parser() -> argparse.ArgumentParser:
     load = commands.add_parser("load", help="load a checkpoint onto the devices, compared with reading its file")
     load.add_argument("--gib", type=float, default=1.0, help="size of the checkpoint in GiB (default: 1)")
     load.add_argument("--repeats", type=int, default=5, help="how often each side is timed (default: 5)")
+    save = commands.add_parser("save", help="save a checkpoint, compared with computing the digests of its files")
+    save.add_argument("--gib", type=float, default=1.0, help="size of the state in GiB (default: 1)")
+    save.add_argument("--repeats", type=int, default=5, help="how often each side is timed (default: 5)")
     step = commands.add_parser("step", help="a ThinkPO update on the CPU, compared with that of another trainer")
     step.add_argument("--against", choices=("trl",), default="trl", help="the other trainer (default: trl)")
     step.add_argument("--pairs", type=int, default=16, help="pairs per epoch, an even number (default: 16)")
@@ -70,7 +74,7 @@ def _parser() -> argparse.ArgumentParser:
     device.add_argument(
         "--data", type=path_argument, metavar="DIR", help="data and weights of the quality part (bench.pack)"
     )
-    for command in (load, step, generate, growth, device):
+    for command in (load, save, step, generate, growth, device):
         command.add_argument("--json", type=path_argument, metavar="FILE", help="also write the result to this file")
     return parser
 
@@ -99,11 +103,13 @@ def _run(options: argparse.Namespace, parser: argparse.ArgumentParser) -> dict[s
     if options.command == "generate":
         print("; ".join(f"{name} {version}" for name, version in versions.items()))
         return bench_generate(options.questions, options.model) | {"versions": versions}
-    if options.repeats < 1 or (options.command == "load" and not 0 < options.gib < 1000):
+    if options.repeats < 1 or (options.command in ("load", "save") and not 0 < options.gib < 1000):
         parser.error("--repeats must be at least 1, and --gib a positive number below 1000")
     print("; ".join(f"{name} {version}" for name, version in versions.items()))
     if options.command == "load":
         return bench_load(options.gib, options.repeats) | {"versions": versions}
+    if options.command == "save":
+        return bench_save(options.gib, options.repeats) | {"versions": versions}
     # By default a row holds slightly more than two pairs of the maximum length: such rows fill better.
     row_length = options.row_length or 17 * options.max_length // 8
     if options.pairs < 2 or options.pairs % 2 or not 16 <= 2 * options.max_length <= row_length:

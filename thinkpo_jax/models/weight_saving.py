@@ -1,14 +1,16 @@
 """Writes a Hugging Face folder from sharded parameters."""
 
+import contextlib
 import json
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Literal
 
 import huggingface_hub
 import jax.numpy as jnp
 import numpy as np
+import safetensors
 from safetensors.numpy import save_file
 
 from thinkpo_jax.models.model_folder import COPIED_FILES
@@ -36,30 +38,52 @@ def save_model(
     Config, tokenizer, chat templates and license come from `template_folder`. Other files are not copied.
     For example, transformers cannot load a model beside an old adapter_config.json. `stop_token_ids`
     (`ChatTokenizer.stop_token_ids`) go into generation_config.json. Then other programs end a generation where our
-    sampler does.
+    sampler does. Raises `OSError` if the folder cannot be written, and leaves nothing then.
     """
+    with _partial_folder(folder) as partial:
+        _save_weights(model, partial, jnp.dtype(dtype))
+        if is_primary_process():
+            _copy_other_files(model, partial, template_folder, dtype=dtype, stop_token_ids=stop_token_ids)
+            write_manifest(partial, [path for path in partial.rglob("*") if path.is_file()])
+            card = partial / "README.md"  # not in the manifest, because users edit it
+            card.write_text(model_card, encoding="utf-8")
+            sync_to_disk(card)
+            shutil.rmtree(folder, ignore_errors=True)
+            partial.rename(folder)
+            sync_to_disk(folder.parent)
+    barrier("the model is saved")
+
+
+@contextlib.contextmanager
+def _partial_folder(folder: Path) -> Iterator[Path]:
+    """Makes a folder beside the final one. Removes it after an error, and what a killed program has left there."""
     partial = folder.with_name(f".{folder.name}.thinkpo_jax-partial")
     if is_primary_process():
-        shutil.rmtree(partial, ignore_errors=True)  # a killed program may have left it
+        shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
-    _save_weights(model, partial, jnp.dtype(dtype))
-    if is_primary_process():
-        for file in [file for pattern in COPIED_FILES for file in template_folder.glob(pattern) if file.is_file()]:
-            copy = partial / file.relative_to(template_folder)
-            copy.parent.mkdir(exist_ok=True)
-            shutil.copyfile(file, copy)
-        config = read_json_object(template_folder / "config.json") | {"dtype": dtype, "torch_dtype": dtype}
-        config["vocab_size"] = model.arch.vocab_size  # larger than in the template folder if the model was resized
-        _write_json(partial / "config.json", config)
-        generation = partial / "generation_config.json"
-        settings = read_json_object(generation) if generation.exists() else {}
-        _write_json(generation, settings | ({"eos_token_id": list(stop_token_ids)} if stop_token_ids else {}))
-        write_manifest(partial, [path for path in partial.rglob("*") if path.is_file()])
-        (partial / "README.md").write_text(model_card, encoding="utf-8")  # after the manifest, because users edit it
-        shutil.rmtree(folder, ignore_errors=True)
-        partial.rename(folder)
-        sync_to_disk(folder.parent)
-    barrier("the model is saved")
+    try:
+        yield partial
+    except safetensors.SafetensorError as error:
+        raise OSError(f"{folder}: {error}") from None
+    finally:
+        if is_primary_process():
+            shutil.rmtree(partial, ignore_errors=True)
+
+
+def _copy_other_files(
+    model: Transformer, folder: Path, template_folder: Path, *, dtype: str, stop_token_ids: Sequence[int]
+) -> None:
+    """Writes everything but the weights and the model card."""
+    for file in [file for pattern in COPIED_FILES for file in template_folder.glob(pattern) if file.is_file()]:
+        copy = folder / file.relative_to(template_folder)
+        copy.parent.mkdir(exist_ok=True)
+        shutil.copyfile(file, copy)
+    config = read_json_object(template_folder / "config.json") | {"dtype": dtype, "torch_dtype": dtype}
+    config["vocab_size"] = model.arch.vocab_size  # larger than in the template folder if the model was resized
+    _write_json(folder / "config.json", config)
+    generation = folder / "generation_config.json"
+    settings = read_json_object(generation) if generation.exists() else {}
+    _write_json(generation, settings | ({"eos_token_id": list(stop_token_ids)} if stop_token_ids else {}))
 
 
 def _write_json(file: Path, content: object) -> None:
