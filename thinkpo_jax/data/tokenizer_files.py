@@ -10,12 +10,20 @@ from pathlib import Path
 from typing import Any
 
 from tokenizers import Tokenizer
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from transformers import CONFIG_MAPPING, AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerFast
 
 from thinkpo_jax.runtime.config import UserError
 from thinkpo_jax.runtime.console import log_warning
+from thinkpo_jax.runtime.files import read_json_object
+from thinkpo_jax.runtime.limited_files import check_file
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
+TOKENIZER_FILE_PATTERNS = (
+    "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
+    "vocab.json", "merges.txt", "vocab.txt", "chat_template.jinja", "chat_template.json",
+    "additional_chat_templates/*.jinja",
+)  # fmt: skip
+MAX_TOKENIZER_FILE_BYTES = 2**26  # The largest tokenizer.json known to us has 35 MB.
 _OPTIONS: dict[str, Any] = {"trust_remote_code": False, "clean_up_tokenization_spaces": False}
 _PARTS = ("normalizer", "pre_tokenizer", "model", "decoder")
 # Offsets are not used here, and a byte-level decoder does not read its options.
@@ -29,13 +37,15 @@ def load_tokenizer(folder: Path) -> Any:
     If the folder has a tokenizer.json, that file decides the token ids. A warning names a class that would change them.
     Raises `UserError` if the folder has no tokenizer, or none that can be read.
     """
+    for file in (file for pattern in TOKENIZER_FILE_PATTERNS for file in folder.glob(pattern) if file.exists()):
+        check_file(file, max_bytes=MAX_TOKENIZER_FILE_BYTES)
     if not any((folder / name).is_file() for name in TOKENIZER_FILES):
         raise UserError(f"{folder}: no tokenizer: expected {' or '.join(TOKENIZER_FILES)}.")
     path = folder / TOKENIZER_FILES[0]
     try:
         if path.is_file():
             return _load_as_file_says(folder, Tokenizer.from_file(str(path)))
-        return AutoTokenizer.from_pretrained(folder, **_OPTIONS)
+        return AutoTokenizer.from_pretrained(folder, config=_harmless_config(folder), **_OPTIONS)
     except Exception as error:  # a malformed file can raise anything
         advice = "" if path.is_file() else (
             " Convert it where sentencepiece and tiktoken are installed, with "
@@ -53,7 +63,7 @@ def _load_as_file_says(folder: Path, file: Tokenizer) -> Any:
     """Returns the tokenizer that transformers loads, or one with the parts of `file` if they differ."""
     loaded, problem = None, ""
     try:
-        loaded = AutoTokenizer.from_pretrained(folder, **_OPTIONS)
+        loaded = AutoTokenizer.from_pretrained(folder, config=_harmless_config(folder), **_OPTIONS)
         if not _find_differences(loaded.backend_tokenizer, file):
             return loaded
     except Exception as error:  # a class that does not fit the file can raise anything
@@ -69,6 +79,21 @@ def _load_as_file_says(folder: Path, file: Tokenizer) -> Any:
     if problem:
         log_warning(f"{folder}: the token ids are those of tokenizer.json, although {problem}.")
     return tokenizer
+
+
+def _harmless_config(folder: Path) -> PreTrainedConfig:
+    """Returns what `AutoTokenizer` reads of config.json to choose a class.
+
+    It would read all of the file otherwise, and huge sizes in it become huge lists.
+    """
+    path = folder / "config.json"
+    raw = read_json_object(path) if path.exists() else {}
+    model_type = raw.get("model_type")
+    config = CONFIG_MAPPING[model_type]() if model_type in CONFIG_MAPPING else PreTrainedConfig()
+    config.name_or_path = str(folder)
+    if isinstance(tokenizer_class := raw.get("tokenizer_class"), str):
+        config.tokenizer_class = tokenizer_class
+    return config
 
 
 def _is_known(file: Tokenizer, token: Any) -> bool:

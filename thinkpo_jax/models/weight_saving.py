@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from safetensors.numpy import save_file
 
-from thinkpo_jax.models.model_folder import COPIED_FILES
+from thinkpo_jax.models.folder_files import list_copied_files
 from thinkpo_jax.models.safetensors_files import WEIGHTS_INDEX_FILE
 from thinkpo_jax.models.transformer import Transformer
 from thinkpo_jax.models.weight_mapping import flatten_by_name, mappings_by_hf_name
@@ -48,7 +48,7 @@ def save_model(
         partial.mkdir(parents=True)
     _save_weights(model, partial, jnp.dtype(dtype))
     if is_primary_process():
-        for file in [file for pattern in COPIED_FILES for file in template_folder.glob(pattern) if file.is_file()]:
+        for file in list_copied_files(template_folder):
             copy = partial / file.relative_to(template_folder)
             copy.parent.mkdir(exist_ok=True)
             shutil.copyfile(file, copy)
