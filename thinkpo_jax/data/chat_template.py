@@ -25,7 +25,7 @@ ANSWER_SECTION_TAGS = (*THOUGHT_TAGS, ("<|begin_of_solution|>", "<|end_of_soluti
 THINKING_FIELDS = ("reasoning_content", "reasoning", "thinking")  # of a message, in templates and data sets
 QUESTION_MARKER, ANSWER_MARKER, THOUGHT_MARKER = "QUESTION", "ANSWER", "THOUGHT"  # to find in a rendered conversation
 MAX_RENDER_SECONDS = 3.0  # Real templates take less than a millisecond.
-MAX_TEMPLATE_CHARACTERS = 2**20  # Real templates have, and add to the messages, up to some ten thousand.
+MAX_TEMPLATE_CHARACTERS = 2**18  # Real templates have, and add to the messages, up to some ten thousand.
 _DATE_DIRECTIVES = "aAbBcdfgGHIjklmMnpSTuUVwWxXyYzZDeFhR"
 _RESERVED_ARGUMENTS = {*inspect.signature(PreTrainedTokenizerBase.apply_chat_template).parameters, "messages"}
 
@@ -144,7 +144,8 @@ class ChatTemplate:
             problem = f"takes more than {MAX_RENDER_SECONDS:g} seconds for a conversation with the roles {roles}"
             raise UserError(f"the chat template {problem}. Use the template of the original model.") from None
         except Exception as error:  # a template is a program and can raise anything
-            raise UserError(f"the chat template refuses a conversation with the roles {roles}: {error}") from None
+            reason = str(error) or type(error).__name__
+            raise UserError(f"the chat template refuses a conversation with the roles {roles}: {reason}") from None
         limit = MAX_TEMPLATE_CHARACTERS + 10 * sum(len(str(value)) for each in conversation for value in each.values())
         if len(text) > limit:
             problem = f"writes {len(text):,} characters for a conversation with the roles {roles}, expected at most"
@@ -226,12 +227,14 @@ class ChatTemplate:
 def _check_template(template: str) -> None:
     """Raises `ValueError` if a template is too long, or computes a power. A huge power cannot be interrupted."""
     if len(template) > MAX_TEMPLATE_CHARACTERS:
-        raise ValueError(f"it has {len(template):,} characters, expected at most {MAX_TEMPLATE_CHARACTERS:,}")
+        raise ValueError(
+            f"it has {len(template):,} characters, expected at most {MAX_TEMPLATE_CHARACTERS:,}. Use the original one"
+        )
     tokens = [token[1:] for token in jinja2.Environment().lex(template) if token[1] != "whitespace"]
     for before, token in itertools.pairwise(tokens):
         is_unpacking = before in (("operator", "("), ("operator", ","))
         if token == ("operator", "**") and not is_unpacking:
-            raise ValueError("it uses the operator **, which can take forever. Use the template of the original model")
+            raise ValueError("it uses the operator **, which can take forever. Use the original one")
 
 
 def _format_date(directive: str) -> str:

@@ -14,7 +14,7 @@ def check_file(path: Path, *, max_bytes: int | None = None) -> None:
     status = path.stat()
     if not stat.S_ISREG(status.st_mode):
         kind = "a folder" if stat.S_ISDIR(status.st_mode) else "a pipe, a socket or a device"
-        raise UserError(f"{path}: expected a regular file, found {kind}. Replace it with the original file.")
+        raise UserError(f"{path}: expected a regular file, found {kind}. Put the right file there.")
     if max_bytes is not None and status.st_size > max_bytes:
         raise _too_large(path, status.st_size, max_bytes)
 
@@ -32,6 +32,4 @@ def read_text(path: Path, *, max_bytes: int) -> str:
 
 
 def _too_large(path: Path, size: int, max_bytes: int) -> UserError:
-    return UserError(
-        f"{path}: expected at most {max_bytes:,} bytes, found {size:,}. Replace it with the original file."
-    )
+    return UserError(f"{path}: expected at most {max_bytes:,} bytes, found {size:,}. Put the right file there.")
