@@ -121,8 +121,8 @@ def check_unsupported_fields(fields: Mapping[str, Any], location: str) -> None:
 def parse_messages(value: Any, location: str) -> Any:
     """Returns the message or the list of messages that a text holds as JSON or as a Python literal.
 
-    Any other value is returned as it is, and so is a longer literal than `MAX_LITERAL_CHARACTERS`. Raises
-    `RecordError` for a list of messages that NumPy printed.
+    Any other value is returned as it is. Raises `RecordError` for a list of messages that NumPy printed, or that is a
+    literal of more than `MAX_LITERAL_CHARACTERS`.
     """
     if not isinstance(value, str) or value.strip()[:1] not in ("[", "{"):
         return value

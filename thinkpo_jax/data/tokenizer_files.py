@@ -102,7 +102,7 @@ def _harmless_config(folder: Path) -> PreTrainedConfig:
     raw: dict[str, Any] = {}
     with contextlib.suppress(UserError):  # Whoever needs the rest of the file reports it.
         raw = read_json_object(path)
-    model_type = raw.get("model_type")
+    model_type = str(raw.get("model_type"))
     config = CONFIG_MAPPING[model_type]() if model_type in CONFIG_MAPPING else PreTrainedConfig()
     config.name_or_path = str(folder)
     if isinstance(tokenizer_class := raw.get("tokenizer_class"), str):

@@ -60,7 +60,7 @@ class _Loader(_Resolver, yaml.SafeLoader):
 
     def compose_node(self, parent: Any, index: Any) -> Any:
         event, num_before = self.peek_event(), self.num_values
-        node = super().compose_node(parent, index)
+        node: Any = super().compose_node(parent, index)
         # Lists of aliases of lists of aliases would have billions of values.
         self.num_values += self.sizes.get(node, 0) if isinstance(event, yaml.AliasEvent) else 1
         self.sizes.setdefault(node, self.num_values - num_before)
