@@ -9,7 +9,9 @@ import pytest
 from support.real_tokenizers import END_OF_TURN
 from support.tokenized import PROMPT, decode, error_message, only_example, tokenize, turns, write_rows
 
+from thinkpo_jax.data import messages
 from thinkpo_jax.data.chat_tokenizer import ChatTokenizer
+from thinkpo_jax.data.file_formats import RecordError
 from thinkpo_jax.data.messages import THINKING_FIELDS
 from thinkpo_jax.data.record_formats import PreferenceDataConfig, SftDataConfig
 
@@ -272,3 +274,13 @@ def test_an_answer_that_closes_a_thought_it_did_not_open_is_counted(
         (report,) = tokenize(SftDataConfig(path=str(path)), load(name)).reports
         assert report.num_unopened_thoughts == count
         assert ("1 answers close a thought that nothing opens" in str(report.notes())) == (count == 1)
+
+
+def test_a_huge_python_literal_is_not_parsed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Python needs a gigabyte for some literals of a megabyte. JSON of any length is read."""
+    text = str([{"role": "user", "content": "a"}])
+    assert messages.parse_messages(text, "row 1") == [{"role": "user", "content": "a"}]
+    monkeypatch.setattr(messages, "MAX_LITERAL_CHARACTERS", len(text) - 1)
+    with pytest.raises(RecordError, match=r"row 1: a list of messages is written as Python prints it\. Save the data"):
+        messages.parse_messages(text, "row 1")
+    assert messages.parse_messages(text.replace("'", '"'), "row 1") == [{"role": "user", "content": "a"}]

@@ -14,6 +14,7 @@ from support.selection import combinations, exhaustive
 from support.sentencepiece_tokenizer import TEMPLATES, sentencepiece_tokenizer
 from tokenizers import AddedToken, Tokenizer
 
+from thinkpo_jax.data import tokenizer_files
 from thinkpo_jax.data.chat_tokenizer import ChatTokenizer, Message
 from thinkpo_jax.data.tokenizer_files import load_tokenizer
 from thinkpo_jax.models.model_folder import resolve_model_folder
@@ -162,3 +163,36 @@ def test_a_real_loss_is_still_found(prefix: str, tmp_path: Path) -> None:
         UserError, match=r"'▁the' at character 6 comes back as ' the'.*writes a space as this character"
     ):
         chat.encode_answer(prompt, "Hello▁the")
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"model_type": "qwen2", "num_labels": 10**12},
+        {"model_type": "qwen2", "num_hidden_layers": 10**12},
+        {"model_type": "qwen2_vl", "text_config": {"num_hidden_layers": 10**12}},
+        {"model_type": ["qwen2"]},
+        {"model_type": "unknown"},
+    ],
+)
+def test_sizes_in_config_json_do_not_matter_to_the_tokenizer(config: dict[str, Any], tmp_path: Path) -> None:
+    sentencepiece_tokenizer(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    expected = ids_of_file(tmp_path / "tokenizer.json")[0]
+    assert load_tokenizer(tmp_path)(real_texts()[0], add_special_tokens=False)["input_ids"] == expected
+
+
+def test_a_tokenizer_with_too_many_tokens_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    sentencepiece_tokenizer(tmp_path)
+    monkeypatch.setattr(tokenizer_files, "MAX_TOKENS", 10)
+    with pytest.raises(UserError, match=r"expected at most 10 tokens, .*, found .*Use the original tokenizer"):
+        load_tokenizer(tmp_path)
+
+
+def test_deep_nesting_in_the_files_of_a_tokenizer_is_an_error(tmp_path: Path) -> None:
+    deep = '{"a": ' + "[" * 100_000 + "]" * 100_000 + "}"
+    for name in ("tokenizer_config.json", "tokenizer.json"):
+        sentencepiece_tokenizer(tmp_path)
+        (tmp_path / name).write_text(deep)
+        with pytest.raises(UserError, match="no usable tokenizer"):
+            load_tokenizer(tmp_path)

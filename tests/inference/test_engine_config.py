@@ -72,3 +72,26 @@ def test_a_valid_url_is_accepted(url: str) -> None:
 def test_invalid_settings_are_named(wrong: dict[str, Any]) -> None:
     with pytest.raises(UserError, match=next(iter(wrong))):
         parse_config(ServerConfig, {"url": "http://a", "model": "m", **wrong}, source="run.yaml")
+
+
+@pytest.mark.parametrize(
+    "url",
+    ["http://user:hunter2@host/v1", "http://hunter2@host/v1", "http://u:hun/ter2hunter2@host", "user:hunter2@host/v1",
+     "http://host/v1?api_key=hunter2", "http://host/v1#hunter2", "http://u:hunter2@[::1/v1"],
+)  # fmt: skip
+def test_a_url_with_a_password_is_refused_without_repeating_it(url: str) -> None:
+    raw = {"url": url, "model": "m"}
+    with pytest.raises(UserError) as caught:
+        parse_config(ServerConfig, raw, source="run.yaml", assignments=[f"url={url}"])
+    assert str(caught.value) == (
+        "run.yaml with --set url: url: expected a base URL such as http://localhost:8000/v1, without a user name, "
+        "password or query. Put a key into the environment variable that `api_key_variable` names."
+    )
+
+
+@pytest.mark.parametrize("name", ["sk-hunter2", "hf_hunter2", ""])
+def test_a_key_in_place_of_its_variable_is_refused_without_repeating_it(name: str) -> None:
+    with pytest.raises(UserError) as caught:
+        parse_config(ServerConfig, {**SERVER, "api_key_variable": name}, source="run.yaml")
+    assert "api_key_variable: expected the name of an environment variable" in str(caught.value) or not name
+    assert "hunter2" not in str(caught.value)

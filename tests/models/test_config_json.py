@@ -45,10 +45,10 @@ REFUSED_CONFIGS = {
     "qwen3-bias": ({"model_type": "qwen3", "attention_bias": True}, "attention_bias is on"),
     "mlp-bias": ({"model_type": "llama", "mlp_bias": True}, "mlp_bias is on"),
     "dropout": ({"attention_dropout": 0.1}, "attention_dropout 0.1 is not supported"),
-    "endless": (
-        {"num_hidden_layers": 10**30},
-        "0000000, expected at most 100000",
-    ),
+    "endless": ({"num_hidden_layers": 10**30}, "0000000, expected at most 2000"),
+    "huge-vocabulary": ({"vocab_size": 10**9}, "vocab_size is 1000000000, expected at most 16777216"),
+    "huge-width": ({"hidden_size": 2**40, "num_attention_heads": 1}, "hidden_size is 1099511627776, expected at most"),
+    "huge-head": ({"head_dim": 2**34}, "head_dim is 17179869184, expected at most 65536"),
     "field": ({"hidden_size": None}, "hidden_size is missing"),
     "text": ({"vocab_size": "many"}, "Field 'vocab_size' expected int, got str (value: 'many')"),
     "number": ({"tie_word_embeddings": 3}, "Field 'tie_word_embeddings' expected bool"),
@@ -137,3 +137,10 @@ def test_an_unreadable_config_is_refused(tmp_path: Path, content: bytes | None, 
     if content is not None:
         file.write_bytes(content)
     assert expected in _config_error(file.parent)
+
+
+def test_labels_are_not_counted_out(tmp_path: Path) -> None:
+    """transformers would make a list of them."""
+    folder = like(tmp_path)
+    edit_json(folder / "config.json", num_labels=10**12)
+    assert read_architecture(folder) == small.ARCH

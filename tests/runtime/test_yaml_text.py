@@ -1,12 +1,13 @@
 """YAML texts and `--set` values mean what they look like."""
 
+import itertools
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from thinkpo_jax.runtime.config import UserError
-from thinkpo_jax.runtime.yaml_text import apply_overrides, dump_yaml, read_yaml
+from thinkpo_jax.runtime.yaml_text import MAX_YAML_BYTES, MAX_YAML_VALUES, apply_overrides, dump_yaml, read_yaml
 
 
 def read(tmp_path: Path, text: str) -> Any:
@@ -94,3 +95,29 @@ def test_dumped_texts_with_any_line_break_are_read_back(text: str, tmp_path: Pat
 def test_an_exponent_without_a_fraction_is_an_integer(text: str, value: float) -> None:
     read = apply_overrides({}, [f"steps={text}"])["steps"]
     assert (read, type(read)) == (value, type(value))
+
+
+LETTERS = "abcdefghijklmnop"
+
+
+@pytest.mark.parametrize("form", ["[{}]", "{{<<: [{}]}}"])
+def test_aliases_of_aliases_are_refused(form: str, tmp_path: Path) -> None:
+    """Written out, the last line has 10**15 values. A merge key repeats them even before the values are built."""
+    first = "a: &a {k: 1}\n"
+    lines = (f"{b}: &{b} {form.format(', '.join([f'*{a}'] * 10))}\n" for a, b in itertools.pairwise(LETTERS))
+    with pytest.raises(
+        UserError, match=r"run.yaml, line 5: expected at most 10,000 values, with each alias written out"
+    ):
+        read(tmp_path, first + "".join(lines))
+
+
+def test_aliases_of_a_section_are_read(tmp_path: Path) -> None:
+    text = "a: &a {k: 1, l: [2]}\nb: *a\nc: {<<: *a, k: 3}\n"
+    assert read(tmp_path, text) == {"a": {"k": 1, "l": [2]}, "b": {"k": 1, "l": [2]}, "c": {"k": 3, "l": [2]}}
+
+
+def test_a_large_configuration_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"run\.yaml: expected at most 1,048,576 bytes"):
+        read(tmp_path, f"a: {'x' * MAX_YAML_BYTES}")
+    with pytest.raises(UserError, match="expected at most 10,000 values"):
+        read(tmp_path, f"a: [{'1, ' * MAX_YAML_VALUES}]")

@@ -3,17 +3,20 @@
 import dataclasses
 import functools
 import inspect
+import itertools
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import date
 from typing import Annotated, Any, NotRequired, TypedDict
 
+import jinja2
 import pydantic
 from transformers import PreTrainedTokenizerBase
 
 from thinkpo_jax.runtime.config import UserError, did_you_mean
 from thinkpo_jax.runtime.console import log_warning
+from thinkpo_jax.runtime.time_limit import TimeLimitError, call_with_time_limit
 
 TEMPLATE_DATE = date(2024, 7, 26)  # the default date of Llama 3's template, which otherwise writes today's date
 # Tags of thoughts: R1 and Qwen3, then Sky-T1 and Bespoke-Stratos. The last two also mark the solution.
@@ -21,6 +24,8 @@ THOUGHT_TAGS = (("<think>", "</think>"), ("<|begin_of_thought|>", "<|end_of_thou
 ANSWER_SECTION_TAGS = (*THOUGHT_TAGS, ("<|begin_of_solution|>", "<|end_of_solution|>"))
 THINKING_FIELDS = ("reasoning_content", "reasoning", "thinking")  # of a message, in templates and data sets
 QUESTION_MARKER, ANSWER_MARKER, THOUGHT_MARKER = "QUESTION", "ANSWER", "THOUGHT"  # to find in a rendered conversation
+MAX_RENDER_SECONDS = 3.0  # Real templates take less than a millisecond.
+MAX_TEMPLATE_CHARACTERS = 2**18  # Real templates have, and add to the messages, up to some ten thousand.
 _DATE_DIRECTIVES = "aAbBcdfgGHIjklmMnpSTuUVwWxXyYzZDeFhR"
 _RESERVED_ARGUMENTS = {*inspect.signature(PreTrainedTokenizerBase.apply_chat_template).parameters, "messages"}
 
@@ -127,13 +132,25 @@ class ChatTemplate:
     def render(self, messages: Sequence[Message], **options: bool) -> str:
         """Renders a conversation. Raises `UserError` if the template refuses it."""
         values = {"date_string": f"{TEMPLATE_DATE:%d %b %Y}", **self.arguments}
+        conversation, template = list(map(self._to_hf, messages)), self.text
+        render = functools.partial(
+            self.tokenizer.apply_chat_template, conversation, chat_template=template, tokenize=False, **values
+        )
+        roles = [message["role"] for message in messages]
         try:
-            return self.tokenizer.apply_chat_template(
-                list(map(self._to_hf, messages)), chat_template=self.text, tokenize=False, **values, **options
-            )
+            _check_template(template)
+            text = call_with_time_limit(functools.partial(render, **options), MAX_RENDER_SECONDS)
+        except TimeLimitError:
+            problem = f"takes more than {MAX_RENDER_SECONDS:g} seconds for a conversation with the roles {roles}"
+            raise UserError(f"the chat template {problem}. Use the template of the original model.") from None
         except Exception as error:  # a template is a program and can raise anything
-            roles = [message["role"] for message in messages]
-            raise UserError(f"the chat template refuses a conversation with the roles {roles}: {error}") from None
+            reason = str(error) or type(error).__name__
+            raise UserError(f"the chat template refuses a conversation with the roles {roles}: {reason}") from None
+        limit = MAX_TEMPLATE_CHARACTERS + 10 * sum(len(str(value)) for each in conversation for value in each.values())
+        if len(text) > limit:
+            problem = f"writes {len(text):,} characters for a conversation with the roles {roles}, expected at most"
+            raise UserError(f"the chat template {problem} {limit:,}. Use the template of the original model.")
+        return text
 
     @functools.cached_property
     def thinking(self) -> ThinkingFormat:
@@ -204,6 +221,20 @@ class ChatTemplate:
         if THOUGHT_MARKER in self._answer_with_field:
             return {**message, **dict.fromkeys(THINKING_FIELDS, message["thinking"])}
         return {"role": message["role"], "content": self.thinking.join(message["thinking"], message["content"])}
+
+
+@functools.lru_cache
+def _check_template(template: str) -> None:
+    """Raises `ValueError` if a template is too long, or computes a power. A huge power cannot be interrupted."""
+    if len(template) > MAX_TEMPLATE_CHARACTERS:
+        raise ValueError(
+            f"it has {len(template):,} characters, expected at most {MAX_TEMPLATE_CHARACTERS:,}. Use the original one"
+        )
+    tokens = [token[1:] for token in jinja2.Environment().lex(template) if token[1] != "whitespace"]
+    for before, token in itertools.pairwise(tokens):
+        is_unpacking = before in (("operator", "("), ("operator", ","))
+        if token == ("operator", "**") and not is_unpacking:
+            raise ValueError("it uses the operator **, which can take forever. Use the original one")
 
 
 def _format_date(directive: str) -> str:

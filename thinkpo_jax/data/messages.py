@@ -26,6 +26,7 @@ UNSUPPORTED_FIELDS = {
 TEXT_PARTS, THOUGHT_PARTS = ("text", "input_text", "output_text"), ("thinking", "reasoning")
 TOOL_PARTS = ("tool_use", "tool_result", "tool_call", "function_call")
 # How a list of messages looks that Python printed. It is no JSON, and without commas it is no Python either.
+MAX_LITERAL_CHARACTERS = 2**20  # Python takes seconds and a gigabyte for a longer literal.
 _PRINTED_MESSAGES = re.compile(r"\s*\[?\s*\{\s*'(role|from)': '(user|human|system|assistant|gpt)'")
 
 
@@ -120,11 +121,13 @@ def check_unsupported_fields(fields: Mapping[str, Any], location: str) -> None:
 def parse_messages(value: Any, location: str) -> Any:
     """Returns the message or the list of messages that a text holds as JSON or as a Python literal.
 
-    Any other value is returned as it is. Raises `RecordError` for a list of messages that NumPy printed.
+    Any other value is returned as it is. Raises `RecordError` for a list of messages that NumPy printed, or that is a
+    literal of more than `MAX_LITERAL_CHARACTERS`.
     """
     if not isinstance(value, str) or value.strip()[:1] not in ("[", "{"):
         return value
-    for parse in (json.loads, ast.literal_eval):
+    is_short = len(value) <= MAX_LITERAL_CHARACTERS
+    for parse in (json.loads, ast.literal_eval) if is_short else (json.loads,):
         try:
             parsed = parse(value.strip())
         except (ValueError, SyntaxError, MemoryError, RecursionError):

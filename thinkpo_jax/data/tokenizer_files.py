@@ -5,17 +5,28 @@ from tokenizer.json, and bring their own normalizer and pre-tokenizer. If a fold
 was made for, texts get other token ids than in the training of the model.
 """
 
+import contextlib
 import re
 from pathlib import Path
 from typing import Any
 
 from tokenizers import Tokenizer
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from transformers import CONFIG_MAPPING, AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerFast
 
 from thinkpo_jax.runtime.config import UserError
 from thinkpo_jax.runtime.console import log_warning
+from thinkpo_jax.runtime.files import read_json_object
+from thinkpo_jax.runtime.limited_files import check_file
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
+TOKENIZER_FILE_PATTERNS = (
+    "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
+    "vocab.json", "merges.txt", "vocab.txt", "chat_template.jinja", "chat_template.json",
+    "additional_chat_templates/*.jinja",
+)  # fmt: skip
+# The largest known to us: a tokenizer.json of 35 MB, settings of 1 MB, 262,144 tokens and 6,500 added tokens.
+MAX_TOKENIZER_FILE_BYTES, MAX_SETTINGS_BYTES, MAX_TOKENS, MAX_ADDED_TOKENS = 2**26, 2**21, 2**20, 2**16
+SETTINGS_FILES = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")  # slow to read per byte
 _OPTIONS: dict[str, Any] = {"trust_remote_code": False, "clean_up_tokenization_spaces": False}
 _PARTS = ("normalizer", "pre_tokenizer", "model", "decoder")
 # Offsets are not used here, and a byte-level decoder does not read its options.
@@ -29,13 +40,15 @@ def load_tokenizer(folder: Path) -> Any:
     If the folder has a tokenizer.json, that file decides the token ids. A warning names a class that would change them.
     Raises `UserError` if the folder has no tokenizer, or none that can be read.
     """
+    for file in (file for pattern in TOKENIZER_FILE_PATTERNS for file in folder.glob(pattern) if file.exists()):
+        check_file(file, max_bytes=MAX_SETTINGS_BYTES if file.name in SETTINGS_FILES else MAX_TOKENIZER_FILE_BYTES)
     if not any((folder / name).is_file() for name in TOKENIZER_FILES):
         raise UserError(f"{folder}: no tokenizer: expected {' or '.join(TOKENIZER_FILES)}.")
     path = folder / TOKENIZER_FILES[0]
     try:
         if path.is_file():
-            return _load_as_file_says(folder, Tokenizer.from_file(str(path)))
-        return AutoTokenizer.from_pretrained(folder, **_OPTIONS)
+            return _load_as_file_says(folder, _read_tokenizer_file(path))
+        return AutoTokenizer.from_pretrained(folder, config=_harmless_config(folder), **_OPTIONS)
     except Exception as error:  # a malformed file can raise anything
         advice = "" if path.is_file() else (
             " Convert it where sentencepiece and tiktoken are installed, with "
@@ -49,11 +62,20 @@ def count_token_ids(tokenizer: Any) -> int:
     return max(tokenizer.get_vocab().values()) + 1
 
 
+def _read_tokenizer_file(path: Path) -> Tokenizer:
+    tokenizer = Tokenizer.from_file(str(path))
+    num_tokens, num_added = tokenizer.get_vocab_size(), len(tokenizer.get_added_tokens_decoder())
+    if num_tokens > MAX_TOKENS or num_added > MAX_ADDED_TOKENS:
+        limits = f"expected at most {MAX_TOKENS:,} tokens, of them {MAX_ADDED_TOKENS:,} added ones"
+        raise UserError(f"{path.name}: {limits}, found {num_tokens:,} and {num_added:,}. Use the original tokenizer.")
+    return tokenizer
+
+
 def _load_as_file_says(folder: Path, file: Tokenizer) -> Any:
     """Returns the tokenizer that transformers loads, or one with the parts of `file` if they differ."""
     loaded, problem = None, ""
     try:
-        loaded = AutoTokenizer.from_pretrained(folder, **_OPTIONS)
+        loaded = AutoTokenizer.from_pretrained(folder, config=_harmless_config(folder), **_OPTIONS)
         if not _find_differences(loaded.backend_tokenizer, file):
             return loaded
     except Exception as error:  # a class that does not fit the file can raise anything
@@ -69,6 +91,23 @@ def _load_as_file_says(folder: Path, file: Tokenizer) -> Any:
     if problem:
         log_warning(f"{folder}: the token ids are those of tokenizer.json, although {problem}.")
     return tokenizer
+
+
+def _harmless_config(folder: Path) -> PreTrainedConfig:
+    """Returns what `AutoTokenizer` reads of config.json to choose a class.
+
+    It would read all of the file otherwise, and huge sizes in it become huge lists.
+    """
+    path = folder / "config.json"
+    raw: dict[str, Any] = {}
+    with contextlib.suppress(UserError):  # Whoever needs the rest of the file reports it.
+        raw = read_json_object(path)
+    model_type = str(raw.get("model_type"))
+    config = CONFIG_MAPPING[model_type]() if model_type in CONFIG_MAPPING else PreTrainedConfig()
+    config.name_or_path = str(folder)
+    if isinstance(tokenizer_class := raw.get("tokenizer_class"), str):
+        config.tokenizer_class = tokenizer_class
+    return config
 
 
 def _is_known(file: Tokenizer, token: Any) -> bool:

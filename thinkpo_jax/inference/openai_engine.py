@@ -6,10 +6,12 @@ The package openai is optional. It is imported only when a server is used.
 
 import asyncio
 import contextlib
+import functools
 import hashlib
 import itertools
 import json
 import os
+import re
 from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import replace
@@ -21,7 +23,7 @@ import pydantic
 from thinkpo_jax.data.chat_template import THINKING_FIELDS, TemplateArguments, ThinkingFormat
 from thinkpo_jax.data.chat_tokenizer import ChatTokenizer
 from thinkpo_jax.inference.engine import Completion, Request, SamplingConfig
-from thinkpo_jax.runtime.config import ConfigSection, RunError, UserError
+from thinkpo_jax.runtime.config import ConfigSection, RunError, SecretValueError, UserError
 
 CONNECT_SECONDS = 10.0  # Limits opening a connection. `timeout` limits waiting for an answer.
 PAUSE_SECONDS, MAX_PAUSE_SECONDS = 1.0, 30.0  # after malformed answers. After a failed request, openai waits.
@@ -29,6 +31,7 @@ MAX_FAILURES_IN_A_ROW = 3  # requests without a valid answer, before the server 
 MAX_QUOTED_CHARACTERS, MAX_REASON_CHARACTERS = 80, 200  # Of a malformed answer, and of the reason in an error response.
 PER_CONVERSATION_STATUSES = (400, 413, 422)  # They reject one conversation, such as a prompt that is too long.
 RETRYABLE_STATUSES = (408, 409, 429)  # openai retries these and 5xx.
+MIN_KEY_CHARACTERS = 8  # A shorter key, such as "none", is no secret, and may be a part of any text.
 RESUME_HINT = "The answers so far are saved. Run the same command again to resume."
 
 
@@ -54,9 +57,30 @@ class ServerConfig(ConfigSection):
         with contextlib.suppress(ValueError):  # such as an unclosed bracket, a wrong port or a label that is too long
             parts = urlsplit(url)
             has_host = bool((parts.hostname or "").encode("idna")) and parts.port != 0
-            if has_host and parts.scheme in ("http", "https") and url.isprintable() and " " not in url:
+            may_hold_key = "@" in parts.netloc or "?" in url or "#" in url
+            if (
+                has_host
+                and not may_hold_key
+                and parts.scheme in ("http", "https")
+                and url.isprintable()
+                and " " not in url
+            ):
                 return url
-        raise ValueError("expected a base URL such as http://localhost:8000/v1")
+        expected = "expected a base URL such as http://localhost:8000/v1"
+        if set(url) & set("@?#"):  # The url is in the report, so it must not hold a key.
+            advice = "Put a key into the environment variable that `api_key_variable` names"
+            raise SecretValueError(f"{expected}, without a user name, password or query. {advice}")
+        raise ValueError(expected)
+
+    @pydantic.field_validator("api_key_variable")
+    @classmethod
+    def _check_variable(cls, name: str) -> str:
+        if not re.fullmatch("[A-Z_][A-Z0-9_]*", name):
+            raise SecretValueError(
+                "expected the name of an environment variable in capital letters, such as OPENAI_API_KEY. The key "
+                "itself does not belong into a configuration"
+            )
+        return name
 
 
 class ServerEngine:
@@ -168,6 +192,7 @@ async def _complete(client: Any, config: ServerConfig, body: dict[str, Any], thi
     """Sends one request. Failed requests are retried by openai, and malformed answers by the loop here."""
     import openai
 
+    hide_key = functools.partial(_hide_key, config)
     retries_left, pause = config.retries, PAUSE_SECONDS
     while True:
         try:
@@ -175,22 +200,24 @@ async def _complete(client: Any, config: ServerConfig, body: dict[str, Any], thi
             response = await completions.with_raw_response.create(**body)
         except openai.APIStatusError as error:
             if error.status_code in PER_CONVERSATION_STATUSES:
-                return Completion(error=_reason(error))
+                return Completion(error=_reason(config, error))
             raise await _status_error(client, config, error) from None
         except UnicodeEncodeError:
             return Completion(error="the conversation cannot be encoded as UTF-8")
         except Exception as error:  # errors of openai, and those of the network that it lets through
             is_timeout = isinstance(error, openai.APITimeoutError)
             if not is_timeout:
-                raise RunError(_no_answer(config, f"{error} {error.__cause__ or ''}".strip() + ",")) from None
+                raise RunError(_no_answer(config, hide_key(f"{error} {error.__cause__ or ''}".strip()) + ",")) from None
             slow = f"no answer within {config.timeout:g} s (raise timeout, or lower max_new_tokens or concurrency)"
             raise _NoAnswerError(_no_answer(config, f"{slow},")) from None
         text = response.http_response.text
         if (completion := _parse_completion(text, thinking)) is not None:
+            if completion.error is None and hide_key(completion.text) != completion.text:
+                return Completion(error="the server wrote the API key into its answer")
             return completion
         retries_left -= response.retries_taken + 1
         if retries_left < 0:
-            problem = f"expected a chat completion, found {text[:MAX_QUOTED_CHARACTERS]!r}"
+            problem = f"expected a chat completion, found {hide_key(text)[:MAX_QUOTED_CHARACTERS]!r}"
             raise _NoAnswerError(_no_answer(config, problem))
         await asyncio.sleep(pause)
         pause = min(2 * pause, MAX_PAUSE_SECONDS)
@@ -228,7 +255,7 @@ def _parse_completion(text: str, thinking: ThinkingFormat) -> Completion | None:
 async def _status_error(client: Any, config: ServerConfig, error: Any) -> UserError | RunError:
     """Returns the error to raise for a status that concerns every conversation."""
     status = error.status_code
-    problem = f"{config.url}: HTTP {status} ({_reason(error)})"
+    problem = f"{config.url}: HTTP {status} ({_reason(config, error)})"
     if status in RETRYABLE_STATUSES or status >= 500:
         return _NoAnswerError(f"{problem}, in up to {config.retries + 1} tries. {RESUME_HINT}")
     if status in (401, 403):
@@ -238,15 +265,22 @@ async def _status_error(client: Any, config: ServerConfig, error: Any) -> UserEr
         return UserError(f"{problem}. Check url and model ({config.model}).")
     try:
         page = await client.with_options(max_retries=0, timeout=CONNECT_SECONDS).models.list()
-        models = [str(model.id) for model in page.data[:20]]
+        models = [_hide_key(config, str(model.id)) for model in page.data[:20]]
     except Exception:  # the server has no list of models, or sends something else
         models = []
     hint = f"The server has: {', '.join(models)}." if models else "The url of most servers ends in /v1."
     return UserError(f"{problem}: there is no model {config.model}. {hint} Set url or model.")
 
 
-def _reason(error: Any) -> str:
-    """Returns the reason in an error response, on one line and shortened."""
+def _reason(config: ServerConfig, error: Any) -> str:
+    """Returns the reason in an error response, on one line, shortened and without the key."""
     body = error.body
     reason = (body.get("message") or body.get("detail")) if isinstance(body, dict) else body
-    return " ".join(str(reason or body or "no reason given").split())[:MAX_REASON_CHARACTERS]
+    text = _hide_key(config, str(reason or body or "no reason given"))
+    return " ".join(text.split())[:MAX_REASON_CHARACTERS]
+
+
+def _hide_key(config: ServerConfig, text: str) -> str:
+    """Returns a text of the server without the key, which the server may repeat."""
+    key = _read_api_key(config)
+    return text if len(key) < MIN_KEY_CHARACTERS else text.replace(key, "[API key]")

@@ -12,6 +12,7 @@ from thinkpo_jax.models.rope import RopeTable, build_rope
 from thinkpo_jax.runtime.config import UserError
 from thinkpo_jax.runtime.files import read_json_object
 
+MAX_CONFIG_BYTES = 2**20  # Real ones have some thousand.
 SUPPORTED_MODEL_TYPES = ("qwen2", "qwen3", "llama")
 REQUIRED_KEYS = {  # field of `Architecture` -> key of config.json
     "vocab_size": "vocab_size",
@@ -23,6 +24,18 @@ REQUIRED_KEYS = {  # field of `Architecture` -> key of config.json
     "norm_eps": "rms_norm_eps",
     "max_positions": "max_position_embeddings",
 }
+MAX_SIZES = {  # Real models stay below a tenth of each. Larger numbers would make huge lists here or in transformers.
+    "vocab_size": 2**24,
+    "hidden_size": 2**20,
+    "num_hidden_layers": 2000,
+    "num_attention_heads": 2**16,
+    "num_key_value_heads": 2**16,
+    "head_dim": 2**16,
+    "intermediate_size": 2**24,
+    "max_position_embeddings": 2**40,
+}
+# Keys without effect on a decoder. transformers would make a list of `num_labels` labels.
+IGNORED_KEYS = ("dtype", "torch_dtype", "num_labels", "id2label", "label2id", "problem_type")
 
 
 @dataclass(frozen=True)
@@ -51,13 +64,14 @@ def read_architecture(folder: Path) -> Architecture:
     Raises `UserError` if fields are missing, wrong or not supported. The message has one line for each of them.
     """
     path = folder / "config.json"
-    raw = read_json_object(path, missing_hint="A model is a folder with config.json and *.safetensors.")
+    missing_hint = "A model is a folder with config.json and *.safetensors."
+    raw = read_json_object(path, missing_hint=missing_hint, max_bytes=MAX_CONFIG_BYTES)
     blocking_problems = list(_find_blocking_problems(raw))
     problems = blocking_problems + list(_find_raw_problems(raw))
     if not blocking_problems:
         try:
             # The config has the defaults of transformers, and one spelling of the RoPE settings.
-            fields = {key: value for key, value in raw.items() if key not in ("dtype", "torch_dtype")}
+            fields = {key: value for key, value in raw.items() if key not in IGNORED_KEYS}
             config = CONFIG_MAPPING[raw["model_type"]].from_dict(fields)
             problems += _find_unsupported_values(config)
             head_dim = getattr(config, "head_dim", None) or config.hidden_size // max(config.num_attention_heads, 1)
@@ -83,8 +97,7 @@ def _find_blocking_problems(raw: Mapping[str, Any]) -> Iterable[str]:
         yield f"model_type {raw.get('model_type')!r} is not supported; supported: {', '.join(SUPPORTED_MODEL_TYPES)}"
     if "per_layer_config" in raw:
         yield "per_layer_config is not supported. All layers must have the same shape"
-    # transformers would make a list of so many layers.
-    for key, limit in {**dict.fromkeys(REQUIRED_KEYS.values(), 2**40), "num_hidden_layers": 100_000}.items():
+    for key, limit in MAX_SIZES.items():
         if isinstance(raw.get(key), int) and raw[key] > limit:
             yield f"{key} is {raw[key]}, expected at most {limit}"
 

@@ -10,9 +10,10 @@ from jax.sharding import Mesh
 
 from thinkpo_jax.data.chat_template import TemplateArguments, ThinkingTags
 from thinkpo_jax.data.chat_tokenizer import ChatTokenizer
-from thinkpo_jax.data.tokenizer_files import count_token_ids, load_tokenizer
-from thinkpo_jax.models.architecture import Architecture, read_architecture
+from thinkpo_jax.data.tokenizer_files import TOKENIZER_FILE_PATTERNS, count_token_ids, load_tokenizer
+from thinkpo_jax.models.architecture import MAX_CONFIG_BYTES, MAX_SIZES, Architecture, read_architecture
 from thinkpo_jax.models.compute_config import ComputeConfig
+from thinkpo_jax.models.folder_files import COPIED_FILES, check_file_kinds, list_copied_files
 from thinkpo_jax.models.safetensors_files import WEIGHTS_INDEX_FILE, check_has_config, join_first
 from thinkpo_jax.models.transformer import Transformer
 from thinkpo_jax.models.weight_loading import check_weights, init_model, load_model
@@ -23,13 +24,6 @@ from thinkpo_jax.runtime.integers import round_up
 from thinkpo_jax.runtime.manifest import MANIFEST_FILE, digest_files, digest_text, find_damage, read_manifest
 
 BUILTIN_MODELS_FOLDER = Path(__file__).parent / "builtin"
-TOKENIZER_FILE_PATTERNS = (
-    "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
-    "vocab.json", "merges.txt", "vocab.txt", "chat_template.jinja", "chat_template.json",
-    "additional_chat_templates/*.jinja",
-)  # fmt: skip
-# From the start model to an export.
-COPIED_FILES = ("config.json", "generation_config.json", *TOKENIZER_FILE_PATTERNS, "LICENSE*", "NOTICE*")
 WEIGHT_FILES = ("*.safetensors", WEIGHTS_INDEX_FILE)
 ROW_MULTIPLE = 128  # of a resized embedding, so that a mesh can split it
 
@@ -81,10 +75,11 @@ def resolve_model_folder(path: str, *, weights: bool = True) -> Path:
 def read_stop_token_ids(folder: Path) -> list[int]:
     """Returns the token ids that end a completion, from generation_config.json or else config.json."""
     for path in (folder / "generation_config.json", folder / "config.json"):
-        if path.exists() and (value := read_json_object(path).get("eos_token_id")) is not None:
+        raw = read_json_object(path, max_bytes=MAX_CONFIG_BYTES) if path.exists() else {}
+        if (value := raw.get("eos_token_id")) is not None:
             ids = value if isinstance(value, list) else [value]
-            if not all(type(number) is int and number >= 0 for number in ids):
-                raise UserError(f"{path}: eos_token_id is {value!r}, expected a token id or a list of token ids.")
+            if not all(type(number) is int and 0 <= number < MAX_SIZES["vocab_size"] for number in ids):
+                raise UserError(f"{path}: eos_token_id is {value!r:.80}, expected a token id or a list of token ids.")
             return ids
     return []
 
@@ -176,11 +171,13 @@ def check_model_folder(config: ModelConfig, folder: Path, *, weights: bool) -> t
     With `resize_embeddings` the architecture has an embedding row for each token.
     """
     check_has_config(folder)
+    check_file_kinds(folder)
     if adapters := sorted(file.name for file in folder.glob("adapter_model*")):
         log_warning(
             f"{folder}: the LoRA adapter in {', '.join(adapters)} is not applied. Merge it, or remove the file."
         )
     with collect_errors() as collector:
+        collector(list_copied_files, folder)
         architecture = collector(read_architecture, folder)
         if weights:
             collector(check_weights, folder, architecture)

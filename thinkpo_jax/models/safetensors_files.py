@@ -13,11 +13,14 @@ import safetensors
 
 from thinkpo_jax.runtime.config import UserError, collect_errors
 from thinkpo_jax.runtime.files import read_json_object
+from thinkpo_jax.runtime.limited_files import check_file
 
 WEIGHTS_FILE = "model.safetensors"
 WEIGHTS_INDEX_FILE = "model.safetensors.index.json"
 ADAPTER_PREFIX = "adapter_"  # of the names of peft's files: adapter_config.json and adapter_model.safetensors
 DTYPES = {"F32": np.dtype(np.float32), "BF16": np.dtype(ml_dtypes.bfloat16), "F16": np.dtype(np.float16)}
+
+MAX_HEADER_BYTES = 2**24  # A header has about 100 bytes per tensor.
 
 _PREFETCH_BYTES = 2**20
 
@@ -150,9 +153,15 @@ def _check_is_no_adapter(folder: Path) -> None:
 def _read_header(file: Path) -> dict[str, TensorLocation]:
     """Locates the tensors of one file. The library checks the header, but does not say where a tensor begins."""
     try:
-        with safetensors.safe_open(file, framework="numpy"), file.open("rb") as opened:
+        check_file(file)
+        with file.open("rb") as opened:
             length = int.from_bytes(opened.read(8), "little")
-            header = json.loads(opened.read(length))
+            if length > MAX_HEADER_BYTES:
+                raise ValueError(f"its header has {length:,} bytes, expected at most {MAX_HEADER_BYTES:,}")
+            with safetensors.safe_open(file, framework="numpy"):  # checks the header
+                header = json.loads(opened.read(length))
+    except UserError:
+        raise
     except (OSError, ValueError, safetensors.SafetensorError) as error:
         raise UserError(f"{file}: cannot be read as safetensors: {error}. Download it again.") from None
     header.pop("__metadata__", None)

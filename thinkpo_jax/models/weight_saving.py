@@ -13,7 +13,7 @@ import numpy as np
 import safetensors
 from safetensors.numpy import save_file
 
-from thinkpo_jax.models.model_folder import COPIED_FILES
+from thinkpo_jax.models.folder_files import list_copied_files
 from thinkpo_jax.models.safetensors_files import WEIGHTS_INDEX_FILE
 from thinkpo_jax.models.transformer import Transformer
 from thinkpo_jax.models.weight_mapping import flatten_by_name, mappings_by_hf_name
@@ -74,7 +74,7 @@ def _copy_other_files(
     model: Transformer, folder: Path, template_folder: Path, *, dtype: str, stop_token_ids: Sequence[int]
 ) -> None:
     """Writes everything but the weights and the model card."""
-    for file in [file for pattern in COPIED_FILES for file in template_folder.glob(pattern) if file.is_file()]:
+    for file in list_copied_files(template_folder):
         copy = folder / file.relative_to(template_folder)
         copy.parent.mkdir(exist_ok=True)
         shutil.copyfile(file, copy)

@@ -68,9 +68,19 @@ def parse_server(spec: str, defaults: ServerConfig | None = None) -> ServerConfi
     """Returns the server of `server:MODEL@URL`, or None for another kind of model. `defaults` gives its other keys."""
     if not spec.startswith(SERVER_PREFIX):
         return None
-    model, _, url = spec.removeprefix(SERVER_PREFIX).rpartition("@")
+    model, url = _split_server(spec)
     raw = (defaults.model_dump() if defaults else {}) | {"model": model, "url": url}
-    return parse_config(ServerConfig, raw, source=f"{spec} (server:MODEL@URL)")
+    shown = f"{SERVER_PREFIX}{model}@..." if set(url) & set("@?#") else spec  # It may hold a password.
+    return parse_config(ServerConfig, raw, source=f"{shown} (server:MODEL@URL)")
+
+
+def _split_server(spec: str) -> tuple[str, str]:
+    """Returns MODEL and URL of `server:MODEL@URL`. Either may hold an @."""
+    model, at, url = spec.removeprefix(SERVER_PREFIX).partition("@http")
+    if at:
+        return model, f"http{url}"
+    model, _, url = model.partition("@")
+    return model, url
 
 
 def config_of_models(
@@ -132,7 +142,7 @@ def _unique_names(specs: Sequence[str]) -> list[str]:
     """Returns a short name of each model for the report and its folder. Equal names get a number."""
     names: list[str] = []
     for spec in specs:
-        text = spec.removeprefix(SERVER_PREFIX).rpartition("@")[0] if spec.startswith(SERVER_PREFIX) else spec
+        text = _split_server(spec)[0] if spec.startswith(SERVER_PREFIX) else spec
         parts = [part for part in text.split("/") if part and part != "."]
         if parts[2:] and RunFolder(Path(text).parent.parent).config.is_file():  # RUN/STAGE/model
             parts[-1] = "-".join(parts[-3:-1])

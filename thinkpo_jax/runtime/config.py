@@ -21,6 +21,10 @@ class UserError(ValueError):
     """A problem that the user can fix. Its message says where, what is wrong and what to do. Exit status 2."""
 
 
+class SecretValueError(ValueError):
+    """A validator raises it for a value that may be a password or a key. The message does not repeat the value."""
+
+
 class RunError(RuntimeError):
     """A failure of a run that is configured correctly, such as a loss that is not finite. Exit status 1."""
 
@@ -130,6 +134,7 @@ def parse_config(
         elif detail["type"].startswith("union_tag"):
             keys.append(detail["ctx"]["discriminator"].strip("'"))
         causes = [text for assigned, text in overrides.items() if keys and _overlap(assigned, tuple(keys))]
+        causes = [text.partition("=")[0] if _is_secret(text, detail) else text for text in causes]
         origin = f"{source} with --set {' '.join(causes)}" if causes else source
         path = ".".join(_named_keys(raw, keys))
         if detail["type"] == "extra_forbidden":
@@ -199,7 +204,8 @@ def _describe(path: str, detail: Any) -> str:
     if error_type == "union_tag_invalid":
         return f"{path}: expected one of {context['expected_tags']} (found {context['tag']!r})."
     message = EXPECTATION_BY_ERROR_TYPE.get(error_type, detail["msg"].removeprefix("Value error, "))
-    suffix = f" (found {value!r})" if isinstance(value, str | int | float | bool | None) else ""
+    is_shown = isinstance(value, str | int | float | bool | None) and not _is_secret(str(value), detail)
+    suffix = f" (found {value!r})" if is_shown else ""
     hint = ""
     if error_type == "string_type" and isinstance(value, bool):
         hint = f" YAML reads {'yes, on and true' if value else 'no, off and false'} so. Put the text in quotes."
@@ -208,6 +214,11 @@ def _describe(path: str, detail: Any) -> str:
     elif error_type == "string_type":
         hint = " Put the text in quotes."
     return (f"{path}: " if path else "") + f"{message}{suffix}.{hint}"
+
+
+def _is_secret(text: str, detail: Any) -> bool:
+    """Tells whether a message should not repeat a text. One with an @ may be a URL with a password."""
+    return "@" in text or isinstance(detail.get("ctx", {}).get("error"), SecretValueError)
 
 
 def _describe_unknown_key(section: type[ConfigSection], path: str, detail: Any, foreign_keys: Mapping[str, str]) -> str:

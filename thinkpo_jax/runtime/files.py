@@ -18,9 +18,13 @@ import jax
 from thinkpo_jax import __version__
 from thinkpo_jax.runtime.config import UserError
 from thinkpo_jax.runtime.console import log_info, log_warning
+from thinkpo_jax.runtime.limited_files import check_file, read_text
 from thinkpo_jax.runtime.manifest import digest_text, sync_to_disk
 from thinkpo_jax.runtime.paths import describe_missing, expand_path
 from thinkpo_jax.runtime.processes import is_primary_process
+
+MAX_RECORD_BYTES = 2**32  # of a file that we wrote
+MAX_JSON_BYTES = 2**24  # The largest index of safetensors known to us has 9 MB.
 
 
 @contextlib.contextmanager
@@ -53,12 +57,15 @@ def lock_folder(folder: Path, key: str, *, wait_message: str = "") -> Iterator[N
         yield
 
 
-def read_json_object(path: Path, *, missing_hint: str = "") -> dict[str, Any]:
+def read_json_object(path: Path, *, missing_hint: str = "", max_bytes: int = MAX_JSON_BYTES) -> dict[str, Any]:
     """Returns the object in a JSON file. Raises `UserError` for anything else, with advice if there is no file."""
     try:
-        loaded = json.loads(path.read_text(encoding="utf-8"))
+        check_file(path, max_bytes=max_bytes)
+        loaded = json.loads(read_text(path, max_bytes=max_bytes))
     except FileNotFoundError:
         raise UserError(f"{path}: {describe_missing(path)}. {missing_hint}".rstrip()) from None
+    except UserError:
+        raise
     except (OSError, ValueError, RecursionError) as error:  # ValueError: not UTF-8, not JSON, a number of many digits
         raise UserError(f"{path}: cannot be read as JSON: {error}") from None
     if not isinstance(loaded, dict):
@@ -161,7 +168,7 @@ def read_json_record(
     if not path.exists():
         return None
     try:
-        record = read_json_object(path)
+        record = read_json_object(path, max_bytes=MAX_RECORD_BYTES)
     except UserError as error:
         raise UserError(f"{error} {remedy}") from None
     if record_format is not None and (number := record.get("format")) != record_format:

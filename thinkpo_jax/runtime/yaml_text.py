@@ -18,7 +18,11 @@ from typing import Any
 import yaml
 
 from thinkpo_jax.runtime.config import UserError, did_you_mean, element_index
+from thinkpo_jax.runtime.limited_files import read_text
 from thinkpo_jax.runtime.paths import describe_missing
+
+MAX_YAML_BYTES = 2**20
+MAX_YAML_VALUES = 10_000  # Counts a value again for each alias of it. Real configurations have some hundred.
 
 _EXPONENT = re.compile(r"^[-+]?([0-9]+(\.[0-9]*)?|\.[0-9]+)[eE][-+]?[0-9]+$")
 _LEADING_ZERO = re.compile(r"^[-+]?0[oO]?[0-9_]+$")  # PyYAML reads 010 as a number, and 0o10 and 08 as a text
@@ -27,6 +31,10 @@ INT_TAG, FLOAT_TAG, DATE_TAG = (f"tag:yaml.org,2002:{name}" for name in ("int", 
 
 class _AmbiguousNumberError(yaml.MarkedYAMLError):
     """A number that people and YAML read in different ways."""
+
+
+class _TooManyValuesError(yaml.MarkedYAMLError):
+    """Aliases that stand for so many values that they would fill the memory."""
 
 
 class _Resolver(yaml.resolver.Resolver):
@@ -43,7 +51,23 @@ _Resolver.add_implicit_resolver(INT_TAG, _LEADING_ZERO, list("-+0"))
 
 
 class _Loader(_Resolver, yaml.SafeLoader):
-    """YAML's safe loader. A repeated key and an ambiguous number are errors."""
+    """YAML's safe loader. A repeated key, an ambiguous number and too many values are errors."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__(text)
+        self.num_values = 0
+        self.sizes: dict[yaml.Node, int] = {}  # the number of values in each node
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        event, num_before = self.peek_event(), self.num_values
+        node: Any = super().compose_node(parent, index)
+        # Lists of aliases of lists of aliases would have billions of values.
+        self.num_values += self.sizes.get(node, 0) if isinstance(event, yaml.AliasEvent) else 1
+        self.sizes.setdefault(node, self.num_values - num_before)
+        if self.num_values > MAX_YAML_VALUES:
+            problem = f"expected at most {MAX_YAML_VALUES:,} values, with each alias written out. Remove values"
+            raise _TooManyValuesError(problem=problem, problem_mark=event.start_mark)
+        return node
 
     def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
         node = super().compose_mapping_node(anchor)
@@ -92,10 +116,11 @@ def _ambiguity(text: str) -> str:
 def _load_yaml(text: str, source: str) -> Any:
     try:
         return yaml.load(text, Loader=_Loader)
-    except _AmbiguousNumberError as error:
+    except (_AmbiguousNumberError, _TooManyValuesError) as error:
         line = 0 if error.problem_mark is None else error.problem_mark.line + 1
         location = source if source.startswith("--set") else f"{source}, line {line}"
-        hint = " The shell removes one pair of quotes, so write two." if source.startswith("--set") else ""
+        needs_quotes = source.startswith("--set") and isinstance(error, _AmbiguousNumberError)
+        hint = " The shell removes one pair of quotes, so write two." if needs_quotes else ""
         raise UserError(f"{location}: {error.problem}.{hint}") from None
     except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: an impossible number
         reason = str(error).replace('"<unicode string>", ', "")  # PyYAML's name for a text without a file
@@ -108,9 +133,11 @@ def _load_yaml(text: str, source: str) -> Any:
 def read_yaml(path: Path) -> dict[str, Any]:
     """Returns the mapping in a YAML file. Raises `UserError` for a missing, malformed or empty file."""
     try:
-        text = path.read_text(encoding="utf-8")
+        text = read_text(path, max_bytes=MAX_YAML_BYTES)
     except FileNotFoundError:
         raise UserError(f"{path}: {describe_missing(path)}. Give an existing YAML file with --config.") from None
+    except UserError:
+        raise
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: cannot be read as UTF-8 text: {error}") from None
     loaded = _load_yaml(text, str(path))
