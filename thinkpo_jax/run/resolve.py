@@ -17,6 +17,7 @@ from thinkpo_jax.models.architecture import Architecture
 from thinkpo_jax.models.compute_config import ComputeConfig, resolve_attention_kernel
 from thinkpo_jax.models.model_folder import ModelSource, resolve_model_source
 from thinkpo_jax.models.weight_mapping import abstract_model
+from thinkpo_jax.run.agreement import check_same_run, find_differences
 from thinkpo_jax.run.evaluated_models import open_against, parse_server
 from thinkpo_jax.run.run_config import RunConfig
 from thinkpo_jax.run.run_folder import RunFolder
@@ -82,8 +83,10 @@ class ResolvedRun:
 def resolve_run(config: RunConfig) -> ResolvedRun:
     """Checks the mesh, the start model, its tokenizer and the row lengths. Raises `UserError` if a check failed.
 
-    If a server answers for the model, its weights are not needed.
+    All processes must have the same configuration and versions. If a server answers for the model, its weights are not
+    needed.
     """
+    check_same_run(config)
     check_evaluation_engine(config)
     mesh = make_mesh(config.mesh)
     is_served = config.evaluation is not None and config.evaluation.engine == "server"
@@ -149,9 +152,10 @@ def is_stage_finished(run: ResolvedRun, stage: StageConfig) -> bool:
     settings = json.loads(json.dumps(run.settings_of(stage)))
     if record is not None and "tokenizer" not in record.settings:
         del settings["tokenizer"]  # an older version did not know it
-    if changes := record and _differences(_with_defaults(record.settings, stage), settings):
+    if differences := record and find_differences(_with_defaults(record.settings, stage), settings):
+        changes = "; ".join(f"{key} was {old!r}, is {new!r}" for key, old, new in differences)
         raise UserError(
-            f"{folder.path} holds stage {stage.name!r}, which was trained with other settings: {'; '.join(changes)}. "
+            f"{folder.path} holds stage {stage.name!r}, which was trained with other settings: {changes}. "
             "Choose another run_dir (--set run_dir=...), or remove that folder to train the stage again."
         )
     is_finished = record is not None and record.summary is not None and folder.model.is_dir()
@@ -180,14 +184,3 @@ def _with_defaults(settings: Mapping[str, Any], stage: StageConfig) -> Mapping[s
     with contextlib.suppress(UserError, KeyError):
         return {**settings, "stage": _stage_settings(parse_config(type(stage), settings["stage"], source="record"))}
     return settings
-
-
-def _differences(old: Any, new: Any, path: str = "") -> list[str]:
-    if isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
-        old, new = dict(enumerate(old)), dict(enumerate(new))
-    if isinstance(old, Mapping) and isinstance(new, Mapping):
-        keys = {**old, **new}
-        for key in ("path", "data_state"):  # of data, which has a digest
-            keys.pop(key, None)
-        return [line for key in keys for line in _differences(old.get(key), new.get(key), f"{path}.{key}")]
-    return [] if old == new else [f"{path.lstrip('.')} was {old!r}, is {new!r}"]
