@@ -24,7 +24,6 @@ from thinkpo_jax.runtime.processes import (
     is_distributed,
     leave_together,
     report_failure,
-    show_error,
     shutdown_distributed,
 )
 
@@ -58,7 +57,7 @@ def run_command(main: Callable[[Sequence[str]], None], arguments: Sequence[str] 
     except BrokenPipeError:
         with contextlib.suppress(OSError):  # stdout may have no file descriptor
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        report_failure(1, "the program that read its output has ended.")
+        report_failure(1, "the program that read its output has ended.", shown="")
         return 1
     except OSError as error:
         remedy = "Fix the problem (disk space, permissions, an existing file) and rerun the same command to resume."
@@ -73,11 +72,9 @@ def run_command(main: Callable[[Sequence[str]], None], arguments: Sequence[str] 
     except KeyboardInterrupt as interrupt:
         # A command that does not resume says so itself.
         message = str(interrupt) or "Stopped. Rerun the same command to resume: it goes on from what is saved."
-        report_failure(EXIT_STATUS_INTERRUPTED, message)
-        print(f"\n{message}", file=sys.stderr)
+        report_failure(EXIT_STATUS_INTERRUPTED, message, shown=f"\n{message}\n")
         return EXIT_STATUS_INTERRUPTED
     report_failure(status, message)
-    show_error(message)
     return status
 
 
@@ -122,8 +119,8 @@ def run_and_exit(main: Callable[[Sequence[str]], None]) -> NoReturn:
         if not is_distributed():
             raise
         status = 1
-        report_failure(status, "".join(traceback.format_exception_only(error)).strip())
-        traceback.print_exc()
+        message = "".join(traceback.format_exception_only(error)).strip()
+        report_failure(status, message, shown=traceback.format_exc())
     # Exit without cleanup. After Ctrl-C, a running computation would crash in an interpreter that shuts down. A failed
     # process would wait in its cleanup for the other processes, which wait for it.
     if status == EXIT_STATUS_INTERRUPTED or (status and jax.distributed.is_initialized()):

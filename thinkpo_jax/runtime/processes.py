@@ -232,16 +232,16 @@ def note_progress() -> None:
         _watchdog.note_progress()
 
 
-def show_error(message: str) -> None:
-    """Prints an error to stderr. With several processes, each line starts with the number of this one."""
-    print(format_error(message, distributed.global_state.process_id if is_distributed() else None), file=sys.stderr)
+def report_failure(status: int, message: str, *, shown: str | None = None) -> None:
+    """Shows why this process ends, and tells the other processes. They end with the same exit status.
 
-
-def report_failure(status: int, message: str) -> None:
-    """Tells the other processes why this one ends. They end with the same exit status.
-
-    Does not return if another process has failed before.
+    `shown` is for stderr, by default an error message. Does not return if another process has failed before.
     """
+    if shown is None:
+        shown = format_error(message, distributed.global_state.process_id if is_distributed() else None) + "\n"
+    if _watchdog is not None:
+        _watchdog.begin_end()
+    print(shown, end="", file=sys.stderr, flush=True)
     if _watchdog is not None:
         _watchdog.report_failure(status, message)
 

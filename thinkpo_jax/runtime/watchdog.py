@@ -19,7 +19,7 @@ import jax
 HANG_TIMEOUT_MINUTES = 30.0  # Compilation, loading a model and saving a checkpoint give no sign of life.
 POLL_SECONDS = 1.0
 GRACE_SECONDS = 5.0  # After a failure of another process. Most processes then fail by themselves.
-MEETING_SECONDS = 10.0  # Processes that end wait so long for the others.
+MEETING_SECONDS = 15.0  # Processes that end wait so long for the others.
 BACKSTOP_SECONDS = 30.0  # If Python itself is blocked, the process ends so much later.
 
 _STDERR = 2  # The stream of a notebook is no file.
@@ -39,6 +39,7 @@ class Watchdog:
         self._num_signs = 0
         self._is_ending, self._is_stopped = threading.Event(), threading.Event()
         self._right_to_end = threading.RLock()  # never given back
+        faulthandler.enable(_STDERR)  # JAX aborts a process if another one dies. Then its stacks are printed too.
         self._expect_sign_of_life()
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
         self._thread.start()
@@ -47,13 +48,16 @@ class Watchdog:
         """Notes a sign of life of this process. It counts for all processes, because they may wait for this one."""
         self._num_signs += 1
 
-    def report_failure(self, status: int, message: str) -> None:
-        """Tells the other processes that this one ends with an exit status. They end with the same status.
+    def begin_end(self) -> None:
+        """Keeps the watchdog from ending this process, which ends itself.
 
-        Does not return if the watchdog is ending this process already. What fails then is only a consequence.
+        Does not return if the watchdog is ending it already. What fails then is only a consequence.
         """
         self._right_to_end.acquire()
         self._is_ending.set()
+
+    def report_failure(self, status: int, message: str) -> None:
+        """Tells the other processes that this one ends with an exit status. They end with the same status."""
         with contextlib.suppress(jax.errors.JaxRuntimeError):  # another process was first, or process 0 is gone
             self._client.key_value_set(_FAILURE, json.dumps([self._process_id, status, message]))
 
