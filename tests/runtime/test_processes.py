@@ -1,22 +1,17 @@
 """Two real processes with four devices each make the same run as one process with eight. If one dies, both end."""
 
 import argparse
-import contextlib
 import json
-import os
 import socket
-import subprocess
-import sys
-import time
-from collections.abc import Iterator
+import threading
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import safetensors.numpy
-import yaml
 from support import small
+from support.processes import STEPS, running, started, wait_for, write_config
 from support.selection import exhaustive
 
 from thinkpo_jax import train
@@ -31,99 +26,7 @@ from thinkpo_jax.runtime.processes import (
     detect_cluster,
 )
 
-DEVICES, STEPS = 8, 5
 STEP = {"SLURM_STEP_NODELIST": "node[1-2]", "SLURM_STEP_NUM_NODES": "2"}
-OPTIMIZER = {"learning_rate": 3e-3, "warmup_ratio": 0.0, "schedule": "constant"}
-SUMS = [(a, b) for a in range(10) for b in range(6)]
-
-
-def _config(folder: Path, run: str, *, evaluated: bool = True, **stage: Any) -> str:
-    """Writes a configuration: SFT with validation, then ThinkPO with two micro-batches, then an evaluation."""
-    rows = [
-        {"question": f"{a}+{b}?", "long": f"{a}+{b}={a + b};#{a + b}", "short": f"#{a + b}"[: 1 + a % 2]}
-        for a, b in SUMS
-    ]
-    path = folder / "rows.jsonl"
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    common = {
-        "batch": {"rows": 16, "row_length": 64, "rows_per_device": 2},
-        "optimizer": OPTIMIZER,
-        "checkpoint": {"every": 2},
-        "steps": STEPS,
-        "probe": {"every": 3, "questions": 6, "max_new_tokens": 12} if evaluated else None,
-    } | stage
-    sft = {"prompt": "question", "response": "long", "path": str(path)}
-    pairs = {"prompt": "question", "chosen": "long", "rejected": "short", "path": str(path)}
-    config = {
-        "run_dir": str(folder / run),
-        "model": {"path": "builtin:miniature"},
-        "compute": {"dtype": "float32"},
-        "mesh": {"data": 2, "fsdp": 2, "tensor": 2},
-        "stages": [
-            {"name": "sft", "objective": "sft", "data": sft, "validation": {"share": 0.2, "every": 3}, **common},
-            {"name": "thinkpo", "objective": "thinkpo", "data": pairs, "beta": 0.1, **common},
-        ],
-    }
-    if evaluated:
-        config["evaluation"] = {
-            "benchmarks": [{"name": "miniature", "questions": 12}],
-            "sampling": {"temperature": 0.7, "max_new_tokens": 24},
-            "local": {"slots": 12},
-        }
-    written = folder / f"{run}.yaml"
-    written.write_text(yaml.safe_dump(config))
-    return str(written)
-
-
-TRAIN = """
-import sys
-from thinkpo_jax import train
-from thinkpo_jax.runtime import processes
-from thinkpo_jax.runtime.cli import run_and_exit
-
-processes.HEARTBEAT_TIMEOUT_SECONDS = int(sys.argv.pop(1))
-run_and_exit(train.main)
-"""
-
-
-@contextlib.contextmanager
-def _processes(*configs: str, heartbeat_timeout: int | None = None) -> Iterator[list[subprocess.Popen[str]]]:
-    """Starts one process per configuration. They share the devices.
-
-    A dead process is noticed after `heartbeat_timeout` seconds. None leaves the timeout that users have.
-    """
-    train_command = ["-m", "thinkpo_jax.train"] if heartbeat_timeout is None else ["-c", TRAIN, str(heartbeat_timeout)]
-    with _started([[*train_command, "--config", config] for config in configs]) as processes:
-        yield processes
-
-
-@contextlib.contextmanager
-def _started(commands: list[list[str]]) -> Iterator[list[subprocess.Popen[str]]]:
-    """Starts one Python process per command as a run of several processes, and kills those that are left at the end."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        address = f"127.0.0.1:{free.getsockname()[1]}"
-    xla_flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count={DEVICES // len(commands)}"
-    flags = ["--coordinator-address", address, "--num-processes", str(len(commands)), "--process-id"]
-    processes = [
-        subprocess.Popen(
-            [sys.executable, *command, *flags, str(index)],
-            env=os.environ | {"XLA_FLAGS": xla_flags}, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-        )
-        for index, command in enumerate(commands)
-    ]  # fmt: skip
-    try:
-        yield processes
-    finally:
-        for process in processes:
-            process.kill()
-            process.communicate()
-
-
-def _wait_for(path: Path, processes: list[subprocess.Popen[str]]) -> None:
-    while not path.exists():
-        assert processes[0].poll() is None, processes[0].communicate()
-        time.sleep(0.05)
 
 
 def _weights(run: Path, stage: str) -> dict[str, np.ndarray]:
@@ -148,13 +51,13 @@ def _assert_same_run(run: Path, other: Path) -> None:
 @pytest.fixture(scope="module")
 def single_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("processes")
-    assert run_command(train.main, ["--config", _config(folder, "single")]) == 0
+    assert run_command(train.main, ["--config", write_config(folder, "single")]) == 0
     return folder / "single"
 
 
 @pytest.mark.slow
 def test_two_processes_make_the_same_run_as_one(single_run: Path, tmp_path: Path) -> None:
-    with _processes(*[_config(tmp_path, "two[1]")] * 2) as processes:
+    with running(*[write_config(tmp_path, "two[1]")] * 2) as processes:
         outputs = [process.communicate(timeout=400)[0] for process in processes]
     assert [process.returncode for process in processes] == [0, 0], outputs
     run = tmp_path / "two[1]"
@@ -179,10 +82,10 @@ def test_two_processes_make_the_same_run_as_one(single_run: Path, tmp_path: Path
 def test_a_dead_process_ends_the_other_and_a_single_process_resumes(
     single_run: Path, tmp_path: Path, victim: int, heartbeat_timeout: int | None
 ) -> None:
-    config = _config(tmp_path, "broken", evaluated=heartbeat_timeout is None)
+    config = write_config(tmp_path, "broken", evaluated=heartbeat_timeout is None)
     run = tmp_path / "broken"
-    with _processes(config, config, heartbeat_timeout=heartbeat_timeout) as processes:
-        _wait_for(run / "sft" / "checkpoints" / "2", processes)
+    with running(config, config, heartbeat_timeout=heartbeat_timeout) as processes:
+        wait_for(run / "sft" / "checkpoints" / "2", processes)
         processes[victim].kill()
         output = processes[1 - victim].communicate(timeout=400)[0]
     assert processes[1 - victim].returncode not in (0, None)
@@ -193,39 +96,16 @@ def test_a_dead_process_ends_the_other_and_a_single_process_resumes(
 
 @pytest.mark.slow
 def test_interrupting_one_process_stops_all(tmp_path: Path) -> None:
-    config = _config(tmp_path, "stopped", steps=200)
+    config = write_config(tmp_path, "stopped", steps=200)
     run = tmp_path / "stopped"
-    with _processes(config, config) as processes:
-        _wait_for(run / "sft" / "checkpoints" / "2", processes)
+    with running(config, config) as processes:
+        wait_for(run / "sft" / "checkpoints" / "2", processes)
         processes[1].terminate()
         outputs = [process.communicate(timeout=400)[0] for process in processes]
     assert [process.returncode for process in processes] == [130, 130], outputs
     assert not (run / "sft" / "model").exists()
     saved = [int(path.name) for path in (run / "sft" / "checkpoints").iterdir()]
     assert saved == [len(read_metrics(run / "sft" / "metrics.jsonl"))]  # no finished update is lost
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("difference", ["data", "settings"])
-def test_processes_with_different_data_or_settings_are_an_error(tmp_path: Path, difference: str) -> None:
-    configs = [_config(tmp_path, "one"), _config(tmp_path, "other")]
-    text = Path(configs[0]).read_text()
-    if difference == "data":
-        rows = (tmp_path / "rows.jsonl").read_text().splitlines(keepends=True)
-        (tmp_path / "fewer.jsonl").write_text("".join(rows[:-1]))
-        text = text.replace("rows.jsonl", "fewer.jsonl")
-        message = "stage sft: this process reads other data than process 0"
-    else:
-        text = text.replace("beta: 0.1", "beta: 0.2")
-        message = "this process has another configuration"
-    Path(configs[1]).write_text(text)
-    with _processes(*configs) as processes:
-        output = processes[1].communicate(timeout=400)[0]
-        assert processes[1].returncode == 2
-        assert f"process 1: error: {message}" in output
-        processes[0].communicate(timeout=400)  # notices that the other process is gone
-        assert processes[0].returncode != 0
-    assert not (tmp_path / "one" / "sft" / "metrics.jsonl").exists()
 
 
 BROADCAST = """
@@ -253,7 +133,7 @@ processes.shutdown_distributed()
 
 @pytest.mark.slow
 def test_all_processes_receive_the_value_of_the_primary_process() -> None:
-    with _started([["-c", BROADCAST]] * 2) as processes:
+    with started([["-c", BROADCAST]] * 2) as processes:
         outputs = [process.communicate(timeout=400)[0] for process in processes]
     assert [process.returncode for process in processes] == [0, 0], outputs
     for output in outputs:
@@ -349,8 +229,26 @@ def test_a_port_in_use_is_an_error_before_jax_crashes_on_it(tmp_path: Path, caps
         taken.listen()
         address = f"localhost:{taken.getsockname()[1]}"
         arguments = ["--coordinator-address", address, "--num-processes", "2", "--process-id", "0"]
-        assert run_command(train.main, ["--config", _config(tmp_path, "never"), *arguments]) == 2
+        assert run_command(train.main, ["--config", write_config(tmp_path, "never"), *arguments]) == 2
     assert f"--coordinator-address {address}: " in capsys.readouterr().err
+
+
+def test_a_port_in_use_on_a_cluster_is_an_error_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    step = STEP | {"SLURM_JOB_ID": "7", "SLURM_NTASKS": "2", "SLURM_PROCID": "0", "SLURM_LOCALID": "0"}
+    for name, value in step.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr("thinkpo_jax.runtime.processes._is_connecting", threading.Event())
+    with socket.socket() as taken:
+        taken.bind(("", 0))
+        taken.listen()
+        port = str(taken.getsockname()[1])
+        monkeypatch.setenv("JAX_COORDINATOR_PORT", port)
+        assert run_command(train.main, ["--config", write_config(tmp_path, "never")]) == 2
+    error = capsys.readouterr().err
+    assert f"error: node1:{port}: " in error
+    assert "set JAX_COORDINATOR_PORT to another port" in error
 
 
 ADDRESS, COUNT, INDEX = "--coordinator-address", "--num-processes", "--process-id"
@@ -372,7 +270,7 @@ ADDRESS, COUNT, INDEX = "--coordinator-address", "--num-processes", "--process-i
 def test_invalid_flags_are_an_error(
     arguments: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert run_command(train.main, ["--config", _config(tmp_path, "never"), *arguments]) == 2
+    assert run_command(train.main, ["--config", write_config(tmp_path, "never"), *arguments]) == 2
     assert message in capsys.readouterr().err
     assert not (tmp_path / "never").exists()
 
@@ -389,7 +287,17 @@ def test_invalid_flags_are_an_error(
 def test_flags_have_new_and_old_names(arguments: list[str]) -> None:
     parser = argparse.ArgumentParser()
     add_distributed_arguments(parser)
-    assert vars(parser.parse_args(arguments)) == {"coordinator_address": "h:1", "num_processes": 2, "process_id": 0}
+    expected = {"coordinator_address": "h:1", "num_processes": 2, "process_id": 0, "hang_timeout": 30.0}
+    assert vars(parser.parse_args(arguments)) == expected
+
+
+@pytest.mark.parametrize("minutes", ["0", "-1", "inf", "nan", "soon"])
+def test_a_bad_hang_timeout_is_an_error(minutes: str, capsys: pytest.CaptureFixture[str]) -> None:
+    parser = argparse.ArgumentParser()
+    add_distributed_arguments(parser)
+    with pytest.raises(SystemExit):
+        parser.parse_args(["--hang-timeout", minutes])
+    assert f"--hang-timeout: {minutes} is not a positive number of minutes" in capsys.readouterr().err
 
 
 def test_the_help_shows_the_new_names_first() -> None:

@@ -20,9 +20,10 @@ from thinkpo_jax.evaluation.statistics import compare_pooled_runs
 from thinkpo_jax.inference.engine import Engine
 from thinkpo_jax.inference.local_engine import LocalEngine
 from thinkpo_jax.inference.openai_engine import ServerEngine
+from thinkpo_jax.run.agreement import is_same_on_all_processes
 from thinkpo_jax.run.resolve import ResolvedRun, finished_stages
 from thinkpo_jax.run.run_config import PATH_KEYS, RunConfig, load_run_config
-from thinkpo_jax.run.run_folder import RunFolder, is_same_on_all_processes
+from thinkpo_jax.run.run_folder import RunFolder
 from thinkpo_jax.runtime.config import UserError
 from thinkpo_jax.runtime.console import log_info
 from thinkpo_jax.runtime.files import lock_folder, read_json_record, software_versions

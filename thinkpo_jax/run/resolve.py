@@ -17,6 +17,7 @@ from thinkpo_jax.models.architecture import Architecture
 from thinkpo_jax.models.compute_config import ComputeConfig, resolve_attention_kernel
 from thinkpo_jax.models.model_folder import ModelSource, find_model_damage, model_identity, resolve_model_source
 from thinkpo_jax.models.weight_mapping import abstract_model
+from thinkpo_jax.run.agreement import check_same_run, find_differences
 from thinkpo_jax.run.evaluated_models import open_against, parse_server
 from thinkpo_jax.run.run_config import RESERVED_NAMES, RunConfig
 from thinkpo_jax.run.run_folder import RunFolder
@@ -88,8 +89,10 @@ def resolve_run(config: RunConfig) -> ResolvedRun:
 
     Raises `UserError` if a check failed.
 
-    If a server answers for the model, its weights are not needed.
+    All processes must have the same configuration and versions. If a server answers for the model, its weights are not
+    needed.
     """
+    check_same_run(config)
     check_evaluation_engine(config)
     folder = RunFolder(Path(config.run_dir))
     folder.check_owned([*RESERVED_NAMES, *(stage.name for stage in config.stages)])
@@ -159,9 +162,10 @@ def is_stage_finished(run: ResolvedRun, stage: StageConfig) -> bool:
             )
         # That stage is finished before this one. Then this function is called again.
         settings["start"]["identity"] = record.settings["start"]["identity"]
-    if changes := record and _differences(_with_defaults(record.settings, stage), settings):
+    if differences := record and find_differences(_with_defaults(record.settings, stage), settings):
+        changes = "; ".join(f"{key} was {old!r}, is {new!r}" for key, old, new in differences)
         raise UserError(
-            f"{folder.path} holds stage {stage.name!r}, which was trained with other settings: {'; '.join(changes)}. "
+            f"{folder.path} holds stage {stage.name!r}, which was trained with other settings: {changes}. "
             "Choose another run_dir (--set run_dir=...), or remove that folder to train the stage again."
         )
     return broadcast_from_primary(record is not None and record.summary is not None and not find_damage(run, stage))
@@ -216,14 +220,3 @@ def _with_defaults(settings: Mapping[str, Any], stage: StageConfig) -> Mapping[s
     with contextlib.suppress(UserError, KeyError):
         return {**settings, "stage": _stage_settings(parse_config(type(stage), settings["stage"], source="record"))}
     return settings
-
-
-def _differences(old: Any, new: Any, path: str = "") -> list[str]:
-    if isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
-        old, new = dict(enumerate(old)), dict(enumerate(new))
-    if isinstance(old, Mapping) and isinstance(new, Mapping):
-        keys = {**old, **new}
-        for key in ("path", "data_state"):  # of data, which has a digest
-            keys.pop(key, None)
-        return [line for key in keys for line in _differences(old.get(key), new.get(key), f"{path}.{key}")]
-    return [] if old == new else [f"{path.lstrip('.')} was {old!r}, is {new!r}"]

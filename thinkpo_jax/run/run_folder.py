@@ -1,16 +1,14 @@
 """The folder of a run: its lock, its resolved configuration and the records of its stages."""
 
 import contextlib
-import hashlib
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from thinkpo_jax.run.run_config import PATH_KEYS, RunConfig
+from thinkpo_jax.run.agreement import is_same_on_all_processes
+from thinkpo_jax.run.run_config import RunConfig
 from thinkpo_jax.runtime.config import UserError
 from thinkpo_jax.runtime.files import (
     StageFolder,
@@ -20,7 +18,7 @@ from thinkpo_jax.runtime.files import (
     write_atomically,
     write_json_record,
 )
-from thinkpo_jax.runtime.processes import barrier, broadcast_from_primary
+from thinkpo_jax.runtime.processes import barrier
 from thinkpo_jax.runtime.yaml_text import dump_yaml
 
 VERSIONS_HEADER = "# thinkpo_jax: "  # how each config.yaml of a run begins
@@ -88,19 +86,15 @@ class RunFolder:
 
     @contextlib.contextmanager
     def locked(self, config: RunConfig, *, models: Sequence[str | None]) -> Iterator[None]:
-        """Locks the folder for this run, checks that all processes agree, and writes config.yaml.
+        """Locks the folder for this run, checks that all processes have the same models, and writes config.yaml.
 
-        Paths of models and data may differ among hosts. `models` are the identities of all models that are loaded. No
-        process writes before all processes have read what is there. Raises `UserError` if another run holds the lock,
-        or the processes do not agree.
+        Paths of models may differ among hosts. `models` are the identities of all models that are loaded. No process
+        writes before all processes have read what is there. Raises `UserError` if another run holds the lock, a process
+        has other models, or it does not see the folder of process 0.
         """
         with lock_folder(self.path, "run_dir"):
-            identity = json.dumps([{**software_versions(), "devices": ""}, *models])
-            if not is_same_on_all_processes(config.model_dump_json(exclude=PATH_KEYS) + identity):
-                raise UserError(
-                    "this process has another configuration, model or run_dir, or other package versions than "
-                    "process 0. Start all processes with the same --config and --set, from the same installation."
-                )
+            if not is_same_on_all_processes(json.dumps(models)):
+                raise UserError("this process reads other models than process 0. Give all processes the same files.")
             versions = "".join(f"# {name}: {version}\n" for name, version in software_versions().items())
             assert versions.startswith(VERSIONS_HEADER)
             write_atomically(self.config, (versions + dump_yaml(config.model_dump(mode="json"))).encode())
@@ -110,9 +104,3 @@ class RunFolder:
                     f"run_dir: {self.path} is not the folder of process 0. Name a folder that all hosts share."
                 )
             yield
-
-
-def is_same_on_all_processes(text: str) -> bool:
-    """Returns whether process 0 has the same text as this process."""
-    digest = np.frombuffer(hashlib.sha256(text.encode()).digest(), np.uint8)
-    return np.array_equal(digest, broadcast_from_primary(digest))

@@ -10,8 +10,8 @@ from thinkpo_jax.data.examples import TokenizedDataset, split_held_out
 from thinkpo_jax.data.tokenization import tokenize_sources
 from thinkpo_jax.evaluation.benchmarks import QuestionsByBenchmark
 from thinkpo_jax.evaluation.probes import Probe
+from thinkpo_jax.run.agreement import is_same_on_all_processes
 from thinkpo_jax.run.resolve import ResolvedRun
-from thinkpo_jax.run.run_folder import is_same_on_all_processes
 from thinkpo_jax.run.stage_checks import find_stage_problems, find_stage_warnings
 from thinkpo_jax.runtime.config import UserError
 from thinkpo_jax.runtime.console import log_info, log_warning

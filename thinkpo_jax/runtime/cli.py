@@ -19,7 +19,13 @@ import jax
 from thinkpo_jax.runtime.config import RunError, UserError
 from thinkpo_jax.runtime.console import log_warning
 from thinkpo_jax.runtime.paths import expand_path, path_argument
-from thinkpo_jax.runtime.processes import is_distributed, shutdown_distributed
+from thinkpo_jax.runtime.processes import (
+    is_communication_error,
+    is_distributed,
+    leave_together,
+    report_failure,
+    shutdown_distributed,
+)
 
 EXIT_STATUS_INTERRUPTED = 130  # after Ctrl-C, SIGTERM or SIGHUP
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
@@ -50,26 +56,27 @@ def run_command(main: Callable[[Sequence[str]], None], arguments: Sequence[str] 
         return 0
     except (UserError, RunError) as error:
         message, status = str(error), 2 if isinstance(error, UserError) else 1
-    except BrokenPipeError:  # the program that read the output has ended
+    except BrokenPipeError:
         with contextlib.suppress(OSError):  # stdout may have no file descriptor
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        report_failure(1, "the program that read its output has ended.", shown="")
         return 1
     except OSError as error:
         remedy = "Fix the problem (disk space, permissions, an existing file) and rerun the same command to resume."
         message = f"{error}. {remedy}"
-    except jax.errors.JaxRuntimeError as error:
-        if not is_distributed() or "RESOURCE_EXHAUSTED" in str(error):
+    except (jax.errors.JaxRuntimeError, ValueError) as error:
+        if not is_communication_error(error):
             raise
         message = (
             "a computation with the other processes failed: one of them has probably ended. Read its last lines, then "
             f"start all processes again to resume. ({str(error).splitlines()[0]})"
         )
     except KeyboardInterrupt as interrupt:
-        resume = "Stopped. Rerun the same command to resume: it goes on from what is saved."
-        print(f"\n{str(interrupt) or resume}", file=sys.stderr)  # a command that does not resume says so itself
+        # A command that does not resume says so itself.
+        message = str(interrupt) or "Stopped. Rerun the same command to resume: it goes on from what is saved."
+        report_failure(EXIT_STATUS_INTERRUPTED, message, shown=f"\n{message}\n")
         return EXIT_STATUS_INTERRUPTED
-    prefix = f"process {jax.process_index()}: error: " if is_distributed() else "error: "
-    print(re.sub(r"(?m)^", prefix, message), file=sys.stderr)
+    report_failure(status, message)
     return status
 
 
@@ -103,20 +110,25 @@ def last_error(output: str) -> str:
 
 def run_and_exit(main: Callable[[Sequence[str]], None]) -> NoReturn:
     """Runs a command, then ends this Python process with the command's exit status."""
+
+    def run(arguments: Sequence[str]) -> None:
+        main(arguments)
+        shutdown_distributed()
+
     try:
-        status = run_command(main)
-    except BaseException:
+        status = run_command(run)
+    except BaseException as error:
         if not is_distributed():
             raise
-        traceback.print_exc()
         status = 1
-    if status == 0:
-        shutdown_distributed()
+        message = "".join(traceback.format_exception_only(error)).strip()
+        report_failure(status, message, shown=traceback.format_exc())
     # Exit without cleanup. After Ctrl-C, a running computation would crash in an interpreter that shuts down. A failed
     # process would wait in its cleanup for the other processes, which wait for it.
-    elif status == EXIT_STATUS_INTERRUPTED or is_distributed():
+    if status == EXIT_STATUS_INTERRUPTED or (status and jax.distributed.is_initialized()):
         sys.stdout.flush()
         sys.stderr.flush()
+        leave_together()
         os._exit(status)
     sys.exit(status)
 

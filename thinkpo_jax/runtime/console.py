@@ -10,7 +10,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from thinkpo_jax.runtime.processes import is_primary_process
+from thinkpo_jax.runtime.processes import is_primary_process, note_progress
 
 PROGRESS_LINE_INTERVAL_SECONDS = 10.0
 
@@ -71,6 +71,7 @@ class ProgressReporter:
 
     def update(self, done: int, values: Mapping[str, str] | None = None) -> None:
         """Shows that `done` of the total are finished, with values such as the loss beside it."""
+        note_progress()
         if self._bar is not None:
             self._bar.set_postfix(values or {}, refresh=False)
             self._bar.update(done - self._bar.n)
@@ -96,6 +97,7 @@ class ProgressReporter:
 
 def log_info(text: str) -> None:
     """Prints a line to stderr, above a progress bar if there is one."""
+    note_progress()
     if is_primary_process():
         with tqdm.external_write_mode(file=sys.stderr):
             print(text, file=sys.stderr, flush=True)

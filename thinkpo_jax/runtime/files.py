@@ -21,7 +21,9 @@ from thinkpo_jax.runtime.console import log_info, log_warning
 from thinkpo_jax.runtime.limited_files import check_file, read_text
 from thinkpo_jax.runtime.manifest import digest_text, sync_to_disk
 from thinkpo_jax.runtime.paths import describe_missing, expand_path
-from thinkpo_jax.runtime.processes import is_primary_process
+from thinkpo_jax.runtime.processes import is_primary_process, note_progress
+
+LOCK_SECONDS = 10.0  # between two signs of life while this process waits for a lock
 
 MAX_RECORD_BYTES = 2**32  # of a file that we wrote
 MAX_JSON_BYTES = 2**24  # The largest index of safetensors known to us has 9 MB.
@@ -51,7 +53,10 @@ def lock_folder(folder: Path, key: str, *, wait_message: str = "") -> Iterator[N
                     message = f"{key}: another process writes to {folder}. Wait until it ends, or choose another {key}."
                     raise UserError(message) from None
                 log_info(wait_message)
-                stack.enter_context(lock.acquire())
+                while not lock.is_locked:
+                    with contextlib.suppress(filelock.Timeout):
+                        stack.enter_context(lock.acquire(timeout=LOCK_SECONDS))
+                    note_progress()  # the other process may need hours
         except (OSError, NotImplementedError) as error:
             log_warning(f"{folder} cannot be locked ({error}). Make sure that no other process writes there.")
         yield
@@ -114,13 +119,17 @@ def write_atomically(path: Path, content: bytes) -> None:
 
 def software_versions() -> dict[str, str]:
     """Returns the versions of this package and its commit, of Python and of the libraries, and the devices."""
-    names = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "transformers", "numpy")
     kinds = sorted({device.device_kind for device in jax.devices()})
+    return package_versions() | {"devices": f"{len(jax.devices())} x {', '.join(kinds)}"}
+
+
+def package_versions() -> dict[str, str]:
+    """Returns the versions of this package and its commit, of Python and of the libraries. Touches no device."""
+    names = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "transformers", "numpy")
     return {
         "thinkpo_jax": f"{__version__}, commit {_commit()}",
         "python": sys.version.split()[0],
         **{name: importlib.metadata.version(name) for name in names},
-        "devices": f"{len(jax.devices())} x {', '.join(kinds)}",
     }
 
 

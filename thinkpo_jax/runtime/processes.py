@@ -1,70 +1,129 @@
 """Starts, synchronizes and ends a run of several processes.
 
 Every process runs the same program on its own devices. Only the primary process (process 0) prints and writes. What
-decides how a run continues also comes from it. If a process dies, the others notice and end too.
+decides how a run continues also comes from it. If a process dies, fails or hangs, all of them end (watchdog.py).
 """
 
 import argparse
+import contextlib
+import itertools
+import math
 import os
 import re
 import socket
 import sys
+import threading
 from collections.abc import Mapping
 from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax._src import distributed  # The key-value store has no public name. Orbax uses it in the same way.
+from jax._src.clusters import ClusterEnv
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from thinkpo_jax.runtime.config import UserError
+from thinkpo_jax.runtime.watchdog import HANG_TIMEOUT_MINUTES, Watchdog, format_error
 
+START_TIMEOUT_SECONDS = 100.0  # a process waits so long for the others
 HEARTBEAT_TIMEOUT_SECONDS = 60  # a process that is silent for so long counts as dead, and the others end
+DAY_MILLISECONDS = 24 * 60 * 60 * 1000
 ValueT = TypeVar("ValueT", np.ndarray, bool, int, bytes)
+
+_watchdog: Watchdog | None = None  # if this process is one of several
+_is_connecting = threading.Event()  # stays set if the other processes do not come
+_message_numbers = itertools.count()
 
 
 def add_distributed_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds --coordinator-address, --num-processes and --process-id to a command. Their old names still work."""
-    group = parser.add_argument_group("several processes", "Not needed on TPU slices or under SLURM or Open MPI.")
+    """Adds --coordinator-address, --num-processes, --process-id and --hang-timeout to a command.
+
+    The first three also have their old names.
+    """
+    group = parser.add_argument_group("several processes", "TPU slices, SLURM and Open MPI need none of them.")
     group.add_argument(
         "--coordinator-address", "--coordinator", metavar="HOST:PORT", help="host of process 0, and a free port there"
     )
     group.add_argument("--num-processes", "--processes", type=int, metavar="N", help="number of processes")
     group.add_argument("--process-id", "--process", type=int, metavar="I", help="index of this process, from 0")
+    group.add_argument(
+        "--hang-timeout", type=_read_minutes, default=HANG_TIMEOUT_MINUTES, metavar="MINUTES",
+        help="end all processes after so long without progress (default: %(default)g)",
+    )  # fmt: skip
 
 
-def initialize_distributed(arguments: argparse.Namespace) -> None:
-    """Connects this process with the others, if the flags or the cluster say that there are several.
+def _read_minutes(text: str) -> float:
+    with contextlib.suppress(ValueError):
+        if 0 < float(text) < math.inf:
+            return float(text)
+    raise argparse.ArgumentTypeError(f"{text} is not a positive number of minutes")
+
+
+def initialize_distributed(arguments: argparse.Namespace, *, start_timeout: float = START_TIMEOUT_SECONDS) -> None:
+    """Connects this process with the others, if the flags or the cluster say that there are several. Watches them.
 
     Must be called before JAX is used. A second call does nothing. Raises `UserError` if the flags are invalid or the
-    other processes do not start.
+    other processes do not start within `start_timeout` seconds.
     """
+    global _watchdog
     if jax.distributed.is_initialized():
         return
     address, count, index = arguments.coordinator_address, arguments.num_processes, arguments.process_id
     if (address, count, index) != (None, None, None):
         _check_flags(address, count, index)
         options = {"coordinator_address": address, "num_processes": count, "process_id": index}
-        # Printed now, because JAX ends this process without calling our handlers if another one never starts.
         print(
             f"Process {index} of {count} (0-based) is waiting for the other processes at {address}. Start all of them "
-            "within five minutes, with the same --coordinator-address.", file=sys.stderr, flush=True,
+            f"within {start_timeout:g} seconds, with the same --coordinator-address.", file=sys.stderr, flush=True,
         )  # fmt: skip
     elif (options := detect_cluster(os.environ)) is None:
         return
     jax.config.update("jax_enable_preemption_service", False)  # it would catch SIGTERM, at which a run saves and ends
-    try:
-        jax.distributed.initialize(
-            **options,
-            heartbeat_timeout_seconds=HEARTBEAT_TIMEOUT_SECONDS,
-            shutdown_timeout_seconds=HEARTBEAT_TIMEOUT_SECONDS,
-        )
-    except (RuntimeError, ValueError, OSError) as error:
-        raise UserError(
-            f"the processes cannot connect: {str(error).splitlines()[0]} Start all of them within five minutes, with "
-            "one --coordinator-address that each of them can reach, or on a TPU slice, or with srun or mpirun."
-        ) from None
+    _connect(options, start_timeout)
+    if is_distributed():
+        state = distributed.global_state
+        _watchdog = Watchdog(state.client, state.process_id, hang_timeout_minutes=arguments.hang_timeout)
+
+
+def _connect(options: Mapping[str, Any], timeout: float) -> None:
+    """Waits `timeout` seconds for the other processes. Raises `UserError` if they do not come.
+
+    JAX waits in another thread, because it would ignore Ctrl-C and abort this process at its own timeout.
+    """
+    errors: list[Exception] = []
+
+    def connect() -> None:
+        try:
+            if "coordinator_address" not in options:
+                _check_cluster_port(round(timeout))
+            jax.distributed.initialize(
+                **options,
+                initialization_timeout=round(timeout) + HEARTBEAT_TIMEOUT_SECONDS,
+                heartbeat_timeout_seconds=HEARTBEAT_TIMEOUT_SECONDS,
+                shutdown_timeout_seconds=HEARTBEAT_TIMEOUT_SECONDS,
+            )
+        except Exception as error:
+            errors.append(error)
+        else:
+            _is_connecting.clear()
+
+    _is_connecting.set()
+    thread = threading.Thread(target=connect, daemon=True)
+    thread.start()
+    thread.join(timeout)
+    if not _is_connecting.is_set():
+        return
+    error = errors[0] if errors else None
+    if isinstance(error, UserError) or not isinstance(error, RuntimeError | ValueError | OSError | None):
+        raise error
+    reason = str(error).splitlines()[0] if error else f"not all of them came within {timeout:g} seconds."
+    raise UserError(
+        f"the processes cannot connect: {reason} Read the last lines of the others. For example, the port of process 0 "
+        "may be in use. Start all of them at the same time, each with its own --process-id and with one "
+        "--coordinator-address that each of them can reach, or on a TPU slice, or with srun or mpirun."
+    )
 
 
 def _check_flags(address: str | None, count: int | None, index: int | None) -> None:
@@ -89,6 +148,21 @@ def _check_flags(address: str | None, count: int | None, index: int | None) -> N
                 f"{flag}: {error}. Give the name or IP address of the host that runs process 0, and a port above 1023 "
                 "that is free there. Pass the same --coordinator-address to every process."
             ) from None
+
+
+def _check_cluster_port(timeout: int) -> None:
+    """Raises `UserError` if this is process 0 of a cluster, and the port that JAX chooses is in use."""
+    given = os.environ.get("JAX_COORDINATOR_ADDRESS")
+    address, _, index, _ = ClusterEnv.auto_detect_unset_distributed_params(given, None, None, None, None, timeout)
+    if index != 0 or address is None or "JAX_COORDINATOR_BIND_ADDRESS" in os.environ:
+        return
+    try:
+        _bind(int(address.rpartition(":")[2]))
+    except OSError as error:
+        raise UserError(
+            f"{address}: {error}. Another run probably uses this port on the host of process 0. End it, or set "
+            "JAX_COORDINATOR_PORT to another port, the same in all processes."
+        ) from None
 
 
 def _bind(port: int) -> None:
@@ -141,13 +215,64 @@ def _is_cloud_tpu_vm(environment: Mapping[str, str]) -> bool:
 
 
 def is_distributed() -> bool:
-    """Whether this process is one of several."""
-    return jax.distributed.is_initialized() and jax.process_count() > 1
+    """Whether this process is one of several. Touches no device."""
+    if _is_connecting.is_set():  # JAX counts as initialized while it still waits for the other processes.
+        return False
+    return jax.distributed.is_initialized() and distributed.global_state.num_processes > 1
 
 
 def is_primary_process() -> bool:
     """Whether this process is the one that prints and writes. Touches no device in a run of one process."""
     return not is_distributed() or jax.process_index() == 0
+
+
+def note_progress() -> None:
+    """Notes a sign of life of this process. Without one for a long time, all processes end, see `Watchdog`."""
+    if _watchdog is not None:
+        _watchdog.note_progress()
+
+
+def report_failure(status: int, message: str, *, shown: str | None = None) -> None:
+    """Shows why this process ends, and tells the other processes. They end with the same exit status.
+
+    `shown` is for stderr, by default an error message. Does not return if another process has failed before.
+    """
+    if shown is None:
+        shown = format_error(message, distributed.global_state.process_id if is_distributed() else None) + "\n"
+    if _watchdog is not None:
+        _watchdog.begin_end()
+    print(shown, end="", file=sys.stderr, flush=True)
+    if _watchdog is not None:
+        _watchdog.report_failure(status, message)
+
+
+def is_communication_error(error: Exception) -> bool:
+    """Returns whether an error of JAX may say that another process is gone."""
+    if not is_distributed():
+        return False
+    is_of_jax = isinstance(error, jax.errors.JaxRuntimeError) and "RESOURCE_EXHAUSTED" not in str(error)
+    return is_of_jax or (isinstance(error, ValueError) and "Gloo" in str(error))
+
+
+def leave_together() -> None:
+    """Waits some seconds until all processes end, after one of them has failed."""
+    if _watchdog is not None:
+        _watchdog.meet_others()
+
+
+def share_from_primary(text: str) -> str:
+    """Returns the primary process's text in every process.
+
+    It needs no device. So it also works if the processes have different versions of JAX, or different meshes.
+    """
+    if not is_distributed():
+        return text
+    state, key = distributed.global_state, f"thinkpo_jax/shared/{next(_message_numbers)}"
+    client: Any = state.client
+    if state.process_id == 0:
+        client.key_value_set(key, text)
+        return text
+    return client.blocking_key_value_get(key, DAY_MILLISECONDS)  # the watchdog ends a longer wait
 
 
 def barrier(name: str) -> None:
@@ -206,10 +331,15 @@ def gather_to_host(array: jax.Array) -> np.ndarray:
     """Returns a whole array on this host, even if its parts are on devices of several processes."""
     if array.is_fully_addressable:
         return np.asarray(array)
-    return np.asarray(multihost_utils.process_allgather(array, tiled=True))
+    gathered = np.asarray(multihost_utils.process_allgather(array, tiled=True))
+    note_progress()
+    return gathered
 
 
 def shutdown_distributed() -> None:
     """Waits until all processes are done. A process that left before would look as if it had died."""
     if is_distributed():
+        barrier("the run is finished")  # JAX waits less long than process 0 may need for the report
+        if _watchdog is not None:
+            _watchdog.stop()
         jax.distributed.shutdown()

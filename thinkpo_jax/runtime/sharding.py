@@ -14,6 +14,7 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from thinkpo_jax.runtime.config import UserError
+from thinkpo_jax.runtime.processes import note_progress
 
 LOGICAL_AXIS_RULES: dict[str, tuple[str, ...]] = {
     # parameters
@@ -139,4 +140,5 @@ def put_batch(batch: Any, mesh: Mesh) -> Any:
 
 def put_on_mesh(array: np.ndarray, axes: tuple[str | None, ...], mesh: Mesh) -> jax.Array:
     """Puts a host array on the mesh. Each process reads only the parts of its array that its devices hold."""
+    note_progress()  # Batches of every kind pass here, also in a long validation or probe.
     return jax.make_array_from_callback(array.shape, NamedSharding(mesh, partition_spec(axes)), array.__getitem__)
