@@ -13,7 +13,7 @@ from thinkpo_jax.run.resolve import ResolvedRun, is_stage_finished
 from thinkpo_jax.run.run_folder import StageRecord
 from thinkpo_jax.run.stage_data import check_data_unchanged
 from thinkpo_jax.runtime.config import UserError, did_you_mean
-from thinkpo_jax.runtime.console import log_info, read_metrics
+from thinkpo_jax.runtime.console import log_info, log_warning, read_metrics
 from thinkpo_jax.runtime.files import read_json_record, software_versions
 from thinkpo_jax.runtime.processes import barrier
 from thinkpo_jax.runtime.sharding import abstract_with_shardings
@@ -26,7 +26,11 @@ def begin_stage(run: ResolvedRun, inputs: StageInputs) -> None:
     """Writes the record of a stage. Raises `UserError` if the stage was begun with other data."""
     stage = inputs.config
     check_data_unchanged(run, inputs.config, inputs.dataset)
-    log_info(f"{stage.name}: starts from {run.config.initial_model_of(stage)}")
+    initial = run.config.initial_model_of(stage)
+    log_info(f"{stage.name}: starts from {initial}")
+    record = run.folder.read_stage_record(initial)  # None for the start model of the run
+    for divergence in ((record and record.summary) or {}).get("divergences", ()):
+        log_warning(f"stage {stage.name} starts from the model of stage {initial}, but there {divergence}.")
     run.folder.write_stage_record(stage.name, StageRecord(run.settings_of(stage), inputs.dataset.digest()))
 
 
@@ -36,6 +40,7 @@ def save_stage_output(run: ResolvedRun, inputs: StageInputs, result: StageResult
     card = _model_card(run, stage, step=result.num_updates, notes=notes)
     _save_model(run, result.state.model, inputs.folder.model, dtype="float32", card=card)
     summary = {"steps": result.num_updates, "seconds": result.seconds, "notes": notes}
+    summary |= {"divergences": result.divergences}
     run.folder.write_stage_record(stage.name, StageRecord(run.settings_of(stage), inputs.dataset.digest(), summary))
     barrier("the stage is finished")
 

@@ -76,6 +76,10 @@ class CheckpointStore:
         """Returns the last step that was saved completely, or None."""
         return self._manager.latest_step()
 
+    def steps(self) -> list[int]:
+        """Returns the steps that are saved, ascending."""
+        return sorted(self._manager.all_steps())
+
     def save(self, state: TrainState, step: int) -> None:
         """Saves the state after `step` updates, unless that step is saved already.
 
