@@ -252,7 +252,7 @@ class DivergenceGuard:
         is_allowed = is_stopping and (num_good == 0 or num_after < self._config.checkpoint.keep)
         if is_stopping and not is_allowed:
             log_info(f"{self._config.name}: training may diverge. This stop keeps the earlier checkpoints: {steps}")
-        return is_allowed
+        return broadcast_from_primary(is_allowed)
 
     def notes(self) -> tuple[str, ...]:
         """Returns a note for the first divergence of the stage, if there was one."""

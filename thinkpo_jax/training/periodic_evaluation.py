@@ -57,8 +57,8 @@ class PeriodicEvaluation:
         if not self.is_due(update):
             return 0.0
         began = time.monotonic()
-        line = {"step": update, **self._evaluate(model)}
-        self._file.write(line)
+        line = self._evaluate(model)
+        self._file.write({"step": update, **line})
         self._is_done[update] = True
         seconds = time.monotonic() - began
         # A probe has few figures, and no loss.
@@ -66,7 +66,7 @@ class PeriodicEvaluation:
         summary = ", ".join(f"{name} {value}" for name, value in figures.items())
         log_info(f"{self._title} after {update} updates ({seconds:.1f} s): {summary}")
         if self._on_line is not None:
-            self._on_line(line)
+            self._on_line({"step": update, **line})
         return seconds
 
     def close(self) -> None:
