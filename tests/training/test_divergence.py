@@ -147,13 +147,13 @@ def test_a_dead_model_is_found_with_a_small_beta() -> None:
 def test_ordinary_training_of_pairs_does_not_diverge() -> None:
     for num_updates in (len(LEARNED["loss"]), 1000):
         assert _watch(_lines(**LEARNED), _config("thinkpo", beta=0.1), num_updates=num_updates) == []
-    # Robust DPO has negative losses, a limit must not fall below the values.
-    negative = LEARNED | {"loss": [0.693 - 0.3 * index for index in range(16)]}
-    assert _watch(_lines(**negative), _config("thinkpo", beta=0.1, loss="robust")) == []
+    # Robust DPO has negative losses. Three times such a median is below all values.
+    negative = _lines(**LEARNED | {"loss": [0.693, 0.69, 0.3, -0.5, *[-2.0] * 12]})
+    assert _watch(negative, _config("thinkpo", beta=0.1, loss="robust"), num_updates=16) == []
 
 
 @pytest.mark.parametrize(
-    ("column", "usual", "high"), [("loss", 1.0, 3.2), ("loss", 0.01, 0.2), ("loss", 6.0, 8.5), ("grad_norm", 0.5, 6.0)]
+    ("column", "usual", "high"), [("loss", 0.3, 1.1), ("loss", 0.01, 0.2), ("loss", 6.0, 8.5), ("grad_norm", 0.5, 6.0)]
 )
 def test_a_divergence_needs_updates_in_a_row_and_is_found_once(column: str, usual: float, high: float) -> None:
     """A spike passes. A second divergence is found only after enough updates within the limits."""
@@ -161,7 +161,8 @@ def test_a_divergence_needs_updates_in_a_row_and_is_found_once(column: str, usua
     def found_after(*numbers: int) -> list[Divergence]:
         """`numbers` of updates, alternating between usual and high."""
         values = [value for number, value in zip(numbers, [usual, high] * 4, strict=False) for _ in range(number)]
-        return _watch(_lines(**({"loss": [usual] * len(values)} | {column: values})))
+        config = _config("sft", optimizer={"learning_rate": 1e-3, "warmup_ratio": 0.9})  # no check of the start loss
+        return _watch(_lines(**({"loss": [usual] * len(values)} | {column: values})), config)
 
     assert found_after(30, NUM_UPDATES - 1, 5, NUM_UPDATES - 1, 30) == []
     (found,) = found_after(30, 100)
@@ -174,7 +175,7 @@ def test_a_loss_that_stays_above_its_start_is_a_divergence_after_warm_up() -> No
     """It creeps up, so that the running median follows."""
     losses = [1.0] * 10 + [1 + 0.01 * index for index in range(300)]
     found = _watch(_lines(loss=losses))
-    assert len(found) == 1
+    assert [each.update for each in found] == [131]
     assert "At the start it was 1" in found[0].problem
     late = _config("sft", optimizer={"learning_rate": 1e-3, "warmup_ratio": 0.25})
     assert [each.update for each in _watch(_lines(loss=losses), late)] == [260]

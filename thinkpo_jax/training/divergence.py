@@ -224,7 +224,6 @@ class DivergenceGuard:
         """
         self._config, self._checkpoints = config, checkpoints
         self._watch = DivergenceWatch(config, num_updates)
-        self._found: list[Divergence] = []
         lines, validations = (_read_lines(path, last=start) for path in (folder.metrics, folder.validation))
         found = [*map(self._watch.add, lines), *map(self._watch.add_validation, validations)]
         self._found = sorted(filter(None, found), key=lambda each: each.update)
