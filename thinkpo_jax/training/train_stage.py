@@ -76,8 +76,8 @@ def train_stage(inputs: StageInputs) -> StageResult:
     """Trains one stage from its latest checkpoint, or else from its initial model.
 
     Raises `UserError` if an example does not fit into a row. Raises `RunError` if the reference, the first loss, an
-    update or a checkpoint is wrong. Raises `KeyboardInterrupt` if a stop was requested. The state is saved, and the
-    same call resumes.
+    update or a checkpoint is wrong, or training diverges. Raises `KeyboardInterrupt` if a stop was requested. The same
+    call resumes.
     """
     config, mesh = inputs.config, inputs.mesh
     batches = BatchPlan(
