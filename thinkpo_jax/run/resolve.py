@@ -207,9 +207,9 @@ def has_changed_files(run: ResolvedRun, stage: StageConfig) -> bool:
 
 def _stage_settings(stage: StageConfig) -> dict[str, Any]:
     # How rows are laid out over devices and micro-batches does not change the result.
-    # Nor does it matter what happens to updates that are not applied: users change it after one stopped the run.
-    # A probe only reads the weights.
-    keys = ("checkpoint", "init_from", "on_nonfinite", "max_skipped", "probe")
+    # Nor does it matter what happens to updates that are not applied, or if training diverges: users change it after
+    # the run stopped. A probe only reads the weights.
+    keys = ("checkpoint", "init_from", "on_nonfinite", "max_skipped", "on_divergence", "probe")
     excluded: dict[str, Any] = dict.fromkeys(keys, True)
     excluded |= {"batch": {"rows_per_device"}, "validation": {"every"}}
     return stage.model_dump(mode="json", exclude=excluded)

@@ -32,7 +32,11 @@ def begin_stage(run: ResolvedRun, inputs: StageInputs) -> None:
     check_data_unchanged(run, inputs.config, inputs.dataset)
     if (damage := find_damage(run, stage)) and is_primary_process():
         _set_model_aside(inputs.folder.model, damage)
-    log_info(f"{stage.name}: starts from {run.config.initial_model_of(stage)}")
+    initial = run.config.initial_model_of(stage)
+    log_info(f"{stage.name}: starts from {initial}")
+    record = run.folder.read_stage_record(initial)  # None for the start model of the run
+    for divergence in ((record and record.summary) or {}).get("divergences", ()):
+        log_warning(f"stage {stage.name} starts from the model of stage {initial}, but there {divergence}.")
     run.folder.write_stage_record(stage.name, StageRecord(run.settings_of(stage), inputs.dataset.digest()))
 
 
@@ -52,6 +56,7 @@ def save_stage_output(run: ResolvedRun, inputs: StageInputs, result: StageResult
     _save_model(run, result.state.model, inputs.folder.model, dtype="float32", card=card)
     identity = run.source_of(stage.name).identity()
     summary = {"steps": result.num_updates, "seconds": result.seconds, "notes": notes, "model": identity}
+    summary |= {"divergences": result.divergences}
     run.folder.write_stage_record(stage.name, StageRecord(run.settings_of(stage), inputs.dataset.digest(), summary))
     barrier("the stage is finished")
 

@@ -29,12 +29,17 @@ class OptimizerConfig(ConfigSection):
     moment_dtype: Literal["float32", "bfloat16"] = "float32"
 
 
+def num_warmup_updates(config: OptimizerConfig, num_updates: int) -> int:
+    """Returns the number of updates before the learning rate has its peak."""
+    return min(math.ceil(config.warmup_ratio * num_updates), num_updates - 1)
+
+
 def learning_rate_schedule(config: OptimizerConfig, num_updates: int) -> optax.Schedule:
     """Returns the learning rate by update: linear warm-up over `warmup_ratio` of the updates, then the schedule.
 
     As in other trainers the first update of a warm-up has rate 0. A stage of one update has no warm-up.
     """
-    warmup = min(math.ceil(config.warmup_ratio * num_updates), num_updates - 1)
+    warmup = num_warmup_updates(config, num_updates)
     rest = max(num_updates - warmup, 1)
     schedule = {
         "cosine": optax.cosine_decay_schedule(config.learning_rate, rest),

@@ -27,9 +27,22 @@ class PeriodicEvaluation:
     Each evaluation writes a line to a file and to the log. With several processes, all of them evaluate.
     """
 
-    def __init__(self, title: str, evaluate: EvaluateFn, path: Path, *, every: int, start: int, last: int) -> None:
-        """Removes the lines of updates after `start`, which an interrupted run may have left."""
-        self._title, self._evaluate, self._every, self._last = title, evaluate, every, last
+    def __init__(
+        self,
+        title: str,
+        evaluate: EvaluateFn,
+        path: Path,
+        *,
+        every: int,
+        start: int,
+        last: int,
+        on_line: Callable[[Mapping[str, float]], None] | None = None,
+    ) -> None:
+        """Removes the lines of updates after `start`, which an interrupted run may have left.
+
+        `on_line` is called with each line that was written.
+        """
+        self._title, self._evaluate, self._every, self._last, self._on_line = title, evaluate, every, last, on_line
         self._file = MetricsFile(path, step=start)
         is_done = np.zeros(last + 1, bool)
         is_done[[int(line["step"]) for line in read_metrics(path)]] = True
@@ -52,6 +65,8 @@ class PeriodicEvaluation:
         figures = headline_metrics(line) or {name.replace("_", " "): f"{value:.4g}" for name, value in line.items()}
         summary = ", ".join(f"{name} {value}" for name, value in figures.items())
         log_info(f"{self._title} after {update} updates ({seconds:.1f} s): {summary}")
+        if self._on_line is not None:
+            self._on_line({"step": update, **line})
         return seconds
 
     def close(self) -> None:

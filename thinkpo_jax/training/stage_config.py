@@ -45,7 +45,7 @@ class _StageConfig(ConfigSection):
 
     The stage starts from the model that `init_from` names, an earlier stage or `base`. The default is the stage before
     it. An update whose loss or gradient is not finite stops the run. With `on_nonfinite: skip` it is skipped, at most
-    `max_skipped` times.
+    `max_skipped` times. Training that diverges stops the run too. With `on_divergence: warn` it goes on.
     """
 
     name: Annotated[str, matching(STAGE_NAME, STAGE_NAME_RULE)]
@@ -59,6 +59,7 @@ class _StageConfig(ConfigSection):
     probe: ProbeConfig | None = None
     on_nonfinite: Literal["stop", "skip"] = "stop"
     max_skipped: int = pydantic.Field(default=10, ge=1)
+    on_divergence: Literal["stop", "warn"] = "stop"
     checkpoint: CheckpointConfig = CheckpointConfig()
 
     _one_length = exactly_one_of("steps", "epochs")

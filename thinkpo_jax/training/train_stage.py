@@ -27,6 +27,7 @@ from thinkpo_jax.runtime.mesh import local_data_shards, num_data_shards
 from thinkpo_jax.runtime.processes import DelayedVote, any_process, broadcast_from_primary
 from thinkpo_jax.runtime.sharding import put_batch
 from thinkpo_jax.training.checkpoints import CheckpointStore
+from thinkpo_jax.training.divergence import DivergenceGuard
 from thinkpo_jax.training.objectives import Objective, make_preference_loss, make_thinkpo_objective, sft_objective
 from thinkpo_jax.training.optimizer import learning_rate_schedule, make_optimizer
 from thinkpo_jax.training.periodic_evaluation import EvaluateFn, PeriodicEvaluation, make_validation
@@ -68,14 +69,15 @@ class StageResult:
     num_updates: int
     seconds: float  # of training, over all resumed parts, without compilation, validation and probes
     notes: tuple[str, ...]
+    divergences: tuple[str, ...] = ()  # the notes that say that training diverged and went on
 
 
 def train_stage(inputs: StageInputs) -> StageResult:
     """Trains one stage from its latest checkpoint, or else from its initial model.
 
     Raises `UserError` if an example does not fit into a row. Raises `RunError` if the reference, the first loss, an
-    update or a checkpoint is wrong. Raises `KeyboardInterrupt` if a stop was requested. The state is saved, and the
-    same call resumes.
+    update or a checkpoint is wrong, or training diverges. Raises `KeyboardInterrupt` if a stop was requested. The same
+    call resumes.
     """
     config, mesh = inputs.config, inputs.mesh
     batches = BatchPlan(
@@ -100,22 +102,25 @@ def train_stage(inputs: StageInputs) -> StageResult:
         if start:
             state = checkpoints.restore(state)
             log_info(f"{config.name}: resuming from update {start}")
+        guard = DivergenceGuard(config, len(batches), checkpoints, inputs.folder, start)
         train_step = compile_train_step(inputs, batches, objective, optimizer, state)
-        evaluations = make_periodic_evaluations(inputs, batches, objective, state.model, start, stack)
+        evaluations = make_periodic_evaluations(inputs, batches, objective, state.model, guard, start, stack)
         for evaluation in evaluations:
             evaluation.run_if_due(start, state.model)
         stop_vote, interrupts = DelayedVote(mesh), stack.enter_context(defer_interrupts())
-        metrics = StageMetrics(inputs, batches, start, stack)
+        metrics, save_is_due = StageMetrics(inputs, batches, guard, start, stack), False
         for update, batch in enumerate(place_ahead(batches.prefetch_from(start), mesh), start + 1):
             state, step_metrics = train_step(state, batch.device)
             metrics.add(update, step_metrics, batch)  # waits for the update before this one
-            should_stop = stop_vote(interrupts.requested)
+            should_stop, is_last = stop_vote(interrupts.requested), update == len(batches)
             # A stage that stops here evaluates when it resumes. Before an evaluation, which may take long, it saves.
             due = [] if should_stop else [evaluation for evaluation in evaluations if evaluation.is_due(update)]
-            is_due = update == len(batches) or update % config.checkpoint.every == 0
-            if should_stop or is_due or due or checkpoints.must_retry():
+            save_is_due |= should_stop or is_last or update % config.checkpoint.every == 0  # until it is saved
+            if save_is_due := save_is_due or bool(due) or checkpoints.must_retry():
                 metrics.drain()
-                checkpoints.save(state, update, wait=should_stop or update == len(batches))
+                if is_last or guard.allows_save(is_stopping=should_stop):
+                    checkpoints.save(state, update, wait=should_stop or is_last)
+                    save_is_due = False
             if due:
                 with interrupts.allowed():
                     metrics.clock += sum(evaluation.run_if_due(update, state.model) for evaluation in due)
@@ -125,8 +130,9 @@ def train_stage(inputs: StageInputs) -> StageResult:
             raise KeyboardInterrupt
     lines = read_metrics(inputs.folder.metrics)
     _warn_if_saturated(config, lines[-1] if lines else {})
-    notes = (*inputs.dataset.describe_sources(), f"{len(inputs.dataset)} examples", batches.describe())
-    return StageResult(state, len(batches), sum(line["seconds"] for line in lines), notes)
+    data_notes = (*inputs.dataset.describe_sources(), f"{len(inputs.dataset)} examples", batches.describe())
+    seconds = sum(line["seconds"] for line in lines)
+    return StageResult(state, len(batches), seconds, (*data_notes, *guard.notes()), guard.notes())
 
 
 def compile_train_step(
@@ -150,6 +156,7 @@ def make_periodic_evaluations(
     batches: BatchPlan,
     objective: Objective,
     model: Transformer,
+    guard: DivergenceGuard,
     start: int,
     stack: ExitStack,
 ) -> list[PeriodicEvaluation]:
@@ -158,8 +165,8 @@ def make_periodic_evaluations(
     options: dict[str, Any] = {"start": start, "last": len(batches)}
     if config.validation is not None:
         validate = make_validation(objective, batches, model, inputs.mesh)
-        every = config.validation.every
-        evaluations += [PeriodicEvaluation("validation", validate, folder.validation, every=every, **options)]
+        watched = {"every": config.validation.every, "on_line": guard.add_validation}
+        evaluations += [PeriodicEvaluation("validation", validate, folder.validation, **watched, **options)]
     if config.probe is not None and inputs.probe is not None:
         every = config.probe.every
         evaluations += [PeriodicEvaluation("probe", inputs.probe, folder.probe, every=every, **options)]
@@ -217,9 +224,11 @@ class StageMetrics:
     Waiting for batches and saving count as training.
     """
 
-    def __init__(self, inputs: StageInputs, batches: BatchPlan, start: int, stack: ExitStack) -> None:
+    def __init__(
+        self, inputs: StageInputs, batches: BatchPlan, guard: DivergenceGuard, start: int, stack: ExitStack
+    ) -> None:
         """Removes the lines of updates after `start`, which an interrupted run may have left. Starts the clock."""
-        self._inputs, self._batches = inputs, batches
+        self._inputs, self._batches, self._guard = inputs, batches, guard
         schedule = learning_rate_schedule(inputs.config.optimizer, len(batches))
         self._learning_rates = np.asarray(schedule(np.arange(len(batches))))
         self._file = stack.enter_context(closing(MetricsFile(inputs.folder.metrics, step=start)))
@@ -233,7 +242,7 @@ class StageMetrics:
     def add(self, update: int, metrics: Mapping[str, jax.Array], batch: PlacedBatch) -> None:
         """Takes the metrics of an update that was launched, counted from 1. Logs the update before it.
 
-        Raises `RunError` if the update before it is not finite and the stage stops at it.
+        Raises `RunError` if the update before it is not finite or training diverges, and the stage stops at it.
         """
         self.drain()
         self._pending = (update, metrics, batch)
@@ -263,6 +272,7 @@ class StageMetrics:
             line = {name: value for name, value in line.items() if math.isfinite(value)} | {"skipped": 1}
         self._file.write(line)
         self._progress.update(update, headline_metrics(line) | {"tok/s": f"{line['tokens_per_second']:,.0f}"})
+        self._guard.add(line)
 
 
 def handle_nonfinite_update(config: StageConfig, line: Mapping[str, float], num_skipped: int, names: str) -> None:
