@@ -57,14 +57,8 @@ class ServerConfig(ConfigSection):
         with contextlib.suppress(ValueError):  # such as an unclosed bracket, a wrong port or a label that is too long
             parts = urlsplit(url)
             has_host = bool((parts.hostname or "").encode("idna")) and parts.port != 0
-            may_hold_key = "@" in parts.netloc or "?" in url or "#" in url
-            if (
-                has_host
-                and not may_hold_key
-                and parts.scheme in ("http", "https")
-                and url.isprintable()
-                and " " not in url
-            ):
+            is_plain = url.isprintable() and not set(url) & set(" ?#") and "@" not in parts.netloc
+            if has_host and is_plain and parts.scheme in ("http", "https"):
                 return url
         expected = "expected a base URL such as http://localhost:8000/v1"
         if set(url) & set("@?#"):  # The url is in the report, so it must not hold a key.
