@@ -171,7 +171,7 @@ def _plan(path: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     "name",
     [
         pytest.param("v6e:1x1", marks=needs_libtpu),
-        pytest.param("v5p:2x2x1", marks=needs_libtpu),
+        pytest.param("v5p:2x2x1", marks=[needs_libtpu, exhaustive]),
         pytest.param("v5e:2x2", marks=[needs_libtpu, exhaustive]),
         pytest.param("h100:8", marks=[needs_cuda, exhaustive]),
     ],

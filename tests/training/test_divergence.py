@@ -304,7 +304,9 @@ def test_a_save_in_doubt_waits_and_a_stop_keeps_a_good_checkpoint(
     saved: list[int] = []
     _raise_losses(monkeypatch, 7, 15, start=13)
     save = train_stage.CheckpointStore.save
-    monkeypatch.setattr(train_stage.CheckpointStore, "save", lambda *args: (saved.append(args[2]), save(*args)))
+    monkeypatch.setattr(
+        train_stage.CheckpointStore, "save", lambda *args, **options: (saved.append(args[2]), save(*args, **options))
+    )
     train_stage.train_stage(inputs)
     assert saved == [16, 20, 24], "the doubt is gone at update 16"
 

@@ -71,7 +71,7 @@ VARIANTS = {
     "all": (MESH_8, "full", {"rows_per_device": 1}),
 }
 # tests/models/test_transformer.py tests all remat policies.
-SHORT = {"micro-batches", "remat offload", "mesh, remat attention", "all"}
+SHORT = {"micro-batches", "remat offload", "all"}
 
 
 @pytest.mark.parametrize("variant", cases(VARIANTS, short=SHORT.__contains__))
