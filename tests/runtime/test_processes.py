@@ -124,8 +124,9 @@ values = [index == 0, index == 1, 2**40 + index, -1 - index, [b"", b"xyz"][index
 print("scalars", [processes.broadcast_from_primary(value) for value in values])
 print("array", processes.broadcast_from_primary(np.arange(3, dtype=np.int32) + index).tolist())
 print("any", processes.any_process(index == 1), processes.any_process(False))
-vote = processes.DelayedVote(jax.make_mesh((2, 4), ("data", "tensor"), axis_types=(jax.sharding.AxisType.Auto,) * 2))
-print("vote", [vote(flag) for flag in (False, index == 1, False, False)])
+mesh = jax.make_mesh((2, 4), ("data", "tensor"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
+vote = processes.DelayedVote(mesh, num_flags=2)
+print("vote", [vote(flag, number == 2) for number, flag in enumerate((False, index == 1, False, False))])
 processes.barrier("end")
 processes.shutdown_distributed()
 """
@@ -140,12 +141,12 @@ def test_all_processes_receive_the_value_of_the_primary_process() -> None:
         assert f"scalars [True, False, {2**40}, -1, b'', b'ab']" in output
         assert "array [0, 1, 2]" in output
         assert "any True False" in output
-        assert "vote [False, False, True, False]" in output
+        assert "vote [(False, False), (False, False), (True, False), (False, True)]" in output
 
 
 def test_a_vote_of_one_process_is_not_delayed() -> None:
-    vote = DelayedVote(small.mesh())
-    assert [vote(flag) for flag in (True, False)] == [True, False]
+    vote = DelayedVote(small.mesh(), num_flags=2)
+    assert [vote(flag, not flag) for flag in (True, False)] == [(True, False), (False, True)]
 
 
 @pytest.mark.parametrize("value", [True, False, 0, 7, -3, 2**40, b"", b"\x00\xff"])

@@ -1,5 +1,6 @@
 """Checkpoints on disk: folders of every name, damaged files, full disks, and warnings of Orbax."""
 
+import json
 import logging
 import os
 import random
@@ -20,7 +21,7 @@ from support.selection import cases
 
 from thinkpo_jax.runtime.config import RunError, UserError
 from thinkpo_jax.training import checkpoints
-from thinkpo_jax.training.checkpoints import PLAIN_PATH, CheckpointStore
+from thinkpo_jax.training.checkpoints import PLAIN_PATH, CheckpointStore, SaveTimer
 from thinkpo_jax.training.train_step import TrainState
 
 # One for each problem: patterns of file names, two folders for TensorStore, a URL, and bytes that are not UTF-8.
@@ -160,6 +161,32 @@ def test_a_damaged_checkpoint_is_reported_and_its_step_is_saved_again(
     with CheckpointStore(folder) as store:
         assert store.latest_step() == 3
         assert store.restore(state(0)).step == 3
+
+
+@pytest.mark.parametrize(("metric", "best", "value"), [("loss", 2, "-3"), ("rewards/margins", 3, "1")])
+def test_the_checkpoint_with_the_best_validation_is_kept(metric: str, best: int, value: str, tmp_path: Path) -> None:
+    path = tmp_path / "validation.jsonl"
+    folder, losses = tmp_path / "checkpoints", [-0.5, -3.0, -1.0, -2.0, -2.5, -0.1]
+    with CheckpointStore(folder, keep=1, keep_best=metric) as store, path.open("w") as file:
+        for step, loss in enumerate(losses[:5], 1):
+            store.save(state(step), step)
+            line = {"step": step, "loss": loss, "rewards/margins": 1 - abs(step - 3.0)}
+            store.add_validation(line)
+            file.write(json.dumps(line) + "\n")
+        (note,) = store.notes()
+        assert note == f"best {metric} of the validation: {value} after update {best}, whose checkpoint is kept"
+        with pytest.raises(UserError, match=r"the validation has no .*It has: accuracy"):
+            store.add_validation({"step": 5, "accuracy": 1.0})
+    with CheckpointStore(folder, keep=1, keep_best=metric) as store:
+        store.read_validations(path, last=5)
+        store.save(state(6), 6)
+    assert sorted(step.name for step in folder.iterdir()) == [str(best), "6"]
+
+
+def test_the_timer_of_checkpoints_tells_once_that_its_time_is_over() -> None:
+    assert [SaveTimer(minutes).is_over() for minutes in (None, 10)] == [False, False]
+    timer = SaveTimer(-1)
+    assert [timer.is_over(), timer.is_over()] == [True, False]
 
 
 def test_a_full_disk_keeps_the_newest_checkpoint_and_is_tried_once_more() -> None:

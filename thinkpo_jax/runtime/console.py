@@ -5,12 +5,12 @@ import json
 import os
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from tqdm import tqdm
 
-from thinkpo_jax.runtime.processes import is_primary_process, note_progress
+from thinkpo_jax.runtime.processes import broadcast_from_primary, is_primary_process, note_progress
 
 PROGRESS_LINE_INTERVAL_SECONDS = 10.0
 
@@ -54,6 +54,12 @@ def read_metrics(path: Path) -> list[dict[str, float]]:
     if len(metrics) < len(lines):
         log_warning(f"{path}: {len(lines) - len(metrics)} of {len(lines)} lines are damaged. They are left out.")
     return metrics
+
+
+def read_shared_metrics(path: Path, names: Sequence[str], *, last: int) -> list[dict[str, float]]:
+    """Returns the named metrics of a file up to update `last`, in all processes what process 0 reads."""
+    lines = [{name: line[name] for name in ("step", *names) if name in line} for line in read_metrics(path)]
+    return json.loads(broadcast_from_primary(json.dumps([line for line in lines if line["step"] <= last]).encode()))
 
 
 class ProgressReporter:

@@ -6,6 +6,7 @@ decides how a run continues also comes from it. If a process dies, fails or hang
 
 import argparse
 import contextlib
+import functools
 import itertools
 import math
 import os
@@ -301,30 +302,31 @@ def any_process(flag: bool) -> bool:
 
 
 class DelayedVote:
-    """Tells whether a flag is set in any process, without waiting for the programs that the devices run now.
+    """Tells which flags are set in any process, without waiting for the programs that the devices run now.
 
     The devices collect the flags of a call after all programs that were launched before it. So with several processes a
     call returns the answer of the call before it. A single process gets the answer at once.
     """
 
-    def __init__(self, mesh: Mesh) -> None:
+    def __init__(self, mesh: Mesh, *, num_flags: int = 1) -> None:
         """Compiles the program that collects the flags. All processes must create and call the vote together."""
         self._mesh = mesh
-        self._any = jax.jit(jnp.any, out_shardings=NamedSharding(mesh, PartitionSpec()))
-        self._answer = self._collect(False) if is_distributed() else None
+        any_device = functools.partial(jnp.any, axis=tuple(range(1, 1 + len(mesh.axis_names))))
+        self._any = jax.jit(any_device, out_shardings=NamedSharding(mesh, PartitionSpec()))
+        self._answer = self._collect((False,) * num_flags) if is_distributed() else None
 
-    def __call__(self, flag: bool) -> bool:
-        """Returns whether a process has set its flag. It is the flag of the call before if there are several."""
+    def __call__(self, *flags: bool) -> tuple[bool, ...]:
+        """Returns for each flag whether a process has set it. With several processes, they are of the call before."""
         if self._answer is None:
-            return flag
-        answer, self._answer = self._answer, self._collect(flag)
-        return bool(answer)
+            return flags
+        answer, self._answer = self._answer, self._collect(flags)
+        return tuple(np.asarray(answer).tolist())
 
-    def _collect(self, flag: bool) -> jax.Array:
-        shape, spec = self._mesh.devices.shape, PartitionSpec(*self._mesh.axis_names)
-        own_flag = np.full((1,) * len(shape), flag)
-        flags = jax.make_array_from_callback(shape, NamedSharding(self._mesh, spec), lambda _: own_flag)
-        return self._any(flags)
+    def _collect(self, flags: tuple[bool, ...]) -> jax.Array:
+        shape, spec = self._mesh.devices.shape, PartitionSpec(None, *self._mesh.axis_names)
+        own_flags = np.array(flags).reshape(-1, *(1,) * len(shape))
+        sharding = NamedSharding(self._mesh, spec)
+        return self._any(jax.make_array_from_callback((len(flags), *shape), sharding, lambda _: own_flags))
 
 
 def gather_to_host(array: jax.Array) -> np.ndarray:

@@ -11,10 +11,12 @@ import contextlib
 import errno
 import functools
 import logging
+import math
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TypeVar
 
@@ -27,7 +29,7 @@ from etils import epath
 from thinkpo_jax.models.safetensors_files import join_first
 from thinkpo_jax.models.weight_mapping import flatten_by_name
 from thinkpo_jax.runtime.config import ConfigSection, RunError, UserError
-from thinkpo_jax.runtime.console import log_warning
+from thinkpo_jax.runtime.console import log_warning, read_shared_metrics
 from thinkpo_jax.runtime.files import free_name
 from thinkpo_jax.runtime.manifest import find_damage, write_manifest
 from thinkpo_jax.runtime.processes import barrier, broadcast_from_primary, is_distributed, is_primary_process
@@ -37,14 +39,36 @@ TreeT = TypeVar("TreeT")
 ITEMS = ("model", "training")
 ITEM_FILES = ("_METADATA", "manifest.ocdbt")  # without one of them, Orbax cannot read an item
 # Orbax and TensorStore read any other path wrongly: as a pattern (`[`), as two folders (`\\`) or as a URL (/gs/).
+LOWER_IS_BETTER = ("loss", "nll/chosen")  # metrics of the validation. Of others, the highest value is the best.
 PLAIN_PATH = re.compile(r"(?!/(gs|s3|az|hf)/)[\w/ .,@+=~%#-]+")
 
 
 class CheckpointConfig(ConfigSection):
-    """Saves every `every` updates and at the end of the stage, and keeps the last `keep` checkpoints."""
+    """Saves every `every` updates, every `every_minutes`, before each validation and probe, and at the end.
+
+    The newest `keep` checkpoints stay. `keep_best` names a metric of the validation. The checkpoint with its best value
+    stays too: with the lowest value of `loss` or `nll/chosen`, or the highest of any other metric.
+    """
 
     every: int = pydantic.Field(default=100, ge=1)
+    every_minutes: float | None = pydantic.Field(default=None, gt=0)
     keep: int = pydantic.Field(default=2, ge=1)
+    keep_best: str | None = None
+
+
+class SaveTimer:
+    """Tells when it is time for the next checkpoint, by the clock of process 0. `minutes` is None for never."""
+
+    def __init__(self, minutes: float | None) -> None:
+        """Starts the time."""
+        self._deadline = math.inf if minutes is None else time.monotonic() + 60 * minutes
+
+    def is_over(self) -> bool:
+        """Returns true once, after the time is over."""
+        is_over = is_primary_process() and time.monotonic() > self._deadline
+        if is_over:
+            self._deadline = math.inf
+        return is_over
 
 
 class DiskFullError(RunError):
@@ -54,7 +78,7 @@ class DiskFullError(RunError):
 class CheckpointStore:
     """The checkpoints of one stage in `folder`."""
 
-    def __init__(self, folder: Path, *, keep: int = 2, read_only: bool = False) -> None:
+    def __init__(self, folder: Path, *, keep: int = 2, keep_best: str | None = None, read_only: bool = False) -> None:
         """Renames damaged checkpoints that are newer than the newest good one, with a warning.
 
         With `read_only` it does not touch what a running training writes.
@@ -62,6 +86,7 @@ class CheckpointStore:
         self.folder = folder
         self._unsettled_step: int | None = None  # is being written, or was written and may have failed
         self._failure: DiskFullError | None = None
+        self._best_metric, self._validations = keep_best, dict[int, float]()  # values of this metric by step
         self._cleanup = contextlib.ExitStack()
         self._path = folder.absolute()
         if not PLAIN_PATH.fullmatch(str(self._path)):
@@ -75,7 +100,11 @@ class CheckpointStore:
             if is_primary_process():
                 _set_damaged_aside(folder)
             barrier("damaged checkpoints have other names")
-            self._options = ocp.CheckpointManagerOptions(max_to_keep=keep, cleanup_tmp_directories=True)
+            policies = [ocp.checkpoint_managers.LatestN(keep), _KeepStep(self.best_step)]
+            self._options = ocp.CheckpointManagerOptions(
+                preservation_policy=ocp.checkpoint_managers.AnyPreservationPolicy(policies),
+                cleanup_tmp_directories=True,
+            )
         self._manager = self._open_manager()
 
     def _open_manager(self) -> ocp.CheckpointManager:
@@ -114,6 +143,37 @@ class CheckpointStore:
             log_warning(f"{self.folder / str(step)}: {damage}. This checkpoint is not used.")
         latest = broadcast_from_primary(-1 if latest is None else latest)
         return None if latest < 0 else latest
+
+    def add_validation(self, line: Mapping[str, float]) -> None:
+        """Takes the metrics of the validation after update `step`, from which the best checkpoint follows.
+
+        Raises `UserError` if the metric of `keep_best` is not among them.
+        """
+        if self._best_metric is None:
+            return
+        if self._best_metric not in line:
+            names = ", ".join(sorted(line.keys() - {"step"}))
+            raise UserError(f"checkpoint.keep_best: the validation has no {self._best_metric!r}. It has: {names}.")
+        self._validations[int(line["step"])] = line[self._best_metric]
+
+    def read_validations(self, path: Path, *, last: int) -> None:
+        """Takes the metrics up to update `last` from the validation's file. Process 0 reads for all."""
+        names = [self._best_metric] if self._best_metric is not None else []
+        for line in read_shared_metrics(path, names, last=last):
+            self.add_validation(line)
+
+    def best_step(self) -> int | None:
+        """Returns the step of the checkpoint with the best validation, or None if there is no such checkpoint."""
+        choose = min if self._best_metric in LOWER_IS_BETTER else max
+        steps = [step for step in self.steps() if step in self._validations]
+        return choose(steps, key=self._validations.__getitem__, default=None)
+
+    def notes(self) -> tuple[str, ...]:
+        """Returns a note of the best checkpoint, if one is kept."""
+        if (step := self.best_step()) is None:
+            return ()
+        value = f"{self._validations[step]:.4g}"
+        return (f"best {self._best_metric} of the validation: {value} after update {step}, whose checkpoint is kept",)
 
     def save(self, state: TrainState, step: int, *, wait: bool = False) -> None:
         """Saves the state after `step` updates, unless that step is saved already.
@@ -234,6 +294,22 @@ class CheckpointStore:
         """Returns the first line of an error, with the name of the folder as the user knows it."""
         line = (str(error).splitlines() or [type(error).__name__])[0]
         return line.replace(str(self._path), str(self.folder))
+
+
+class _KeepStep(ocp.checkpoint_managers.PreservationPolicy):
+    """Keeps one checkpoint, whose step a function returns."""
+
+    def __init__(self, step: Callable[[], int | None]) -> None:
+        self._step = step
+
+    def should_preserve(
+        self,
+        checkpoints: Sequence[ocp.checkpoint_managers.PolicyCheckpointInfo],
+        *,
+        context: ocp.checkpoint_managers.PreservationContext,  # noqa: ARG002 -- Orbax passes it
+    ) -> Sequence[bool]:
+        step = self._step()
+        return [checkpoint.step == step for checkpoint in checkpoints]
 
 
 class _ItemHandler(ocp.StandardCheckpointHandler):

@@ -12,16 +12,14 @@ One spike is not divergence. The first four checks must fail for `NUM_UPDATES` u
 """
 
 import itertools
-import json
 import math
 import statistics
 from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 from thinkpo_jax.runtime.config import RunError
-from thinkpo_jax.runtime.console import log_info, log_warning, read_metrics
+from thinkpo_jax.runtime.console import log_info, log_warning, read_shared_metrics
 from thinkpo_jax.runtime.files import StageFolder
 from thinkpo_jax.runtime.processes import broadcast_from_primary
 from thinkpo_jax.training.checkpoints import CheckpointStore
@@ -44,7 +42,7 @@ COLLAPSE_NATS = 1.0  # per token. The probability of each token falls to about a
 NUM_FALLS = 3
 MIN_FALL = 0.1  # of the margin. It changes the loss of a pair by at most 0.1.
 WATCHED_METRICS = (
-    "step", "loss", "grad_norm", "nll/chosen", "logps/chosen", "rewards/chosen", "rewards/rejected", "rewards/margins",
+    "loss", "grad_norm", "nll/chosen", "logps/chosen", "rewards/chosen", "rewards/rejected", "rewards/margins",
 )  # fmt: skip
 
 
@@ -224,7 +222,8 @@ class DivergenceGuard:
         """
         self._config, self._checkpoints = config, checkpoints
         self._watch = DivergenceWatch(config, num_updates)
-        lines, validations = (_read_lines(path, last=start) for path in (folder.metrics, folder.validation))
+        paths = (folder.metrics, folder.validation)
+        lines, validations = (read_shared_metrics(path, WATCHED_METRICS, last=start) for path in paths)
         found = [*map(self._watch.add, lines), *map(self._watch.add_validation, validations)]
         self._found = sorted(filter(None, found), key=lambda each: each.update)
         if self._found and config.on_divergence == "stop":
@@ -276,10 +275,3 @@ class DivergenceGuard:
                 "on."
             )
         log_warning(f"{problem} Training goes on, and the next checkpoints replace those that are there.")
-
-
-def _read_lines(path: Path, *, last: int) -> list[dict[str, float]]:
-    """Returns the watched metrics of a file up to update `last`. Process 0 reads for all."""
-    lines = [{name: line[name] for name in WATCHED_METRICS if name in line} for line in read_metrics(path)]
-    content = json.dumps([line for line in lines if line["step"] <= last]).encode()
-    return json.loads(broadcast_from_primary(content))

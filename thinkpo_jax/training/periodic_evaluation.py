@@ -1,7 +1,7 @@
 """Evaluates the model during training: the held-out examples and the probe, each at its own interval."""
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,11 +36,11 @@ class PeriodicEvaluation:
         every: int,
         start: int,
         last: int,
-        on_line: Callable[[Mapping[str, float]], None] | None = None,
+        on_line: Sequence[Callable[[Mapping[str, float]], None]] = (),
     ) -> None:
         """Removes the lines of updates after `start`, which an interrupted run may have left.
 
-        `on_line` is called with each line that was written.
+        The functions `on_line` are called with each line that was written.
         """
         self._title, self._evaluate, self._every, self._last, self._on_line = title, evaluate, every, last, on_line
         self._file = MetricsFile(path, step=start)
@@ -65,8 +65,8 @@ class PeriodicEvaluation:
         figures = headline_metrics(line) or {name.replace("_", " "): f"{value:.4g}" for name, value in line.items()}
         summary = ", ".join(f"{name} {value}" for name, value in figures.items())
         log_info(f"{self._title} after {update} updates ({seconds:.1f} s): {summary}")
-        if self._on_line is not None:
-            self._on_line({"step": update, **line})
+        for on_line in self._on_line:
+            on_line({"step": update, **line})
         return seconds
 
     def close(self) -> None:

@@ -75,6 +75,8 @@ class _StageConfig(ConfigSection):
     def _check_keys(self) -> "_StageConfig":
         if self.on_nonfinite == "stop" and self.max_skipped != 10:
             raise ValueError("`max_skipped` has no effect without `on_nonfinite: skip`")
+        if self.checkpoint.keep_best is not None and self.validation is None:
+            raise ValueError("`checkpoint.keep_best` needs `validation`")
         return self
 
 

@@ -4,7 +4,7 @@ import functools
 import importlib.metadata
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from typing import Any
@@ -26,7 +26,7 @@ from thinkpo_jax.runtime.files import StageFolder
 from thinkpo_jax.runtime.mesh import local_data_shards, num_data_shards
 from thinkpo_jax.runtime.processes import DelayedVote, any_process, broadcast_from_primary
 from thinkpo_jax.runtime.sharding import put_batch
-from thinkpo_jax.training.checkpoints import CheckpointStore
+from thinkpo_jax.training.checkpoints import CheckpointStore, SaveTimer
 from thinkpo_jax.training.divergence import DivergenceGuard
 from thinkpo_jax.training.objectives import Objective, make_preference_loss, make_thinkpo_objective, sft_objective
 from thinkpo_jax.training.optimizer import learning_rate_schedule, make_optimizer
@@ -97,30 +97,37 @@ def train_stage(inputs: StageInputs) -> StageResult:
         optimizer = make_optimizer(config.optimizer, len(batches))
         state = init_train_state(model, optimizer, mesh)
         del model  # the state holds it now, and the update donates its memory
-        checkpoints = stack.enter_context(CheckpointStore(inputs.folder.checkpoints, keep=config.checkpoint.keep))
+        kept = {"keep": config.checkpoint.keep, "keep_best": config.checkpoint.keep_best}
+        checkpoints = stack.enter_context(CheckpointStore(inputs.folder.checkpoints, **kept))
         start = checkpoints.latest_step() or 0
         if start:
             state = checkpoints.restore(state)
+            checkpoints.read_validations(inputs.folder.validation, last=start)
             log_info(f"{config.name}: resuming from update {start}")
         guard = DivergenceGuard(config, len(batches), checkpoints, inputs.folder, start)
         train_step = compile_train_step(inputs, batches, objective, optimizer, state)
-        evaluations = make_periodic_evaluations(inputs, batches, objective, state.model, guard, start, stack)
+        on_validation = (guard.add_validation, checkpoints.add_validation)
+        evaluations = make_periodic_evaluations(inputs, batches, objective, state.model, on_validation, start, stack)
         for evaluation in evaluations:
             evaluation.run_if_due(start, state.model)
-        stop_vote, interrupts = DelayedVote(mesh), stack.enter_context(defer_interrupts())
+        vote, interrupts = DelayedVote(mesh, num_flags=2), stack.enter_context(defer_interrupts())
+        timer = SaveTimer(config.checkpoint.every_minutes)
         metrics, save_is_due = StageMetrics(inputs, batches, guard, start, stack), False
         for update, batch in enumerate(place_ahead(batches.prefetch_from(start), mesh), start + 1):
             state, step_metrics = train_step(state, batch.device)
             metrics.add(update, step_metrics, batch)  # waits for the update before this one
-            should_stop, is_last = stop_vote(interrupts.requested), update == len(batches)
+            should_stop, is_time = vote(interrupts.requested, timer.is_over())
+            is_last = update == len(batches)
             # A stage that stops here evaluates when it resumes. Before an evaluation, which may take long, it saves.
             due = [] if should_stop else [evaluation for evaluation in evaluations if evaluation.is_due(update)]
-            save_is_due |= should_stop or is_last or update % config.checkpoint.every == 0  # until it is saved
+            save_is_due |= (
+                should_stop or is_time or is_last or update % config.checkpoint.every == 0
+            )  # until it is saved
             if save_is_due := save_is_due or bool(due) or checkpoints.must_retry():
                 metrics.drain()
                 if is_last or guard.allows_save(is_stopping=should_stop):
                     checkpoints.save(state, update, wait=should_stop or is_last)
-                    save_is_due = False
+                    save_is_due, timer = False, SaveTimer(config.checkpoint.every_minutes)
             if due:
                 with interrupts.allowed():
                     metrics.clock += sum(evaluation.run_if_due(update, state.model) for evaluation in due)
@@ -132,7 +139,8 @@ def train_stage(inputs: StageInputs) -> StageResult:
     _warn_if_saturated(config, lines[-1] if lines else {})
     data_notes = (*inputs.dataset.describe_sources(), f"{len(inputs.dataset)} examples", batches.describe())
     seconds = sum(line["seconds"] for line in lines)
-    return StageResult(state, len(batches), seconds, (*data_notes, *guard.notes()), guard.notes())
+    notes = (*data_notes, *guard.notes(), *checkpoints.notes())
+    return StageResult(state, len(batches), seconds, notes, guard.notes())
 
 
 def compile_train_step(
@@ -156,7 +164,7 @@ def make_periodic_evaluations(
     batches: BatchPlan,
     objective: Objective,
     model: Transformer,
-    guard: DivergenceGuard,
+    on_validation: Sequence[Callable[[Mapping[str, float]], None]],
     start: int,
     stack: ExitStack,
 ) -> list[PeriodicEvaluation]:
@@ -165,7 +173,7 @@ def make_periodic_evaluations(
     options: dict[str, Any] = {"start": start, "last": len(batches)}
     if config.validation is not None:
         validate = make_validation(objective, batches, model, inputs.mesh)
-        watched = {"every": config.validation.every, "on_line": guard.add_validation}
+        watched = {"every": config.validation.every, "on_line": on_validation}
         evaluations += [PeriodicEvaluation("validation", validate, folder.validation, **watched, **options)]
     if config.probe is not None and inputs.probe is not None:
         every = config.probe.every
