@@ -43,6 +43,13 @@ class RunConfig(ConfigSection):
     stages: tuple[Annotated[StageConfig, pydantic.Field(discriminator="objective")], ...] = ()
     evaluation: EvaluationConfig | None = None
 
+    @pydantic.field_validator("run_dir")
+    @classmethod
+    def _check_is_folder(cls, run_dir: str) -> str:
+        if "://" in run_dir:
+            raise ValueError("expected a folder, found a URL. Give a folder that this machine can write to")
+        return run_dir
+
     @pydantic.model_validator(mode="after")
     def _check_names(self) -> "RunConfig":
         known = [self.base_name]
