@@ -365,25 +365,6 @@ def test_an_export_removes_what_a_killed_export_left(finished_run: Path, tmp_pat
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
-def test_a_run_never_writes_over_a_file_of_another_program(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    for name, content in {"config.yaml": "mine", "thinkpo": None, "report.md": "mine"}.items():
-        folder = tmp_path / f"with {name}"
-        folder.mkdir()
-        path = folder / name
-        if content is None:
-            path.mkdir()
-        else:
-            path.write_text(content)
-        assert train_quickstart(folder) == 2
-        expected = f"run_dir: {folder} has {name}, which a run would overwrite and no run has written. Choose another"
-        assert expected in capsys.readouterr().err
-        assert [each.name for each in folder.iterdir()] == [name]
-        assert content is None or path.read_text() == content
-
-
 def test_an_os_error_ends_with_exit_status_1(finished_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     folder = tmp_path / "run"
     shutil.copytree(finished_run, folder)

@@ -67,7 +67,7 @@ def test_two_processes_make_the_same_run_as_one(single_run: Path, tmp_path: Path
         assert f"Process {index} of 2 (0-based) is waiting for the other processes" in output
     assert "the loss before the first update is 0.693" in outputs[0]
     assert not [line for line in outputs[1].splitlines() if "update" in line or "report" in line]
-    assert [path.name for path in (run / "sft" / "checkpoints").iterdir()] == [str(STEPS)]
+    assert max(int(path.name) for path in (run / "sft" / "checkpoints").iterdir()) == STEPS
     expected, models = (json.loads((folder / "report.json").read_text())["models"] for folder in (single_run, run))
     assert models == expected
     probes = [read_metrics(folder / "sft" / "probe.jsonl") for folder in (single_run, run)]
@@ -105,7 +105,7 @@ def test_interrupting_one_process_stops_all(tmp_path: Path) -> None:
     assert [process.returncode for process in processes] == [130, 130], outputs
     assert not (run / "sft" / "model").exists()
     saved = [int(path.name) for path in (run / "sft" / "checkpoints").iterdir()]
-    assert saved == [len(read_metrics(run / "sft" / "metrics.jsonl"))]  # no finished update is lost
+    assert max(saved) == len(read_metrics(run / "sft" / "metrics.jsonl"))  # no finished update is lost
 
 
 BROADCAST = """

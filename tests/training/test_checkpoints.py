@@ -21,7 +21,7 @@ from support.selection import cases
 
 from thinkpo_jax.runtime.config import RunError, UserError
 from thinkpo_jax.training import checkpoints
-from thinkpo_jax.training.checkpoints import PLAIN_PATH, CheckpointStore, SaveTimer
+from thinkpo_jax.training.checkpoints import PLAIN_PATH, CheckpointStore
 from thinkpo_jax.training.train_step import TrainState
 
 # One for each problem: patterns of file names, two folders for TensorStore, a URL, and bytes that are not UTF-8.
@@ -183,10 +183,13 @@ def test_the_checkpoint_with_the_best_validation_is_kept(metric: str, best: int,
     assert sorted(step.name for step in folder.iterdir()) == [str(best), "6"]
 
 
-def test_the_timer_of_checkpoints_tells_once_that_its_time_is_over() -> None:
-    assert [SaveTimer(minutes).is_over() for minutes in (None, 10)] == [False, False]
-    timer = SaveTimer(-1)
-    assert [timer.is_over(), timer.is_over()] == [True, False]
+def test_it_is_time_for_a_checkpoint_once_after_the_minutes(tmp_path: Path) -> None:
+    with CheckpointStore(tmp_path / "a") as never, CheckpointStore(tmp_path / "b", every_minutes=60) as later:
+        assert [never.is_time(), later.is_time()] == [False, False]
+    with CheckpointStore(tmp_path / "c", every_minutes=1e-9) as now:
+        assert [now.is_time(), now.is_time()] == [True, False]
+        now.save(state(1), 1)
+        assert now.is_time()
 
 
 def test_a_full_disk_keeps_the_newest_checkpoint_and_is_tried_once_more() -> None:

@@ -75,9 +75,9 @@ def events(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         recorded.append(f"p{sum(event[0] == 'p' for event in recorded) + 1}")
         return put_batch(*args)
 
-    def save_recorded(store: CheckpointStore, state: Any, step: int) -> None:
+    def save_recorded(store: CheckpointStore, state: Any, step: int, **options: Any) -> None:
         recorded.append(f"s{step}")
-        save(store, state, step)
+        save(store, state, step, **options)
 
     def run_recorded(validation: PeriodicEvaluation, update: int, model: Any) -> float:
         if validation.is_due(update):

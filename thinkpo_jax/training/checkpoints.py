@@ -56,21 +56,6 @@ class CheckpointConfig(ConfigSection):
     keep_best: str | None = None
 
 
-class SaveTimer:
-    """Tells when it is time for the next checkpoint, by the clock of process 0. `minutes` is None for never."""
-
-    def __init__(self, minutes: float | None) -> None:
-        """Starts the time."""
-        self._deadline = math.inf if minutes is None else time.monotonic() + 60 * minutes
-
-    def is_over(self) -> bool:
-        """Returns true once, after the time is over."""
-        is_over = is_primary_process() and time.monotonic() > self._deadline
-        if is_over:
-            self._deadline = math.inf
-        return is_over
-
-
 class DiskFullError(RunError):
     """A checkpoint does not fit on the disk."""
 
@@ -78,7 +63,15 @@ class DiskFullError(RunError):
 class CheckpointStore:
     """The checkpoints of one stage in `folder`."""
 
-    def __init__(self, folder: Path, *, keep: int = 2, keep_best: str | None = None, read_only: bool = False) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        keep: int = 2,
+        keep_best: str | None = None,
+        every_minutes: float | None = None,
+        read_only: bool = False,
+    ) -> None:
         """Renames damaged checkpoints that are newer than the newest good one, with a warning.
 
         With `read_only` it does not touch what a running training writes.
@@ -87,6 +80,8 @@ class CheckpointStore:
         self._unsettled_step: int | None = None  # is being written, or was written and may have failed
         self._failure: DiskFullError | None = None
         self._best_metric, self._validations = keep_best, dict[int, float]()  # values of this metric by step
+        self._interval_seconds = math.inf if every_minutes is None else 60 * every_minutes
+        self._deadline = time.monotonic() + self._interval_seconds
         self._cleanup = contextlib.ExitStack()
         self._path = folder.absolute()
         if not PLAIN_PATH.fullmatch(str(self._path)):
@@ -182,6 +177,7 @@ class CheckpointStore:
         first waits for a save that is still being written. If the disk is full, it removes the partial checkpoint and
         all but the newest checkpoint, and tries once more. Raises `RunError` if a state cannot be saved.
         """
+        self._deadline = time.monotonic() + self._interval_seconds
         try:
             self._settle()
             self._begin_save(state, step)
@@ -193,6 +189,13 @@ class CheckpointStore:
             self._make_room()
             self._begin_save(state, step)
             self._settle()
+
+    def is_time(self) -> bool:
+        """Returns true once when `every_minutes` have passed since the last save, by the clock of process 0."""
+        is_time = is_primary_process() and time.monotonic() > self._deadline
+        if is_time:
+            self._deadline = math.inf
+        return is_time
 
     def must_retry(self) -> bool:
         """Returns whether a save in the background failed because the disk is full. `save` then makes room.

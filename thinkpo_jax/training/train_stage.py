@@ -26,7 +26,7 @@ from thinkpo_jax.runtime.files import StageFolder
 from thinkpo_jax.runtime.mesh import local_data_shards, num_data_shards
 from thinkpo_jax.runtime.processes import DelayedVote, any_process, broadcast_from_primary
 from thinkpo_jax.runtime.sharding import put_batch
-from thinkpo_jax.training.checkpoints import CheckpointStore, SaveTimer
+from thinkpo_jax.training.checkpoints import CheckpointStore
 from thinkpo_jax.training.divergence import DivergenceGuard
 from thinkpo_jax.training.objectives import Objective, make_preference_loss, make_thinkpo_objective, sft_objective
 from thinkpo_jax.training.optimizer import learning_rate_schedule, make_optimizer
@@ -80,16 +80,7 @@ def train_stage(inputs: StageInputs) -> StageResult:
     call resumes.
     """
     config, mesh = inputs.config, inputs.mesh
-    batches = BatchPlan(
-        inputs.dataset,
-        config.batch,
-        seed=inputs.seed,
-        num_shards=num_data_shards(mesh),
-        local_shards=local_data_shards(mesh),
-        num_updates=config.steps,
-        epochs=config.epochs or 1.0,
-        held_out=inputs.held_out,
-    )
+    batches = _plan_batches(inputs)
     log_info(f"{config.name}: {batches.describe()}")
     with jax.set_mesh(mesh), ExitStack() as stack:
         model = inputs.initial_model.load(inputs.compute, mesh)
@@ -97,8 +88,8 @@ def train_stage(inputs: StageInputs) -> StageResult:
         optimizer = make_optimizer(config.optimizer, len(batches))
         state = init_train_state(model, optimizer, mesh)
         del model  # the state holds it now, and the update donates its memory
-        kept = {"keep": config.checkpoint.keep, "keep_best": config.checkpoint.keep_best}
-        checkpoints = stack.enter_context(CheckpointStore(inputs.folder.checkpoints, **kept))
+        options = config.checkpoint.model_dump(exclude={"every"})
+        checkpoints = stack.enter_context(CheckpointStore(inputs.folder.checkpoints, **options))
         start = checkpoints.latest_step() or 0
         if start:
             state = checkpoints.restore(state)
@@ -111,23 +102,20 @@ def train_stage(inputs: StageInputs) -> StageResult:
         for evaluation in evaluations:
             evaluation.run_if_due(start, state.model)
         vote, interrupts = DelayedVote(mesh, num_flags=2), stack.enter_context(defer_interrupts())
-        timer = SaveTimer(config.checkpoint.every_minutes)
         metrics, save_is_due = StageMetrics(inputs, batches, guard, start, stack), False
         for update, batch in enumerate(place_ahead(batches.prefetch_from(start), mesh), start + 1):
             state, step_metrics = train_step(state, batch.device)
             metrics.add(update, step_metrics, batch)  # waits for the update before this one
-            should_stop, is_time = vote(interrupts.requested, timer.is_over())
+            should_stop, is_time = vote(interrupts.requested, checkpoints.is_time())
             is_last = update == len(batches)
             # A stage that stops here evaluates when it resumes. Before an evaluation, which may take long, it saves.
             due = [] if should_stop else [evaluation for evaluation in evaluations if evaluation.is_due(update)]
-            save_is_due |= (
-                should_stop or is_time or is_last or update % config.checkpoint.every == 0
-            )  # until it is saved
-            if save_is_due := save_is_due or bool(due) or checkpoints.must_retry():
+            is_due = update % config.checkpoint.every == 0 or is_time or bool(due)
+            if save_is_due := save_is_due or is_due or should_stop or is_last or checkpoints.must_retry():
                 metrics.drain()
                 if is_last or guard.allows_save(is_stopping=should_stop):
                     checkpoints.save(state, update, wait=should_stop or is_last)
-                    save_is_due, timer = False, SaveTimer(config.checkpoint.every_minutes)
+                    save_is_due = False
             if due:
                 with interrupts.allowed():
                     metrics.clock += sum(evaluation.run_if_due(update, state.model) for evaluation in due)
@@ -137,10 +125,24 @@ def train_stage(inputs: StageInputs) -> StageResult:
             raise KeyboardInterrupt
     lines = read_metrics(inputs.folder.metrics)
     _warn_if_saturated(config, lines[-1] if lines else {})
-    data_notes = (*inputs.dataset.describe_sources(), f"{len(inputs.dataset)} examples", batches.describe())
     seconds = sum(line["seconds"] for line in lines)
+    data_notes = (*inputs.dataset.describe_sources(), f"{len(inputs.dataset)} examples", batches.describe())
     notes = (*data_notes, *guard.notes(), *checkpoints.notes())
     return StageResult(state, len(batches), seconds, notes, guard.notes())
+
+
+def _plan_batches(inputs: StageInputs) -> BatchPlan:
+    config, mesh = inputs.config, inputs.mesh
+    return BatchPlan(
+        inputs.dataset,
+        config.batch,
+        seed=inputs.seed,
+        num_shards=num_data_shards(mesh),
+        local_shards=local_data_shards(mesh),
+        num_updates=config.steps,
+        epochs=config.epochs or 1.0,
+        held_out=inputs.held_out,
+    )
 
 
 def compile_train_step(
