@@ -122,7 +122,8 @@ def test_a_stop_during_a_probe_stops_at_once_and_resumes(
     call: int, saved: list[int], whole: StageInputs, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """A checkpoint is saved before each probe."""
-    inputs = _inputs(tmp_path, _before_call(call, lambda: signal.raise_signal(signal.SIGTERM)))
+    sent = signal.SIGTERM if call else signal.SIGINT  # Before the first update, only a command handles SIGTERM.
+    inputs = _inputs(tmp_path, _before_call(call, lambda: signal.raise_signal(sent)))
     with pytest.raises(KeyboardInterrupt):
         train_stage.train_stage(inputs)
     assert sorted(int(path.name) for path in inputs.folder.checkpoints.iterdir() if path.name.isdigit()) == saved

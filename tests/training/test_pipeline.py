@@ -118,7 +118,9 @@ def test_all_metrics_are_read_before_a_validation_and_a_save(tmp_path: Path, eve
     stage = {"steps": 5, "checkpoint": {"every": 2}, "validation": {"share": 0.25, "every": 3}}
     train_stage.train_stage(stage_inputs(tmp_path, **stage))
     order = [event for event in events if event[0] != "p"]
-    assert order == ["v0", "l1", "l2", "r1", "r2", "s2", "l3", "r3", "v3", "l4", "r4", "s4", "l5", "r5", "v5", "s5"]
+    assert order == [
+        "v0", "l1", "l2", "r1", "r2", "s2", "l3", "r3", "s3", "v3", "l4", "r4", "s4", "l5", "r5", "s5", "v5",
+    ]  # fmt: skip
 
 
 def test_the_metrics_do_not_depend_on_when_they_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
