@@ -53,12 +53,12 @@ class RunFolder:
     def check_owned(self, names: Iterable[str]) -> None:
         """Raises `UserError` if the folder has one of the files or folders that a run writes, and no run wrote it.
 
-        `names` are those of the files. A run writes config.yaml first.
+        `names` are those of the files. A run writes config.yaml first. If that was removed, stage.json shows the run.
         """
         try:
             is_run = self.config.read_text(encoding="utf-8").startswith(VERSIONS_HEADER)
         except FileNotFoundError:
-            is_run = False
+            is_run = any(self.path.glob("*/stage.json"))
         except (OSError, UnicodeDecodeError) as error:
             raise UserError(f"run_dir: {self.config} cannot be read: {error}. Choose another run_dir.") from None
         if not is_run and (taken := sorted(name for name in names if (self.path / name).exists())):
