@@ -149,7 +149,9 @@ def test_a_damaged_checkpoint_is_reported_and_its_step_is_saved_again(
     (folder / "7").mkdir()
     with CheckpointStore(folder, read_only=True) as store:
         assert store.latest_step() == 1
-        with pytest.raises(UserError, match=r"checkpoints/3: damaged: model/d/.* has other content. Choose another"):
+        with pytest.raises(
+            UserError, match=r"checkpoints/3: damaged: model/d/.* has other content. Choose another one"
+        ):
             store.restore_model(state(0).model, 3)
     assert (folder / "3").is_dir()  # a reader changes nothing
     capsys.readouterr()

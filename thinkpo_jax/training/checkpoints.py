@@ -273,15 +273,17 @@ class CheckpointStore:
 
         Raises `UserError` if there is no such checkpoint, it is damaged, or it cannot be read.
         """
-        return self._restore("model", like, self.latest_step() if step is None else step)
+        if step is None:
+            step = self.latest_step()
+        elif step in self.steps() and (damage := _find_checkpoint_damage(self.folder / str(step))):
+            raise UserError(f"{self.folder / str(step)}: {damage}. Choose another one. There are: {self.steps()}.")
+        return self._restore("model", like, step)
 
     def _restore(self, item: str, like: TreeT, step: int | None) -> TreeT:
         steps = self.steps()
         if step is None or step not in steps:
             wanted = " that can be used" if step is None else f" {step}"
             raise UserError(f"{self.folder}: there is no checkpoint{wanted}. There are: {steps}.")
-        if damage := _find_checkpoint_damage(self.folder / str(step)):
-            raise UserError(f"{self.folder / str(step)}: {damage}. Choose another checkpoint. There are: {steps}.")
         targets = jax.tree.map(ocp.utils.to_shape_dtype_struct, flatten_by_name(like, "/"))
         try:
             restored = self._manager.restore(step, args=ocp.args.Composite(**{item: ocp.args.StandardRestore(targets)}))
