@@ -26,7 +26,7 @@ KINDS = {
     "model weights": "*/model/model.safetensors",
     "model tokenizer": "*/model/tokenizer*.json",
     "model configuration": "*/model/*config.json",
-    "model manifest": "*/model/manifest.json",
+    "model manifest": "*/model/thinkpo_jax_manifest.json",
     "chat template": "*/model/chat_template.jinja",
     "stage record": "*/stage.json",
     "metrics": "*/metrics.jsonl",
@@ -160,7 +160,7 @@ def test_an_export(
 @pytest.mark.parametrize(
     ("name", "how", "number"),
     combinations(
-        ["model.safetensors", "chat_template.jinja", "tokenizer.json", "config.json", "manifest.json"],
+        ["model.safetensors", "chat_template.jinja", "tokenizer.json", "config.json", "thinkpo_jax_manifest.json"],
         DAMAGES,
         range(2),
         short=lambda *case: case == ("model.safetensors", "flip", 0),

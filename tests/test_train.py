@@ -315,7 +315,7 @@ def test_the_error_names_a_damaged_checkpoint(
     (folder / "thinkpo" / "checkpoints" / "9").mkdir()
     arguments = ["--run", str(folder), "--stage", "thinkpo", "--out", str(tmp_path / "out")]
     assert run_command(export.main, [*arguments, "--step", "9"]) == 2
-    assert "checkpoints/9: damaged: model/manifest.json is missing" in capsys.readouterr().err
+    assert "checkpoints/9: damaged: model/thinkpo_jax_manifest.json is missing" in capsys.readouterr().err
     assert run_command(export.main, arguments) == 0
     warning, exported = capsys.readouterr().err.splitlines()
     assert warning.endswith("This checkpoint is not used.")

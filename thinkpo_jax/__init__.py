@@ -10,12 +10,12 @@ os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
 
 def _stop(*_: object) -> None:
     """Ends a command before its first line or after its last one, where there is nothing to save."""
-    sys.stderr.write("\nStopped.\n")
-    sys.stderr.flush()
+    os.write(2, b"\nStopped.\n")  # a handler may interrupt a write to sys.stderr
     os._exit(130)
 
 
-if sys.argv[:1] == ["-m"]:  # `python -m` has this value while it imports the package of the command
+# `python -m` has this value while it imports the package of the command.
+if sys.argv[:1] == ["-m"] and any(argument.startswith("thinkpo_jax.") for argument in sys.orig_argv):
     for _number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         if signal.getsignal(_number) != signal.SIG_IGN:  # as nohup sets it
             signal.signal(_number, _stop)

@@ -243,7 +243,7 @@ def test_saving_copies_known_files_only(tmp_path: Path) -> None:
         (template / name).write_text("{}")
     save_small_model(random_model(), tmp_path / "saved", template)
     saved = {str(file.relative_to(tmp_path / "saved")) for file in (tmp_path / "saved").rglob("*") if file.is_file()}
-    known = {"config.json", "generation_config.json", "model.safetensors", "README.md", "manifest.json"}
+    known = {"config.json", "generation_config.json", "model.safetensors", "README.md", "thinkpo_jax_manifest.json"}
     assert saved == copied | known | set(TOKENIZER)
     templates = ChatTokenizer.from_folder(tmp_path / "saved").tokenizer.chat_template
     assert templates.keys() == {"default", "tool_use"}

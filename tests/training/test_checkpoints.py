@@ -1,7 +1,9 @@
 """Checkpoints on disk: folders of every name, damaged files, full disks, and warnings of Orbax."""
 
+import errno
 import json
 import logging
+import math
 import os
 import random
 import re
@@ -19,6 +21,7 @@ import pytest
 from support.disks import on_small_disk
 from support.selection import cases
 
+from thinkpo_jax.runtime import manifest
 from thinkpo_jax.runtime.config import RunError, UserError
 from thinkpo_jax.training import checkpoints
 from thinkpo_jax.training.checkpoints import PLAIN_PATH, CheckpointStore
@@ -163,6 +166,37 @@ def test_a_damaged_checkpoint_is_reported_and_its_step_is_saved_again(
     with CheckpointStore(folder) as store:
         assert store.latest_step() == 3
         assert store.restore(state(0)).step == 3
+
+
+def test_an_unreadable_checkpoint_is_not_renamed(
+    three_checkpoints: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A file system that fails for a moment must not make training start again."""
+    folder = tmp_path / "checkpoints"
+    shutil.copytree(three_checkpoints, folder)
+
+    def fail(_: object) -> list[str]:
+        raise OSError(errno.EIO, "Input/output error", "model/d/0")
+
+    monkeypatch.setattr(manifest, "digest_files", fail)
+    with pytest.raises(OSError, match="model/d/0"):
+        CheckpointStore(folder)
+    assert sorted(path.name for path in folder.iterdir()) == ["1", "2", "3"]
+
+
+def test_memory_that_is_exhausted_is_no_full_disk() -> None:
+    assert checkpoints._is_disk_full(ValueError("RESOURCE_EXHAUSTED: [OS error 28: ENOSPC No space left on device]"))
+    assert checkpoints._is_disk_full(OSError(errno.ENOSPC, "No space left on device"))
+    assert not checkpoints._is_disk_full(jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory"))
+    assert not checkpoints._is_disk_full(ValueError("RESOURCE_EXHAUSTED: Out of memory"))
+
+
+def test_a_validation_without_a_figure_is_not_the_best(tmp_path: Path) -> None:
+    with CheckpointStore(tmp_path / "a", keep_best="loss") as store:
+        for step, loss in enumerate((math.nan, 2.0, 3.0), 1):
+            store.save(state(step), step)
+            store.add_validation({"step": step, "loss": loss})
+        assert store.best_step() == 2
 
 
 @pytest.mark.parametrize(("metric", "best", "value"), [("loss", 2, "-3"), ("rewards/margins", 3, "1")])

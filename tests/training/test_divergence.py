@@ -193,10 +193,12 @@ def test_at_the_end_of_a_stage_few_updates_are_enough() -> None:
         assert [each.last_good for each in found] == [19] * (number == NUM_LAST_UPDATES)
 
 
-def test_skipped_updates_in_a_row_are_a_divergence() -> None:
+@pytest.mark.parametrize("nonfinite", [("loss",), ("grad_norm",), ("loss", "grad_norm")])
+def test_skipped_updates_in_a_row_are_a_divergence(nonfinite: tuple[str, ...]) -> None:
     lines = _lines(loss=[0.03] * 30)
     for line in lines[12 : 12 + NUM_UPDATES]:
-        del line["loss"]
+        for name in nonfinite:
+            del line[name]
     (found,) = _watch(lines)
     assert (found.update, found.last_good) == (12 + NUM_UPDATES, 11)
 

@@ -11,8 +11,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from thinkpo_jax.runtime.devices import GIB
-from thinkpo_jax.runtime.manifest import find_damage
-from thinkpo_jax.training.checkpoints import ITEMS, CheckpointStore
+from thinkpo_jax.runtime.manifest import find_file_damage
+from thinkpo_jax.training.checkpoints import CheckpointStore
+from thinkpo_jax.training.damaged_checkpoints import ITEMS
 from thinkpo_jax.training.train_step import TrainState
 
 NUM_ARRAYS = 4  # in each item
@@ -33,7 +34,7 @@ def bench_save(gib: float, repeats: int) -> dict[str, Any]:
             copy = Path(name) / "copy"  # this process knows the digests of the files that it has written
             shutil.copytree(store.folder / str(step), copy)
             start = time.perf_counter()
-            damage = [line for item in ITEMS for line in find_damage(copy / item)]
+            damage = [line for item in ITEMS for line in find_file_damage(copy / item)]
             digests = time.perf_counter() - start
             assert not damage, damage
             shutil.rmtree(copy)

@@ -25,8 +25,8 @@ UNSUPPORTED_FIELDS = {
 }
 TEXT_PARTS, THOUGHT_PARTS = ("text", "input_text", "output_text"), ("thinking", "reasoning")
 TOOL_PARTS = ("tool_use", "tool_result", "tool_call", "function_call")
-# How a list of messages looks that Python printed. It is no JSON, and without commas it is no Python either.
 MAX_LITERAL_CHARACTERS = 2**20  # Python takes seconds and a gigabyte for a longer literal.
+# How a list of messages looks that Python printed. It is no JSON, and without commas it is no Python either.
 _PRINTED_MESSAGES = re.compile(r"\s*\[?\s*\{\s*'(role|from)': '(user|human|system|assistant|gpt)'")
 
 

@@ -21,7 +21,7 @@ from thinkpo_jax.runtime.config import ConfigPath, ConfigSection, UserError, col
 from thinkpo_jax.runtime.console import log_info, log_warning
 from thinkpo_jax.runtime.files import read_json_object
 from thinkpo_jax.runtime.integers import round_up
-from thinkpo_jax.runtime.manifest import MANIFEST_FILE, digest_files, digest_text, find_damage, read_manifest
+from thinkpo_jax.runtime.manifest import MANIFEST_FILE, digest_files, digest_text, find_file_damage, read_manifest
 
 BUILTIN_MODELS_FOLDER = Path(__file__).parent / "builtin"
 WEIGHT_FILES = ("*.safetensors", WEIGHTS_INDEX_FILE)
@@ -63,7 +63,7 @@ def resolve_model_folder(path: str, *, weights: bool = True) -> Path:
             f"model.path: {path}: there is no such folder. Give a Hugging Face folder or a Hub id (owner/name)."
         )
     try:
-        files = [*COPIED_FILES, "adapter_config.json", *(WEIGHT_FILES if weights else ())]
+        files = [*COPIED_FILES, "adapter_config.json", *((*WEIGHT_FILES, MANIFEST_FILE) if weights else ())]
         return Path(huggingface_hub.snapshot_download(path, allow_patterns=files))
     except (OSError, ValueError, RuntimeError, huggingface_hub.errors.HfHubHTTPError) as error:  # RuntimeError: no home
         raise UserError(
@@ -108,7 +108,7 @@ def find_model_damage(folder: Path) -> str:
         return "the folder is missing"
     known = read_manifest(folder) or {}
     names = [file.relative_to(folder).as_posix() for file in model_files(folder)] if known else []
-    return join_first([*find_damage(folder), *(f"{name} was added" for name in names if name not in known)])
+    return join_first([*find_file_damage(folder), *(f"{name} was added" for name in names if name not in known)])
 
 
 @dataclass(frozen=True)
@@ -147,7 +147,7 @@ def resolve_model_source(config: ModelConfig, *, seed: int, require_weights: boo
     if the files differ from the manifest of an export, or else one with all problems of the folder.
     """
     folder = resolve_model_folder(config.path, weights=require_weights)
-    if (folder / MANIFEST_FILE).is_file() and (damage := find_model_damage(folder)):
+    if require_weights and (folder / MANIFEST_FILE).is_file() and (damage := find_model_damage(folder)):
         raise UserError(
             f"{folder}: differs from its {MANIFEST_FILE}: {damage}. Export or download the model again. If you changed "
             f"it on purpose, remove {MANIFEST_FILE}."

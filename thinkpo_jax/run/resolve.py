@@ -25,7 +25,7 @@ from thinkpo_jax.runtime.config import UserError, parse_config
 from thinkpo_jax.runtime.console import log_warning
 from thinkpo_jax.runtime.context_parallel import check_row_divides_context
 from thinkpo_jax.runtime.mesh import make_mesh
-from thinkpo_jax.runtime.processes import any_process, broadcast_from_primary, is_distributed
+from thinkpo_jax.runtime.processes import any_process, broadcast_from_primary, is_distributed, is_primary_process
 from thinkpo_jax.runtime.sharding import tree_shardings
 from thinkpo_jax.training.stage_config import StageConfig
 
@@ -168,10 +168,11 @@ def is_stage_finished(run: ResolvedRun, stage: StageConfig) -> bool:
             f"{folder.path} holds stage {stage.name!r}, which was trained with other settings: {changes}. "
             "Choose another run_dir (--set run_dir=...), or remove that folder to train the stage again."
         )
-    return broadcast_from_primary(record is not None and record.summary is not None and not find_damage(run, stage))
+    is_finished = record is not None and record.summary is not None
+    return broadcast_from_primary(is_finished and is_primary_process() and not find_stage_damage(run, stage))
 
 
-def find_damage(run: ResolvedRun, stage: StageConfig) -> str:
+def find_stage_damage(run: ResolvedRun, stage: StageConfig) -> str:
     """Returns how the model of a finished stage differs from what the stage exported. Empty if it does not.
 
     Empty for a stage that is not finished.
@@ -190,7 +191,8 @@ def finished_stages(run: ResolvedRun) -> list[str]:
     """
     names = [stage.name for stage in run.config.stages if is_stage_finished(run, stage)]
     for stage in run.config.stages:
-        if damage := find_damage(run, stage):
+        damage = find_stage_damage(run, stage) if is_primary_process() else ""
+        if damage := broadcast_from_primary(damage.encode()).decode():
             raise UserError(
                 f"{run.folder.stage(stage.name).model}: damaged: {damage}. Run the training command of this run again. "
                 "It exports the model again from a good checkpoint."

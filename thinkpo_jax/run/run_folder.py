@@ -18,7 +18,7 @@ from thinkpo_jax.runtime.files import (
     write_atomically,
     write_json_record,
 )
-from thinkpo_jax.runtime.processes import barrier
+from thinkpo_jax.runtime.processes import any_process, barrier
 from thinkpo_jax.runtime.yaml_text import dump_yaml
 
 VERSIONS_HEADER = "# thinkpo_jax: "  # how each config.yaml of a run begins
@@ -93,8 +93,10 @@ class RunFolder:
         has other models, or it does not see the folder of process 0.
         """
         with lock_folder(self.path, "run_dir"):
-            if not is_same_on_all_processes(json.dumps(models)):
-                raise UserError("this process reads other models than process 0. Give all processes the same files.")
+            is_same = is_same_on_all_processes(json.dumps(models))
+            if any_process(not is_same):  # all processes stop before one of them writes
+                which = "another process" if is_same else "this process"
+                raise UserError(f"{which} reads other models than process 0. Give all processes the same files.")
             versions = "".join(f"# {name}: {version}\n" for name, version in software_versions().items())
             assert versions.startswith(VERSIONS_HEADER)
             write_atomically(self.config, (versions + dump_yaml(config.model_dump(mode="json"))).encode())

@@ -9,7 +9,7 @@ import yaml
 from thinkpo_jax.models.transformer import Transformer
 from thinkpo_jax.models.weight_mapping import abstract_model
 from thinkpo_jax.models.weight_saving import save_model
-from thinkpo_jax.run.resolve import ResolvedRun, find_damage, is_stage_finished
+from thinkpo_jax.run.resolve import ResolvedRun, find_stage_damage, is_stage_finished
 from thinkpo_jax.run.run_folder import StageRecord
 from thinkpo_jax.run.stage_data import check_data_unchanged
 from thinkpo_jax.runtime.config import UserError, did_you_mean
@@ -30,8 +30,9 @@ def begin_stage(run: ResolvedRun, inputs: StageInputs) -> None:
     """
     stage = inputs.config
     check_data_unchanged(run, inputs.config, inputs.dataset)
-    if (damage := find_damage(run, stage)) and is_primary_process():
+    if is_primary_process() and (damage := find_stage_damage(run, stage)):
         _set_model_aside(inputs.folder.model, damage)
+    barrier("a damaged model has another name")
     initial = run.config.initial_model_of(stage)
     log_info(f"{stage.name}: starts from {initial}")
     record = run.folder.read_stage_record(initial)  # None for the start model of the run
@@ -54,7 +55,7 @@ def save_stage_output(run: ResolvedRun, inputs: StageInputs, result: StageResult
     stage, notes = inputs.config, result.notes
     card = _model_card(run, stage, step=result.num_updates, notes=notes)
     _save_model(run, result.state.model, inputs.folder.model, dtype="float32", card=card)
-    identity = run.source_of(stage.name).identity()
+    identity = run.source_of(stage.name).identity() if is_primary_process() else None  # which writes the record
     summary = {"steps": result.num_updates, "seconds": result.seconds, "notes": notes, "model": identity}
     summary |= {"divergences": result.divergences}
     run.folder.write_stage_record(stage.name, StageRecord(run.settings_of(stage), inputs.dataset.digest(), summary))

@@ -16,7 +16,7 @@ from typing import Any, NoReturn
 
 import jax
 
-from thinkpo_jax.runtime.config import RunError, UserError
+from thinkpo_jax.runtime.config import RunError, UserError, first_line
 from thinkpo_jax.runtime.console import log_warning
 from thinkpo_jax.runtime.paths import expand_path, path_argument
 from thinkpo_jax.runtime.processes import (
@@ -69,7 +69,7 @@ def run_command(main: Callable[[Sequence[str]], None], arguments: Sequence[str] 
             raise
         message = (
             "a computation with the other processes failed: one of them has probably ended. Read its last lines, then "
-            f"start all processes again to resume. ({str(error).splitlines()[0]})"
+            f"start all processes again to resume. ({first_line(error)})"
         )
     except KeyboardInterrupt as interrupt:
         # A command that does not resume says so itself.

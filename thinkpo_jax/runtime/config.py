@@ -25,6 +25,11 @@ class SecretValueError(ValueError):
     """A validator raises it for a value that may be a password or a key. The message does not repeat the value."""
 
 
+def first_line(error: Exception) -> str:
+    """Returns the first line of an error's message, or its type if the message is empty."""
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
 class RunError(RuntimeError):
     """A failure of a run that is configured correctly, such as a loss that is not finite. Exit status 1."""
 

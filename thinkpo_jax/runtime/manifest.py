@@ -5,18 +5,22 @@ Digests are XXH3 with 128 bits, which is as fast as the memory. They find damage
 """
 
 import contextlib
+import errno
 import functools
 import json
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import xxhash
 
-MANIFEST_FILE = "manifest.json"
-_MANIFEST_FORMAT = 1
+from thinkpo_jax.runtime.limited_files import read_text
+
+MANIFEST_FILE = "thinkpo_jax_manifest.json"  # other programs have a manifest.json
+_MANIFEST_FORMAT, _MAX_MANIFEST_BYTES = 1, 2**24
+_ENTRY_KEYS = {"bytes", "digest"}
 _CHUNK_BYTES = 2**20
 _MAX_THREADS = 16  # more do not read faster
 
@@ -44,8 +48,11 @@ def _digest_file(path: Path) -> str:
 def _digest_content(path: Path, _: tuple[int, ...]) -> str:
     digest, chunk = xxhash.xxh3_128(), bytearray(_CHUNK_BYTES)
     with path.open("rb", buffering=0) as file:
-        while size := file.readinto(chunk):
-            digest.update(memoryview(chunk)[:size])
+        try:
+            while size := file.readinto(chunk):
+                digest.update(memoryview(chunk)[:size])
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, str(path)) from None  # with the name of the file
     return digest.hexdigest()
 
 
@@ -67,28 +74,48 @@ def write_manifest(folder: Path, paths: Iterable[Path]) -> None:
 
 
 def sync_to_disk(path: Path) -> None:
-    """Flushes a file, or the names in a folder, to the disk. Has no effect where the file system cannot do it."""
-    with contextlib.suppress(OSError):
+    """Flushes a file, or the names in a folder, to the disk. Has no effect where the file system cannot do it.
+
+    Raises `OSError` if the disk is full or fails.
+    """
+    try:
         descriptor = os.open(path, os.O_RDONLY)
         try:
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS, errno.EACCES, errno.EPERM, errno.EISDIR):
+            raise OSError(error.errno, error.strerror, str(path)) from None
 
 
 def read_manifest(folder: Path) -> dict[str, Any] | None:
-    """Returns the size and the digest of each file by its name, or None if the manifest is missing or damaged."""
-    with contextlib.suppress(OSError, ValueError, RecursionError, KeyError, TypeError):
-        manifest = json.loads((folder / MANIFEST_FILE).read_text(encoding="utf-8"))
-        if manifest["digest"] == digest_text(json.dumps(manifest["files"])):
-            return manifest["files"]
+    """Returns the size and the digest of each file by its name, or None if the manifest is missing or damaged.
+
+    A manifest may come from anywhere. One that names files outside of its folder counts as damaged.
+    """
+    path = folder / MANIFEST_FILE
+    if not path.is_file():
+        return None
+    with contextlib.suppress(ValueError, RecursionError, KeyError, TypeError):  # ValueError is also a `UserError`
+        manifest = json.loads(read_text(path, max_bytes=_MAX_MANIFEST_BYTES))
+        files = manifest["files"]
+        is_ours = manifest["format"] == _MANIFEST_FORMAT and manifest["digest"] == digest_text(json.dumps(files))
+        if is_ours and all(map(_is_inside, files)) and all(entry.keys() >= _ENTRY_KEYS for entry in files.values()):
+            return files
     return None
 
 
-def find_damage(folder: Path) -> list[str]:
+def _is_inside(name: str) -> bool:
+    path = PurePosixPath(name)
+    return not path.is_absolute() and ".." not in path.parts
+
+
+def find_file_damage(folder: Path) -> list[str]:
     """Returns how the files of a folder differ from its manifest, one text for each file. Empty if none differs.
 
     A missing or damaged manifest counts as a difference. Files that the manifest does not name are not looked at.
+    Raises `OSError` if a file is there and cannot be read.
     """
     if (entries := read_manifest(folder)) is None:
         state = "is damaged" if (folder / MANIFEST_FILE).is_file() else "is missing"
@@ -99,20 +126,13 @@ def find_damage(folder: Path) -> list[str]:
 def _find_differences(folder: Path, entries: dict[str, Any]) -> Iterator[str]:
     complete: list[str] = []
     for name, entry in entries.items():
-        try:
-            size = (folder / name).stat().st_size
-        except OSError:
+        if not (folder / name).is_file():
             yield f"{name} is missing"
+        elif (size := (folder / name).stat().st_size) == entry["bytes"]:
+            complete.append(name)
         else:
-            if size == entry["bytes"]:
-                complete.append(name)
-            else:
-                yield f"{name} has {size} bytes instead of {entry['bytes']}"
-    try:
-        digests = digest_files([folder / name for name in complete])
-    except OSError as error:
-        yield f"a file cannot be read: {error}"
-        return
+            yield f"{name} has {size} bytes instead of {entry['bytes']}"
+    digests = digest_files([folder / name for name in complete])
     for name, digest in zip(complete, digests, strict=True):
         if digest != entries[name]["digest"]:
             yield f"{name} has other content"

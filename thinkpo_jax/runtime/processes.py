@@ -25,12 +25,11 @@ from jax._src.clusters import ClusterEnv
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from thinkpo_jax.runtime.config import UserError
+from thinkpo_jax.runtime.config import UserError, first_line
 from thinkpo_jax.runtime.watchdog import HANG_TIMEOUT_MINUTES, Watchdog, format_error
 
 START_TIMEOUT_SECONDS = 100.0  # a process waits so long for the others
 HEARTBEAT_TIMEOUT_SECONDS = 60  # a process that is silent for so long counts as dead, and the others end
-DAY_MILLISECONDS = 24 * 60 * 60 * 1000
 ValueT = TypeVar("ValueT", np.ndarray, bool, int, bytes)
 
 _watchdog: Watchdog | None = None  # if this process is one of several
@@ -119,7 +118,7 @@ def _connect(options: Mapping[str, Any], timeout: float) -> None:
     error = errors[0] if errors else None
     if isinstance(error, UserError) or not isinstance(error, RuntimeError | ValueError | OSError | None):
         raise error
-    reason = str(error).splitlines()[0] if error else f"not all of them came within {timeout:g} seconds."
+    reason = first_line(error) if error else f"not all of them came within {timeout:g} seconds."
     raise UserError(
         f"the processes cannot connect: {reason} Read the last lines of the others. For example, the port of process 0 "
         "may be in use. Start all of them at the same time, each with its own --process-id and with one "
@@ -273,7 +272,12 @@ def share_from_primary(text: str) -> str:
     if state.process_id == 0:
         client.key_value_set(key, text)
         return text
-    return client.blocking_key_value_get(key, DAY_MILLISECONDS)  # the watchdog ends a longer wait
+    while True:  # until the watchdog ends this process. Ctrl-C works between two calls.
+        try:
+            return client.blocking_key_value_get(key, 1000)
+        except jax.errors.JaxRuntimeError as error:
+            if "DEADLINE_EXCEEDED" not in str(error):
+                raise
 
 
 def barrier(name: str) -> None:

@@ -32,12 +32,12 @@ def call_with_time_limit(function: Callable[[], ResultT], seconds: float) -> Res
     """
     _start_watching()
     thread_id = threading.get_ident()
-    _ticks_left[thread_id] = max(1, round(seconds / TICK_SECONDS))
     try:
+        _ticks_left[thread_id] = max(1, round(seconds / TICK_SECONDS))
         return function()
     finally:
         with _lock:  # After this, no more exception is raised in this thread.
-            is_over = _ticks_left.pop(thread_id) <= 0
+            is_over = _ticks_left.pop(thread_id, 1) <= 0
         if is_over:
             _raise_in_thread(thread_id, None)
             raise TimeLimitError
@@ -57,7 +57,7 @@ def _watch() -> None:
         with _lock:
             for thread_id in list(_ticks_left):
                 _ticks_left[thread_id] -= 1
-                if _ticks_left[thread_id] == 0:
+                if _ticks_left[thread_id] <= 0:  # again, because the function may have caught the first one
                     _raise_in_thread(thread_id, TimeLimitError)
 
 

@@ -26,20 +26,18 @@ import orbax.checkpoint as ocp
 import pydantic
 from etils import epath
 
-from thinkpo_jax.models.safetensors_files import join_first
 from thinkpo_jax.models.weight_mapping import flatten_by_name
-from thinkpo_jax.runtime.config import ConfigSection, RunError, UserError
+from thinkpo_jax.runtime.config import ConfigSection, RunError, UserError, first_line
 from thinkpo_jax.runtime.console import log_warning, read_shared_metrics
-from thinkpo_jax.runtime.files import free_name
-from thinkpo_jax.runtime.manifest import find_damage, write_manifest
+from thinkpo_jax.runtime.manifest import write_manifest
 from thinkpo_jax.runtime.processes import barrier, broadcast_from_primary, is_distributed, is_primary_process
+from thinkpo_jax.training.damaged_checkpoints import ITEMS, find_checkpoint_damage, set_damaged_aside
 from thinkpo_jax.training.train_step import TrainState
 
 TreeT = TypeVar("TreeT")
-ITEMS = ("model", "training")
+LOWER_IS_BETTER = ("loss", "nll/chosen")  # metrics of the validation. Of others, the highest value is the best.
 ITEM_FILES = ("_METADATA", "manifest.ocdbt")  # without one of them, Orbax cannot read an item
 # Orbax and TensorStore read any other path wrongly: as a pattern (`[`), as two folders (`\\`) or as a URL (/gs/).
-LOWER_IS_BETTER = ("loss", "nll/chosen")  # metrics of the validation. Of others, the highest value is the best.
 PLAIN_PATH = re.compile(r"(?!/(gs|s3|az|hf)/)[\w/ .,@+=~%#-]+")
 
 
@@ -93,7 +91,7 @@ class CheckpointStore:
             )
         else:
             if is_primary_process():
-                _set_damaged_aside(folder)
+                set_damaged_aside(folder)
             barrier("damaged checkpoints have other names")
             policies = [ocp.checkpoint_managers.LatestN(keep), _KeepStep(self.best_step)]
             self._options = ocp.CheckpointManagerOptions(
@@ -132,7 +130,7 @@ class CheckpointStore:
         """Returns the last step with a good checkpoint, or None. Logs a warning for each newer one that is damaged."""
         latest = None
         for step in reversed(self.steps() if is_primary_process() else []):
-            if not (damage := _find_checkpoint_damage(self.folder / str(step))):
+            if not (damage := find_checkpoint_damage(self.folder / str(step))):
                 latest = step
                 break
             log_warning(f"{self.folder / str(step)}: {damage}. This checkpoint is not used.")
@@ -149,13 +147,15 @@ class CheckpointStore:
         if self._best_metric not in line:
             names = ", ".join(sorted(line.keys() - {"step"}))
             raise UserError(f"checkpoint.keep_best: the validation has no {self._best_metric!r}. It has: {names}.")
-        self._validations[int(line["step"])] = line[self._best_metric]
+        if math.isfinite(value := line[self._best_metric]):
+            self._validations[int(line["step"])] = value
 
     def read_validations(self, path: Path, *, last: int) -> None:
         """Takes the metrics up to update `last` from the validation's file. Process 0 reads for all."""
         names = [self._best_metric] if self._best_metric is not None else []
         for line in read_shared_metrics(path, names, last=last):
-            self.add_validation(line)
+            if line.keys() >= set(names):
+                self.add_validation(line)
 
     def best_step(self) -> int | None:
         """Returns the step of the checkpoint with the best validation, or None if there is no such checkpoint."""
@@ -222,7 +222,7 @@ class CheckpointStore:
         self._unsettled_step = step
 
     def _settle(self) -> None:
-        """Waits for the save in the background. Raises `RunError` if it failed, now or at an earlier look."""
+        """Waits for the save in the background. Raises `RunError` if it failed."""
         step, self._unsettled_step = self._unsettled_step, None
         with self._naming_unwritten(step):
             self._manager.wait_until_finished()
@@ -239,8 +239,10 @@ class CheckpointStore:
         with contextlib.suppress(Exception):  # the error that is known already
             self._manager.close()
         self._manager = self._open_manager()  # reads the folder again, and removes partial checkpoints
-        for step in self.steps()[:-1]:
-            self._manager.delete(step)
+        newest = self.latest_step()
+        for step in self.steps():
+            if step != newest:
+                self._manager.delete(step)
 
     @contextlib.contextmanager
     def _naming_unwritten(self, step: int | None) -> Iterator[None]:
@@ -275,7 +277,7 @@ class CheckpointStore:
         """
         if step is None:
             step = self.latest_step()
-        elif step in self.steps() and (damage := _find_checkpoint_damage(self.folder / str(step))):
+        elif step in self.steps() and (damage := find_checkpoint_damage(self.folder / str(step))):
             raise UserError(f"{self.folder / str(step)}: {damage}. Choose another one. There are: {self.steps()}.")
         return self._restore("model", like, step)
 
@@ -297,8 +299,7 @@ class CheckpointStore:
 
     def _reason(self, error: Exception) -> str:
         """Returns the first line of an error, with the name of the folder as the user knows it."""
-        line = (str(error).splitlines() or [type(error).__name__])[0]
-        return line.replace(str(self._path), str(self.folder))
+        return first_line(error).replace(str(self._path), str(self.folder))
 
 
 class _KeepStep(ocp.checkpoint_managers.PreservationPolicy):
@@ -328,31 +329,12 @@ class _ItemHandler(ocp.StandardCheckpointHandler):
         write_manifest(folder, [path for path in folder.rglob("*") if path.is_file()])
 
 
-def _find_checkpoint_damage(folder: Path) -> str:
-    """Returns how the files of a checkpoint differ from its manifests. Empty if none differs."""
-    damage = [f"{item}/{line}" for item in ITEMS for line in find_damage(folder / item)]
-    return f"damaged: {join_first(damage)}" if damage else ""
-
-
-def _set_damaged_aside(folder: Path) -> None:
-    """Renames damaged checkpoints, from the newest to the newest good one. Orbax does not look at the new names."""
-    names = (
-        [path.name for path in folder.iterdir() if path.is_dir() and path.name.isdecimal()] if folder.is_dir() else []
-    )
-    for name in sorted(names, key=int, reverse=True):
-        if not (damage := _find_checkpoint_damage(folder / name)):
-            return
-        target = (folder / name).rename(free_name(folder / f"damaged-{name}"))
-        log_warning(
-            f"{folder / name}: {damage}. This checkpoint is not used, and is now called {target.name}. Training "
-            "resumes from an earlier checkpoint or from the start."
-        )
-
-
 def _is_disk_full(error: Exception) -> bool:
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         return True
-    return any(text in str(error) for text in ("RESOURCE_EXHAUSTED", "No space left", "quota exceeded", "too large"))
+    # TensorStore writes the error of the system into its own message. JAX has errors for devices without memory.
+    is_of_jax = isinstance(error, jax.errors.JaxRuntimeError)
+    return not is_of_jax and any(text in str(error) for text in ("No space left", "quota exceeded"))
 
 
 @contextlib.contextmanager

@@ -81,7 +81,7 @@ class DivergenceWatch:
 
     @property
     def last_good(self) -> int:
-        """The last update whose weights no failing check is about.
+        """The last update whose weights passed every check.
 
         The metrics of an update are of the weights before it. So the weights after update u are judged by update u + 1.
         """
@@ -131,7 +131,7 @@ class DivergenceWatch:
     def _find_problems(self, line: Mapping[str, float]) -> dict[str, str]:
         """Returns a sentence for each check whose limit this update is over."""
         problems: dict[str, str] = {}
-        if "loss" not in line:  # the update was skipped
+        if not _was_applied(line):
             return {"loss": "The loss or the gradient is not finite"}
         if line["grad_norm"] == 0 and line["loss"] > LOSS_SLACK:
             problems["no gradient"] = f"The gradient is zero, but the loss is {line['loss']:.4g}"
@@ -165,7 +165,11 @@ class DivergenceWatch:
         """Returns a sentence if the chosen answers of the pairs became much less likely than in the reference."""
         config = self._config
         # APO-down lowers the log-probs of both answers on purpose.
-        if not isinstance(config, ThinkpoStage) or config.loss == "apo_down" or line["logps/chosen"] >= 0:
+        if not isinstance(config, ThinkpoStage) or config.loss == "apo_down":
+            return {}
+        if not line.keys() >= {"logps/chosen", "nll/chosen", "rewards/chosen", "rewards/rejected"}:
+            return {}  # a damaged line
+        if line["logps/chosen"] >= 0:
             return {}
         chosen, rejected = line["rewards/chosen"] / config.beta, line["rewards/rejected"] / config.beta
         per_token = chosen * line["nll/chosen"] / -line["logps/chosen"]
@@ -179,7 +183,7 @@ class DivergenceWatch:
         }
 
     def _remember(self, line: Mapping[str, float], *, is_good: bool) -> None:
-        if "loss" not in line:
+        if not _was_applied(line):
             return
         loss = line["loss"]
         if len(self._start_losses) < NUM_START_UPDATES:
@@ -190,6 +194,11 @@ class DivergenceWatch:
         if is_good:
             self._losses.append(loss)
             self._grad_norms.append(line["grad_norm"])
+
+
+def _was_applied(line: Mapping[str, float]) -> bool:
+    """Whether an update was applied. The line of a skipped one has no values that are not finite."""
+    return line.keys() >= {"loss", "grad_norm"}
 
 
 def _is_low(margins: Sequence[float]) -> bool:

@@ -125,7 +125,7 @@ def train_stage(inputs: StageInputs) -> StageResult:
             raise KeyboardInterrupt
     lines = read_metrics(inputs.folder.metrics)
     _warn_if_saturated(config, lines[-1] if lines else {})
-    seconds = sum(line["seconds"] for line in lines)
+    seconds = sum(line.get("seconds", 0.0) for line in lines)
     data_notes = (*inputs.dataset.describe_sources(), f"{len(inputs.dataset)} examples", batches.describe())
     notes = (*data_notes, *guard.notes(), *checkpoints.notes())
     return StageResult(state, len(batches), seconds, notes, guard.notes())

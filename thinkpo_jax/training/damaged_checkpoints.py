@@ -1,0 +1,31 @@
+"""Finds damaged checkpoints by their manifests, and gives them other names."""
+
+from pathlib import Path
+
+from thinkpo_jax.models.safetensors_files import join_first
+from thinkpo_jax.runtime.console import log_warning
+from thinkpo_jax.runtime.files import free_name
+from thinkpo_jax.runtime.manifest import find_file_damage
+
+ITEMS = ("model", "training")  # of a checkpoint, each a folder with a manifest
+
+
+def find_checkpoint_damage(folder: Path) -> str:
+    """Returns how the files of a checkpoint differ from its manifests. Empty if none differs."""
+    damage = [f"{item}/{line}" for item in ITEMS for line in find_file_damage(folder / item)]
+    return f"damaged: {join_first(damage)}" if damage else ""
+
+
+def set_damaged_aside(folder: Path) -> None:
+    """Renames damaged checkpoints, from the newest to the newest good one. Orbax does not look at the new names."""
+    names = (
+        [path.name for path in folder.iterdir() if path.is_dir() and path.name.isdecimal()] if folder.is_dir() else []
+    )
+    for name in sorted(names, key=int, reverse=True):
+        if not (damage := find_checkpoint_damage(folder / name)):
+            return
+        target = (folder / name).rename(free_name(folder / f"damaged-{name}"))
+        log_warning(
+            f"{folder / name}: {damage}. This checkpoint is not used, and is now called {target.name}. Training "
+            "resumes from an earlier checkpoint or from the start."
+        )
