@@ -78,8 +78,7 @@ def test_a_save_that_orbax_leaves_incomplete_is_an_error(
     with pytest.raises(RunError, match=message), CheckpointStore(folder) as store:
         store.save(state(1), 1)
     assert "Skipping merge of OCDBT checkpoints" in caplog.text
-    shutil.rmtree(folder)
-    with CheckpointStore(folder) as store:
+    with CheckpointStore(tmp_path / "again" / "exp[1]") as store:
         store.save(state(1), 1)
         with pytest.raises(RunError, match=message):
             store.save(state(2), 2)

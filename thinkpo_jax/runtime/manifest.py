@@ -97,7 +97,8 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
     path = folder / MANIFEST_FILE
     if not path.is_file():
         return None
-    with contextlib.suppress(ValueError, RecursionError, KeyError, TypeError):  # ValueError is also a `UserError`
+    # Any JSON may be there. A file that is too large is a `UserError`, which is a ValueError.
+    with contextlib.suppress(ValueError, RecursionError, KeyError, TypeError, AttributeError):
         manifest = json.loads(read_text(path, max_bytes=_MAX_MANIFEST_BYTES))
         files = manifest["files"]
         is_ours = manifest["format"] == _MANIFEST_FORMAT and manifest["digest"] == digest_text(json.dumps(files))
