@@ -53,6 +53,7 @@ WHEELS = {
     "pydantic-core==2.50.5": "pydantic_core",
     "trl==1.16.0": "trl",
     "typing-inspection==0.4.5": "typing_inspection",
+    "xxhash==4.1.0": "xxhash",
 }
 PLATFORMS = ("manylinux_2_28_x86_64", "manylinux_2_27_x86_64", "manylinux_2_17_x86_64", "manylinux2014_x86_64")
 
