@@ -19,6 +19,7 @@ from thinkpo_jax.bench.pack import find_gguf
 from thinkpo_jax.bench.quality import FULL, make_answers, make_run_config, measure_quality, quality_table
 from thinkpo_jax.run.run_config import RunConfig
 from thinkpo_jax.runtime.config import UserError, parse_config
+from thinkpo_jax.runtime.files import write_json_record
 
 THREE_STEPS = "Ann has 2*3=<<2*3=6>>6 pens.\nBob has 6+994=<<6+994=1000>>1000.\nTogether 6+1000=1,006.\n#### 1,006"
 TWO_STEPS = "He has 1+1=<<1+1=2>>2.\nSo 2+2=<<2+2=4>>4.\n#### 4"
@@ -51,12 +52,12 @@ def _write_run(run: Path, *, num_correct: int) -> None:
         ]
         folder = run / "evaluation" / model
         folder.mkdir(parents=True)
-        (folder / "gsm8k.json").write_text(json.dumps({"settings": {}, "items": items}), encoding="utf-8")
+        write_json_record(folder / "gsm8k.json", {"settings": {}, "items": items})
         (folder / "gsm8k.answers.jsonl").write_text("{}\n", encoding="utf-8")
     score = {"accuracy": 0.25, "ci95": [0.125, 0.5], "mean_response_tokens": 5.04, "truncation_rate": 0.01}
     stage = {"name": "sft", "objective": "sft", "start": "base", "steps": 2, "seconds": 1.5, "notes": ["a path"]}
     report = {"models": {"sft": {"gsm8k": score}}, "comparisons": [{"from": "base"}], "stages": [stage]}
-    (run / "report.json").write_text(json.dumps(report), encoding="utf-8")
+    write_json_record(run / "report.json", report)
     (run / "sft").mkdir()
     (run / "sft" / "metrics.jsonl").write_text('{"step": 1, "loss": 3.0}\n{"step": 2, "loss": 2.5}\n', encoding="utf-8")
 

@@ -201,7 +201,7 @@ def test_a_model_that_does_not_fit_has_exit_status_1(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "fsdp", "attention"),
     [
-        pytest.param("v5e:4x4", 4, "splash", marks=needs_libtpu),
+        pytest.param("v5e:4x4", 4, "splash", marks=[needs_libtpu, exhaustive]),
         pytest.param("h100:8", 8, "cudnn", marks=[needs_cuda, exhaustive]),
         pytest.param("v6e:4x4", 4, "splash", marks=[needs_libtpu, exhaustive]),
         pytest.param("h100:8", 2, "blockwise", marks=[needs_cuda, exhaustive]),
