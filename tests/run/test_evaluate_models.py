@@ -16,6 +16,7 @@ from thinkpo_jax.models.model_folder import ModelSource, resolve_model_folder
 from thinkpo_jax.run.evaluated_models import find_model
 from thinkpo_jax.runtime.cli import run_command
 from thinkpo_jax.runtime.config import UserError
+from thinkpo_jax.runtime.manifest import write_manifest
 
 pytestmark = pytest.mark.usefixtures("fast_retries")
 LIMITS = ("--benchmark", "miniature", "--limit", "8", "--max-new-tokens", "24")
@@ -26,7 +27,8 @@ FLOAT32 = ("--set", "compute.dtype=float32")
 def run_folder(tmp_path: Path) -> Path:
     """A run folder whose stage `sft` is finished. Its model is the miniature, and `thinkpo` is not trained."""
     folder = tmp_path / "mine"
-    shutil.copytree(resolve_model_folder("builtin:miniature"), folder / "sft" / "model")
+    model = Path(shutil.copytree(resolve_model_folder("builtin:miniature"), folder / "sft" / "model"))
+    write_manifest(model, [path for path in model.iterdir() if path.is_file()])
     shutil.copy(QUICKSTART, folder / "config.yaml")
     return folder
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from thinkpo_jax.evaluation.evaluate_model import EvaluatedModel
 from thinkpo_jax.inference.openai_engine import ServerConfig
-from thinkpo_jax.models.model_folder import resolve_model_source
+from thinkpo_jax.models.model_folder import find_model_damage, resolve_model_source
 from thinkpo_jax.run.run_config import RunConfig, load_run_config
 from thinkpo_jax.run.run_folder import RunFolder
 from thinkpo_jax.runtime.config import UserError, did_you_mean, parse_config
@@ -36,7 +36,7 @@ def find_model(spec: str) -> dict[str, Any]:
     """Returns `path` and what else the section `model` must have for a model that `MODEL_HELP` describes.
 
     A model of a run keeps the chat template's arguments and the thinking tags of that run. A run folder alone means its
-    last finished stage. Raises `UserError` if the run has no such model.
+    last finished stage. Raises `UserError` if the run has no such model, or it is damaged.
     """
     if server := parse_server(spec):
         return {"path": server.model}
@@ -61,7 +61,13 @@ def find_model(spec: str) -> dict[str, Any]:
         )
     if not finished:
         raise UserError(f"{spec}: no stage of the run is finished. Train it first, or name {spec}:{config.base_name}.")
-    return {"path": str(run.stage(stage or finished[-1]).model), **keys}
+    model = run.stage(stage or finished[-1]).model
+    if damage := find_model_damage(model):
+        raise UserError(
+            f"{spec}: {model} is damaged: {damage}. Run the training command of this run again. It exports the model "
+            "again from a good checkpoint."
+        )
+    return {"path": str(model), **keys}
 
 
 def parse_server(spec: str, defaults: ServerConfig | None = None) -> ServerConfig | None:
