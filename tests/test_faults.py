@@ -75,6 +75,10 @@ def damage(run: Path, pattern: str, kind: str, number: int) -> Path:
     return file
 
 
+def weights_digest(model: Path) -> str:
+    return hashlib.sha256((model / "model.safetensors").read_bytes()).hexdigest()
+
+
 def is_short(*case: object) -> bool:
     return case[:2] in SHORT and case[2] == 0
 
@@ -119,11 +123,8 @@ def test_a_resumed_stage(
     file = damage(run, pattern, how, number)
     arguments = ["--config", str(run / "config.yaml"), "--set", f"run_dir={run}"]
 
-    def weights(folder: Path) -> str:
-        return hashlib.sha256((folder / "sft" / "model" / "model.safetensors").read_bytes()).hexdigest()
-
-    expected = weights(finished_run)
-    judged = judge(train.main, arguments, damaged=file, result=lambda: weights(run), expected=expected)
+    model, expected = run / "sft" / "model", weights_digest(finished_run / "sft" / "model")
+    judged = judge(train.main, arguments, damaged=file, result=lambda: weights_digest(model), expected=expected)
     check(record_property, *judged, {Outcome.SAME, Outcome.REFUSED})
 
 
@@ -149,11 +150,8 @@ def test_an_export(
     file = damage(run, pattern, how, number)
     arguments = ["--run", str(run), "--stage", "thinkpo", "--out", str(out), "--dtype", "float32"]
 
-    def weights(folder: Path) -> str:
-        return hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
-
-    expected = weights(finished_run / "thinkpo" / "model")
-    judged = judge(export.main, arguments, damaged=file, result=lambda: weights(out), expected=expected)
+    expected = weights_digest(finished_run / "thinkpo" / "model")
+    judged = judge(export.main, arguments, damaged=file, result=lambda: weights_digest(out), expected=expected)
     check(record_property, *judged, {Outcome.SAME, Outcome.REFUSED, Outcome.REPORTED})
 
 
