@@ -10,6 +10,7 @@ from thinkpo_jax.bench.generate import bench_generate
 from thinkpo_jax.bench.growth import bench_growth
 from thinkpo_jax.bench.load import bench_load
 from thinkpo_jax.bench.save import bench_save
+from thinkpo_jax.bench.soak import bench_soak
 from thinkpo_jax.bench.step import SHAPE, bench_step
 from thinkpo_jax.run.run_config import load_run_config
 from thinkpo_jax.runtime.cli import add_config_arguments, run_and_exit
@@ -47,6 +48,9 @@ def _parser() -> argparse.ArgumentParser:
     save = commands.add_parser("save", help="save a checkpoint, compared with computing the digests of its files")
     save.add_argument("--gib", type=float, default=1.0, help="size of the state in GiB (default: 1)")
     save.add_argument("--repeats", type=int, default=5, help="how often each side is timed (default: 5)")
+    soak = commands.add_parser("soak", help="memory and number of files of a long training")
+    add_config_arguments(soak)
+    soak.add_argument("--minutes", type=float, default=60.0, help="when to stop (default: 60)")
     step = commands.add_parser("step", help="a ThinkPO update on the CPU, compared with that of another trainer")
     step.add_argument("--against", choices=("trl",), default="trl", help="the other trainer (default: trl)")
     step.add_argument("--pairs", type=int, default=16, help="pairs per epoch, an even number (default: 16)")
@@ -74,7 +78,7 @@ def _parser() -> argparse.ArgumentParser:
     device.add_argument(
         "--data", type=path_argument, metavar="DIR", help="data and weights of the quality part (bench.pack)"
     )
-    for command in (load, save, step, generate, growth, device):
+    for command in (load, save, soak, step, generate, growth, device):
         command.add_argument("--json", type=path_argument, metavar="FILE", help="also write the result to this file")
     return parser
 
@@ -93,13 +97,16 @@ def _run(options: argparse.Namespace, parser: argparse.ArgumentParser) -> dict[s
         if not config.stages:
             parser.error("--config needs a stage")
         return bench_growth(config, options.kind, max_devices=options.most, out=options.out)
+    if options.command in ("device", "soak") and not MIN_MINUTES <= options.minutes <= MAX_MINUTES:
+        parser.error(f"--minutes must be a number from {MIN_MINUTES} to {MAX_MINUTES}")
     if options.command == "device":
-        if not MIN_MINUTES <= options.minutes <= MAX_MINUTES:
-            parser.error(f"--minutes must be a number from {MIN_MINUTES} to {MAX_MINUTES}")
         if options.data is not None and not options.data.is_dir():
             raise UserError(f"--data {options.data}: there is no such folder. docs/devices.md says how to make it.")
         return bench_device(options.out, options.minutes, options.only, options.data)
     versions = software_versions()
+    if options.command == "soak":
+        print("; ".join(f"{name} {version}" for name, version in versions.items()))
+        return bench_soak(options.config, options.assignments, options.minutes) | {"versions": versions}
     if options.command == "generate":
         print("; ".join(f"{name} {version}" for name, version in versions.items()))
         return bench_generate(options.questions, options.model) | {"versions": versions}
