@@ -3,6 +3,7 @@
 import os
 import signal
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -57,10 +58,35 @@ def own_caches(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.Mon
     monkeypatch.setenv("HF_DATASETS_CACHE", str(cache / "datasets"))
 
 
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Notes the outcome that a test of a fault demands. Tests of several outcomes record their own."""
+    demanded = [outcome for marker in item.iter_markers("faults") for outcome in marker.args]
+    item.user_properties += [("outcome of a fault", outcome.value) for outcome in demanded]
+
+
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    """Counts the outcomes of the faults."""
+    """Counts the outcomes of the faults. A test that failed may have had any outcome."""
     reports = [report for key in ("passed", "failed") for report in terminalreporter.stats.get(key, [])]
     outcomes = Counter(value for report in reports for name, value in report.user_properties if "fault" in name)
     if outcomes:
         counts = ", ".join(f"{outcomes[outcome.value]} {outcome.value}" for outcome in Outcome)
         terminalreporter.write_line(f"{outcomes.total()} faults: {counts}")
+
+
+@pytest.fixture(scope="session")
+def bucket_server() -> Iterator[None]:
+    """A Google Cloud Storage server with the bucket `support.buckets.BUCKET`."""
+    pytest.importorskip("gcp_storage_emulator")
+    from support.buckets import serve_bucket
+
+    with serve_bucket():
+        yield
+
+
+@pytest.fixture
+def bucket_url(
+    bucket_server: None, request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> str:
+    """The URL of a new folder in the bucket. The cache folder, which has the copy, is new too."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return f"gs://bucket/{request.node.name}/run"

@@ -16,7 +16,7 @@ from thinkpo_jax.runtime.cli import add_config_arguments, run_and_exit
 from thinkpo_jax.runtime.config import UserError
 from thinkpo_jax.runtime.config_file import read_config
 from thinkpo_jax.runtime.console import log_info
-from thinkpo_jax.runtime.paths import name_argument, path_argument
+from thinkpo_jax.runtime.paths import name_argument
 from thinkpo_jax.runtime.processes import add_distributed_arguments, initialize_distributed
 from thinkpo_jax.runtime.yaml_text import apply_overrides
 
@@ -48,8 +48,8 @@ def _parser() -> argparse.ArgumentParser:
     models.add_argument("--protocol", choices=("modern", "paper"), help="sampling parameters and system prompt")
     models.add_argument("--out", type=name_argument, metavar="DIR", help="the folder for answers and report")
     saved = parser.add_argument_group("saved answers")
-    saved.add_argument("--pool", nargs="+", type=path_argument, metavar="RUN", help="pool runs of several seeds")
-    saved.add_argument("--rescore", type=path_argument, metavar="DIR", help="grade again, without a model")
+    saved.add_argument("--pool", nargs="+", type=name_argument, metavar="RUN", help="pool runs of several seeds")
+    saved.add_argument("--rescore", type=name_argument, metavar="DIR", help="grade again, without a model")
     add_distributed_arguments(parser)
     return parser
 

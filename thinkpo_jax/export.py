@@ -13,7 +13,7 @@ from thinkpo_jax.run.stage_output import export_checkpoint
 from thinkpo_jax.runtime.cli import run_and_exit
 from thinkpo_jax.runtime.config import UserError
 from thinkpo_jax.runtime.mesh import MeshConfig
-from thinkpo_jax.runtime.paths import describe_missing, path_argument
+from thinkpo_jax.runtime.paths import describe_missing, name_argument, path_argument
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -23,7 +23,7 @@ def main(arguments: Sequence[str]) -> None:
         description="Write a checkpoint of a run as a Hugging Face folder (config, tokenizer, safetensors).",
         epilog="example: python -m thinkpo_jax.export --run runs/quickstart --stage thinkpo --out thinkpo-model",
     )
-    parser.add_argument("--run", type=path_argument, required=True, metavar="RUN_DIR", help="the folder of a run")
+    parser.add_argument("--run", type=name_argument, required=True, metavar="RUN_DIR", help="the folder of a run")
     parser.add_argument("--stage", metavar="NAME", help="the stage (default: the last one with a checkpoint)")
     parser.add_argument("--step", type=int, metavar="N", help="the update of the checkpoint (default: the latest)")
     parser.add_argument(
@@ -31,13 +31,15 @@ def main(arguments: Sequence[str]) -> None:
     )
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="default: bfloat16")
     parsed = parser.parse_args(arguments)
-    folder = RunFolder(parsed.run)
+    folder = RunFolder.open(parsed.run)
     if not folder.config.is_file():
-        raise UserError(f"--run {folder.config}: {describe_missing(folder.config)}. Give the folder of a run.")
+        raise UserError(
+            f"--run {folder.shown(folder.config)}: {describe_missing(folder.config)}. Give the folder of a run."
+        )
     config = load_run_config(folder.config)
     # This machine may have other devices than the training, and the run folder may have been moved.
     compute = config.compute.model_copy(update={"attention": "blockwise"})
-    config = config.model_copy(update={"mesh": MeshConfig(), "compute": compute, "run_dir": str(parsed.run)})
+    config = config.model_copy(update={"mesh": MeshConfig(), "compute": compute, "run_dir": parsed.run})
     export_checkpoint(resolve_run(config), parsed.stage, step=parsed.step, out=parsed.out, dtype=parsed.dtype)
 
 

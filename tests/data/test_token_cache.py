@@ -12,7 +12,7 @@ from thinkpo_jax.data.chat_tokenizer import ChatTokenizer, RenderedPrompt
 from thinkpo_jax.data.examples import TokenizedDataset
 from thinkpo_jax.data.record_formats import SftDataConfig
 from thinkpo_jax.data.tokenization import tokenize_sources
-from thinkpo_jax.runtime.files import token_cache_folder
+from thinkpo_jax.runtime.files import cache_folder
 
 
 @pytest.fixture
@@ -96,7 +96,7 @@ def test_a_damaged_entry_is_detected_and_built_again(
 ):
     path = write_rows(tmp_path / "rows.jsonl", ROW, ROW | {"response": "7"})
     segments = segments_of(tokenize(SftDataConfig(path=str(path)), chat, row_length=500))
-    (file,) = token_cache_folder().glob(f"*/{name}")
+    (file,) = cache_folder("tokens").glob(f"*/{name}")
     content = bytearray(file.read_bytes())
     content[-3 if name != "report.json" else content.index(b"digest") + 12] ^= 1
     file.unlink()
@@ -127,13 +127,13 @@ def test_two_processes_may_build_the_same_entry_at_the_same_time(
 
     monkeypatch.setattr(ChatTokenizer, "encode_answer", encode_after_another_process)
     assert is_same(tokenize(SftDataConfig(path=str(path)), chat, row_length=500), datasets[0])
-    assert len([entry for entry in token_cache_folder().iterdir() if not entry.name.startswith(".")]) == 1
+    assert len([entry for entry in cache_folder("tokens").iterdir() if not entry.name.startswith(".")]) == 1
 
 
 def test_tokenization_that_stops_leaves_no_entry(tmp_path: Path, chat: ChatTokenizer):
     path = write_rows(tmp_path / "rows.jsonl", ROW, b"{\n")
     assert "line 2" in error_message(SftDataConfig(path=str(path)), chat)
-    assert list(token_cache_folder().iterdir()) == []
+    assert list(cache_folder("tokens").iterdir()) == []
 
 
 def test_a_cache_that_cannot_be_written_is_an_error_with_a_remedy(

@@ -5,12 +5,14 @@ import os
 from pathlib import Path
 
 import pytest
+from support.faults import Outcome
 
 from thinkpo_jax.runtime.config import UserError
 from thinkpo_jax.runtime.files import read_json_object
 from thinkpo_jax.runtime.limited_files import check_file, read_text
 
 
+@pytest.mark.faults(Outcome.REFUSED)
 def test_a_pipe_a_device_and_a_folder_are_no_regular_files(tmp_path: Path) -> None:
     (tmp_path / "zero").symlink_to("/dev/zero")
     (tmp_path / "folder").mkdir()
@@ -35,6 +37,7 @@ def test_a_file_may_be_as_large_as_its_limit_and_no_larger(tmp_path: Path) -> No
             read(path, max_bytes=1008)
 
 
+@pytest.mark.faults(Outcome.REFUSED)
 def test_a_device_without_an_end_is_read_up_to_the_limit() -> None:
     with pytest.raises(UserError, match="/dev/zero: expected at most 100 bytes, found 101"):
         read_text(Path("/dev/zero"), max_bytes=100)

@@ -8,7 +8,7 @@ import pytest
 
 from thinkpo_jax.runtime.cli import run_command
 from thinkpo_jax.runtime.config import ConfigPath, ConfigSection, UserError
-from thinkpo_jax.runtime.files import token_cache_folder
+from thinkpo_jax.runtime.files import cache_folder
 from thinkpo_jax.runtime.paths import describe_missing, expand_path, path_argument
 
 
@@ -76,10 +76,10 @@ def test_a_missing_relative_path_says_which_folder_was_searched(
 
 def test_the_cache_folder_is_expanded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", "$SCRATCH/c[1]")
-    assert token_cache_folder() == Path("/scratch/me/c[1]/thinkpo_jax/tokens")
+    assert cache_folder("tokens") == Path("/scratch/me/c[1]/thinkpo_jax/tokens")
     monkeypatch.setenv("XDG_CACHE_HOME", "$UNSET/c")
     with pytest.raises(UserError, match="XDG_CACHE_HOME: the environment variable UNSET is not set"):
-        token_cache_folder()
+        cache_folder("tokens")
 
 
 def test_a_user_without_a_home_folder_gets_a_cache_and_is_told_where(
@@ -91,6 +91,6 @@ def test_a_user_without_a_home_folder_gets_a_cache_and_is_told_where(
     monkeypatch.delenv("HOME")
     monkeypatch.setattr(os.path, "expanduser", lambda path: path)  # as for a user id without an entry in /etc/passwd
     folders: list[Path] = []
-    assert run_command(lambda _: folders.append(token_cache_folder()), []) == 0
+    assert run_command(lambda _: folders.append(cache_folder("tokens")), []) == 0
     assert folders[0].is_absolute()
     assert f"no home folder. Caches are in {folders[0].parents[1]}." in capsys.readouterr().err

@@ -11,11 +11,13 @@ import numpy as np
 import pytest
 import safetensors.numpy
 from support import small
+from support.faults import Outcome
 from support.processes import STEPS, running, started, wait_for, write_config
 from support.selection import exhaustive
 
 from thinkpo_jax import train
 from thinkpo_jax.data.batches import Batch
+from thinkpo_jax.run.run_folder import RunFolder
 from thinkpo_jax.runtime.cli import run_command
 from thinkpo_jax.runtime.config import UserError
 from thinkpo_jax.runtime.console import read_metrics
@@ -77,8 +79,19 @@ def test_two_processes_make_the_same_run_as_one(single_run: Path, tmp_path: Path
 
 
 @pytest.mark.slow
+def test_two_processes_make_the_same_run_in_a_bucket(single_run: Path, tmp_path: Path, bucket_url: str) -> None:
+    config = Path(write_config(tmp_path, "two", evaluated=False))
+    config.write_text(config.read_text().replace(f"run_dir: {tmp_path}/two", f"run_dir: {bucket_url}"))
+    with running(str(config), str(config)) as processes:  # each has a copy of its own
+        outputs = [process.communicate(timeout=400)[0] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], outputs
+    _assert_same_run(single_run, RunFolder.open(bucket_url).path)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("heartbeat_timeout", [20, pytest.param(None, marks=exhaustive)])
 @pytest.mark.parametrize("victim", [0, pytest.param(1, marks=exhaustive)])
+@pytest.mark.faults(Outcome.SAME)
 def test_a_dead_process_ends_the_other_and_a_single_process_resumes(
     single_run: Path, tmp_path: Path, victim: int, heartbeat_timeout: int | None
 ) -> None:
@@ -95,6 +108,7 @@ def test_a_dead_process_ends_the_other_and_a_single_process_resumes(
 
 
 @pytest.mark.slow
+@pytest.mark.faults(Outcome.SAME)
 def test_interrupting_one_process_stops_all(tmp_path: Path) -> None:
     config = write_config(tmp_path, "stopped", steps=200)
     run = tmp_path / "stopped"
@@ -224,6 +238,7 @@ def test_a_bad_process_count_names_its_variable(name: str) -> None:
         detect_cluster({name: "many"})
 
 
+@pytest.mark.faults(Outcome.REFUSED)
 def test_a_port_in_use_is_an_error_before_jax_crashes_on_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with socket.socket() as taken:
         taken.bind(("", 0))

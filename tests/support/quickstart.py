@@ -21,11 +21,11 @@ SMALL = [
 ]
 
 
-def quickstart_arguments(folder: Path, *assignments: str) -> list[str]:
+def quickstart_arguments(folder: Path | str, *assignments: str) -> list[str]:
     """Returns the command line arguments of a small quickstart run in `folder`."""
     return ["--config", QUICKSTART, "--set", *SMALL, f"run_dir={folder}", *assignments]
 
 
-def train_quickstart(folder: Path, *assignments: str) -> int:
+def train_quickstart(folder: Path | str, *assignments: str) -> int:
     """Trains a small quickstart run in `folder`, and returns the exit status."""
     return run_command(train.main, quickstart_arguments(folder, *assignments))

@@ -19,6 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from support.disks import on_small_disk
+from support.faults import Outcome
 from support.selection import cases
 
 from thinkpo_jax.runtime import manifest
@@ -119,6 +120,7 @@ def decides_the_state(path: Path) -> bool:
 
 
 @pytest.mark.parametrize("damage", ["flip", "cut", "empty", "remove"])
+@pytest.mark.faults(Outcome.REFUSED)
 def test_a_damaged_checkpoint_is_never_restored(damage: str, three_checkpoints: Path, tmp_path: Path) -> None:
     damages: dict[str, Callable[[Path], object]] = {
         "flip": lambda path: flip_bit(path, random.Random(0).randrange(2**20)),
@@ -174,10 +176,10 @@ def test_an_unreadable_checkpoint_is_not_renamed(
     folder = tmp_path / "checkpoints"
     shutil.copytree(three_checkpoints, folder)
 
-    def fail(_: object) -> list[str]:
+    def fail(_: object) -> str:
         raise OSError(errno.EIO, "Input/output error", "model/d/0")
 
-    monkeypatch.setattr(manifest, "digest_files", fail)
+    monkeypatch.setattr(manifest, "_digest_file", fail)
     with pytest.raises(OSError, match="model/d/0"):
         CheckpointStore(folder)
     assert sorted(path.name for path in folder.iterdir()) == ["1", "2", "3"]
@@ -227,6 +229,7 @@ def test_it_is_time_for_a_checkpoint_once_after_the_minutes(tmp_path: Path) -> N
         assert now.is_time()
 
 
+@pytest.mark.faults(Outcome.REPORTED)
 def test_a_full_disk_keeps_the_newest_checkpoint_and_is_tried_once_more() -> None:
     """A script saves on a file system of 30 MB. Its states have 9 MB, and one has 40 MB."""
     script = Path(__file__).parents[1] / "support" / "full_disk.py"

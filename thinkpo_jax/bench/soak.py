@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from thinkpo_jax.run.run_config import load_run_config
-from thinkpo_jax.runtime.cli import EXIT_STATUS_INTERRUPTED, describe_exit_status, handling, last_error
+from thinkpo_jax.runtime.cli import EXIT_STATUS_INTERRUPTED, describe_exit_status, handling, last_error, printed_errors
 from thinkpo_jax.runtime.config import RunError, UserError
 
 SAMPLE_SECONDS = 1.0
@@ -51,8 +51,9 @@ def bench_soak(config: Path, assignments: Sequence[str], minutes: float) -> dict
             process.terminate()
             status = process.wait()
     if has_ended or status != EXIT_STATUS_INTERRUPTED:
-        output_text = log.read_text(encoding="utf-8", errors="replace")
-        raise RunError(f"{log}: the training ended with {describe_exit_status(status)}: {last_error(output_text)}")
+        text = log.read_text(encoding="utf-8", errors="replace")
+        reason = printed_errors(text) or last_error(text)
+        raise RunError(f"{log}: the training ended with {describe_exit_status(status)}: {reason}")
     result = summarize(samples, 60 * minutes)
     print(_table(result))
     return result

@@ -33,7 +33,7 @@ from thinkpo_jax.data.record_formats import (
 )
 from thinkpo_jax.runtime.config import UserError
 from thinkpo_jax.runtime.console import ProgressReporter, log_warning
-from thinkpo_jax.runtime.files import token_cache_folder
+from thinkpo_jax.runtime.files import cache_folder
 
 # The files of a cache entry.
 TOKENS_FILE, SEGMENTS_FILE, EARLIER_FILE, REPORT_FILE = "tokens.int32", "segments.npy", "earlier.npy", "report.json"
@@ -54,7 +54,7 @@ def tokenize_sources(
 ) -> TokenizedDataset:
     """Tokenizes several sources. The dataset is empty if no record can be used.
 
-    Sources with a `path` are cached in `token_cache_folder()`. The key covers all content that affects the result.
+    Sources with a `path` are cached in `cache_folder("tokens")`. The key covers all content that affects the result.
     Raises `UserError` if a source cannot be read, or the config says to stop at a record that cannot be used.
     `keep_going` only counts such records.
     """
@@ -248,7 +248,7 @@ class _SourceTokenizer:
 
 def _load_or_tokenize(tokenizer: _SourceTokenizer) -> TokenizedSource:
     """Loads or creates the cache entry of a source. Raises `UserError` if the cache cannot be read or written."""
-    entry = token_cache_folder() / tokenizer.cache_key()
+    entry = cache_folder("tokens") / tokenizer.cache_key()
     try:
         if (cached := _load(entry)) is not None:
             return cached

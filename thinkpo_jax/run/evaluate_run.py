@@ -26,7 +26,7 @@ from thinkpo_jax.run.run_config import PATH_KEYS, RunConfig, load_run_config
 from thinkpo_jax.run.run_folder import RunFolder
 from thinkpo_jax.runtime.config import UserError
 from thinkpo_jax.runtime.console import log_info
-from thinkpo_jax.runtime.files import lock_folder, read_json_record, software_versions
+from thinkpo_jax.runtime.files import read_json_record, software_versions
 from thinkpo_jax.runtime.paths import describe_missing
 from thinkpo_jax.runtime.processes import is_primary_process
 
@@ -97,20 +97,22 @@ def _make_engine(run: ResolvedRun, model: EvaluatedModel, evaluation: Evaluation
     return ServerEngine(server, model.source.tokenizer.thinking, model.source.tokenizer)
 
 
-def rescore_run(path: Path) -> None:
+def rescore_run(path: str) -> None:
     """Grades the saved answers of a run again, without its models, and writes the report.
 
     Raises `UserError` if there are no saved answers, or they do not answer the questions of the configuration.
     """
-    folder = RunFolder(path)
+    folder = RunFolder.open(path)
     if not folder.config.is_file():
-        raise UserError(f"--rescore {folder.config}: {describe_missing(folder.config)}. Give the folder of a run.")
+        raise UserError(
+            f"--rescore {folder.shown(folder.config)}: {describe_missing(folder.config)}. Give the folder of a run."
+        )
     config, report = load_run_config(folder.config), read_json_record(folder.report, "settings", "prompts", "models")
     if config.evaluation is None or report is None:
         raise UserError(f"--rescore {path}: there is no report of an evaluation. Finish the evaluation first.")
     questions = _load_questions(config, config.evaluation)
     results: dict[str, dict[str, list[QuestionResult]]] = {}
-    with lock_folder(path, "--rescore"):
+    with folder.writing("--rescore"):
         for name, benchmarks in report["models"].items():
             for benchmark in benchmarks:
                 file, question_list = folder.answers(name) / f"{benchmark}.json", questions.get(benchmark)
@@ -147,7 +149,7 @@ def _write_report(
         analysis = analyze(contents)
         write_report(folder.path, contents, analysis)
         print(terminal_summary(config.title, analysis))
-    log_info(f"report: {folder.path / 'report.md'}, plots: {folder.path / 'plots'}")
+    log_info(f"report: {folder.shown(folder.path / 'report.md')}, plots: {folder.shown(folder.path / 'plots')}")
 
 
 def _stage_summaries(config: RunConfig, folder: RunFolder) -> list[StageSummary]:
@@ -180,14 +182,14 @@ def _settings(run: ResolvedRun) -> dict[str, str]:
     return settings | layout | software_versions()
 
 
-def pool_runs(folders: Sequence[Path]) -> str:
+def pool_runs(folders: Sequence[str]) -> str:
     """Returns the comparisons of several runs that differ in the seed, with their questions pooled, one per line.
 
     Raises `UserError` if the runs are not finished, differ in more than the seed, or have a seed in common.
     """
     if len(folders) < 2:
         raise UserError("--pool needs at least two runs, which differ in the seed.")
-    runs = [RunFolder(folder) for folder in folders]
+    runs = [RunFolder.open(folder) for folder in folders]
     _check_runs_can_be_pooled(runs)
     lines: list[str] = []
     report = read_json_record(runs[0].report, "comparisons")
@@ -214,7 +216,9 @@ def pool_runs(folders: Sequence[Path]) -> str:
 def _check_runs_can_be_pooled(runs: Sequence[RunFolder]) -> None:
     for run in runs:
         if not run.config.is_file():
-            raise UserError(f"--pool {run.config}: {describe_missing(run.config)}. Give the folders of finished runs.")
+            raise UserError(
+                f"--pool {run.shown(run.config)}: {describe_missing(run.config)}. Give the folders of finished runs."
+            )
     configs = [load_run_config(run.config) for run in runs]
     path_by_seed: dict[int, Path] = {}
     for run, config in zip(runs, configs, strict=True):

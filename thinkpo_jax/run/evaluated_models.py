@@ -11,6 +11,7 @@ from thinkpo_jax.inference.openai_engine import ServerConfig
 from thinkpo_jax.models.model_folder import find_model_damage, resolve_model_source
 from thinkpo_jax.run.run_config import RunConfig, load_run_config
 from thinkpo_jax.run.run_folder import RunFolder
+from thinkpo_jax.runtime.bucket_files import SCHEME
 from thinkpo_jax.runtime.config import UserError, did_you_mean, parse_config
 
 SERVER_PREFIX = "server:"
@@ -40,15 +41,15 @@ def find_model(spec: str) -> dict[str, Any]:
     """
     if server := parse_server(spec):
         return {"path": server.model}
-    has_stage = ":" in spec and not Path(spec).is_dir()
+    has_stage = ":" in spec.removeprefix(SCHEME) and not Path(spec).is_dir()
     folder, _, stage = spec.rpartition(":") if has_stage else (spec, "", "")
-    run = RunFolder(Path(folder))
+    run = RunFolder.open(folder)
     if (run.path / "config.json").exists() or not run.config.is_file():
         if has_stage and not spec.startswith("builtin:"):
             raise UserError(
                 f"{spec}: {folder} is not a run folder, because it has no config.yaml. Expected {MODEL_HELP}."
             )
-        return {"path": spec}
+        return {"path": spec if run.bucket is None else str(run.path)}
     config = load_run_config(run.config)
     keys = {"template_arguments": config.model.template_arguments, "thinking_tags": config.model.thinking_tags}
     finished = [each.name for each in config.stages if run.stage(each.name).model.is_dir()]
@@ -106,7 +107,7 @@ def config_of_models(
     """
     names = _unique_names(specs)
     run_dir = out or f"{DEFAULT_OUT}/{names[0]}"
-    path = RunFolder(Path(run_dir)).config
+    path = RunFolder.open(run_dir).config
     old_config = load_run_config(path) if path.exists() else None
     if old_config is not None and old_config.stages:
         raise UserError(f"--out {run_dir} is the folder of a run with stages. Choose another folder.")

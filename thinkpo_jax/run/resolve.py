@@ -4,7 +4,6 @@ import contextlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 from jax.sharding import Mesh
@@ -94,7 +93,7 @@ def resolve_run(config: RunConfig) -> ResolvedRun:
     """
     check_same_run(config)
     check_evaluation_engine(config)
-    folder = RunFolder(Path(config.run_dir))
+    folder = RunFolder.open(config.run_dir)
     folder.check_owned([*RESERVED_NAMES, *(stage.name for stage in config.stages)])
     mesh = make_mesh(config.mesh)
     is_served = config.evaluation is not None and config.evaluation.engine == "server"

@@ -9,6 +9,8 @@ from typing import Any
 
 from thinkpo_jax.run.agreement import is_same_on_all_processes
 from thinkpo_jax.run.run_config import RunConfig
+from thinkpo_jax.runtime.bucket import BucketFolder
+from thinkpo_jax.runtime.bucket_files import SCHEME
 from thinkpo_jax.runtime.config import UserError
 from thinkpo_jax.runtime.files import (
     StageFolder,
@@ -37,14 +39,38 @@ class StageRecord:
 class RunFolder:
     """Paths and records of a run folder."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, bucket: BucketFolder | None = None) -> None:
         self.path = path
+        self.bucket = bucket  # of which `path` is the copy
         self.config = path / "config.yaml"  # the resolved configuration
         self.report = path / "report.json"
 
+    @classmethod
+    def open(cls, path: str | Path) -> "RunFolder":
+        """Returns the folder of a run, which may be in a bucket (gs://BUCKET/FOLDER). Then its files are copied here.
+
+        Raises `UserError` if the bucket cannot be read.
+        """
+        if not str(path).startswith(SCHEME):
+            return cls(Path(path))
+        bucket = BucketFolder(str(path))
+        bucket.open()
+        return cls(bucket.local, bucket)
+
+    def shown(self, path: Path) -> str:
+        """Returns a path in the folder as the user knows it, which is in the bucket if the run is there."""
+        return str(path) if self.bucket is None else f"{self.bucket.url}/{path.relative_to(self.path).as_posix()}"
+
     def stage(self, name: str) -> StageFolder:
         """Returns the folder of a stage."""
-        return StageFolder(self.path / name)
+        if self.bucket is None:
+            return StageFolder(self.path / name)
+        return StageFolder(self.path / name, checkpoints=self.bucket.checkpoints(name), upload=self.bucket.upload)
+
+    def share(self) -> None:
+        """Gives all processes the files that process 0 has written. All must call it. A folder on a disk is shared."""
+        if self.bucket is not None:
+            self.bucket.share()
 
     def answers(self, model: str) -> Path:
         """Returns the folder of a model's answers, one JSON file for each benchmark."""
@@ -85,6 +111,13 @@ class RunFolder:
         write_json_record(self.stage(name).record, {"format": STAGE_FORMAT, **asdict(record)})
 
     @contextlib.contextmanager
+    def writing(self, key: str) -> Iterator[None]:
+        """Locks the folder, see `lock_folder`. What is written to the copy of a bucket goes there."""
+        uploading = contextlib.nullcontext() if self.bucket is None else self.bucket.uploading()
+        with lock_folder(self.path, key), uploading:
+            yield
+
+    @contextlib.contextmanager
     def locked(self, config: RunConfig, *, models: Sequence[str | None]) -> Iterator[None]:
         """Locks the folder for this run, checks that all processes have the same models, and writes config.yaml.
 
@@ -92,7 +125,7 @@ class RunFolder:
         writes before all processes have read what is there. Raises `UserError` if another run holds the lock, a process
         has other models, or it does not see the folder of process 0.
         """
-        with lock_folder(self.path, "run_dir"):
+        with self.writing("run_dir"):
             is_same = is_same_on_all_processes(json.dumps(models))
             if any_process(not is_same):  # all processes stop before one of them writes
                 which = "another process" if is_same else "this process"
@@ -101,6 +134,7 @@ class RunFolder:
             assert versions.startswith(VERSIONS_HEADER)
             write_atomically(self.config, (versions + dump_yaml(config.model_dump(mode="json"))).encode())
             barrier("the configuration is written")
+            self.share()
             if not self.config.exists():
                 raise UserError(
                     f"run_dir: {self.path} is not the folder of process 0. Name a folder that all hosts share."

@@ -15,6 +15,7 @@ from thinkpo_jax.run.stage_data import check_data_unchanged
 from thinkpo_jax.runtime.config import UserError, did_you_mean
 from thinkpo_jax.runtime.console import log_info, log_warning, read_metrics
 from thinkpo_jax.runtime.files import free_name, read_json_record, software_versions
+from thinkpo_jax.runtime.paths import AnyPath
 from thinkpo_jax.runtime.processes import barrier, is_primary_process
 from thinkpo_jax.runtime.sharding import abstract_with_shardings
 from thinkpo_jax.training.checkpoints import CheckpointStore
@@ -60,6 +61,7 @@ def save_stage_output(run: ResolvedRun, inputs: StageInputs, result: StageResult
     summary |= {"divergences": result.divergences}
     run.folder.write_stage_record(stage.name, StageRecord(run.settings_of(stage), inputs.dataset.digest(), summary))
     barrier("the stage is finished")
+    run.folder.share()
 
 
 def export_checkpoint(
@@ -99,7 +101,7 @@ def export_checkpoint(
     log_info(f"{out}: stage {name}, update {step}, {dtype}")
 
 
-def _has_checkpoint(folder: Path) -> bool:
+def _has_checkpoint(folder: AnyPath) -> bool:
     if not folder.is_dir():
         return False
     with CheckpointStore(folder, read_only=True) as checkpoints:

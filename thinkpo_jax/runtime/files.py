@@ -8,7 +8,7 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from thinkpo_jax.runtime.config import UserError
 from thinkpo_jax.runtime.console import log_info, log_warning
 from thinkpo_jax.runtime.limited_files import check_file, read_text
 from thinkpo_jax.runtime.manifest import digest_text, sync_to_disk
-from thinkpo_jax.runtime.paths import describe_missing, expand_path
+from thinkpo_jax.runtime.paths import AnyPath, describe_missing, expand_path
 from thinkpo_jax.runtime.processes import is_primary_process, note_progress
 
 LOCK_SECONDS = 10.0  # between two signs of life while this process waits for a lock
@@ -29,12 +29,17 @@ MAX_RECORD_BYTES = 2**32  # of a file that we wrote
 MAX_JSON_BYTES = 2**24  # The largest index of safetensors known to us has 9 MB.
 
 
+class FolderInUseError(UserError):
+    """Another process holds the lock of a folder."""
+
+
 @contextlib.contextmanager
 def lock_folder(folder: Path, key: str, *, wait_message: str = "") -> Iterator[None]:
     """Makes a folder, which the configuration names under `key`, and locks it inside the `with` block.
 
     With a `wait_message`, logs it and waits until the folder is free. The primary process locks for all processes.
-    Raises `UserError` if the folder cannot be made, or if another process holds the lock and there is no message.
+    Raises `UserError` if the folder cannot be made, and `FolderInUseError` if another process holds the lock and there
+    is no message.
     """
     if not is_primary_process():
         yield
@@ -51,7 +56,7 @@ def lock_folder(folder: Path, key: str, *, wait_message: str = "") -> Iterator[N
             except filelock.Timeout:
                 if not wait_message:
                     message = f"{key}: another process writes to {folder}. Wait until it ends, or choose another {key}."
-                    raise UserError(message) from None
+                    raise FolderInUseError(message) from None
                 log_info(wait_message)
                 while not lock.is_locked:
                     with contextlib.suppress(filelock.Timeout):
@@ -78,10 +83,10 @@ def read_json_object(path: Path, *, missing_hint: str = "", max_bytes: int = MAX
     return loaded
 
 
-def token_cache_folder() -> Path:
-    """Returns the folder of cached tokens, below XDG_CACHE_HOME (default: ~/.cache). `UserError`: it is no path."""
+def cache_folder(name: str) -> Path:
+    """Returns one of our folders below XDG_CACHE_HOME (default: ~/.cache). `UserError`: that is no path."""
     try:
-        return Path(expand_path(os.environ.get("XDG_CACHE_HOME") or "~/.cache")) / "thinkpo_jax" / "tokens"
+        return Path(expand_path(os.environ.get("XDG_CACHE_HOME") or "~/.cache")) / "thinkpo_jax" / name
     except ValueError as error:
         raise UserError(f"XDG_CACHE_HOME: {error}. Set XDG_CACHE_HOME to a folder that can be written.") from None
 
@@ -141,12 +146,19 @@ def _commit() -> str:
 
 
 class StageFolder:
-    """The files of one stage of a run. `path` can be any folder."""
+    """The files of one stage of a run. `path` can be any folder.
 
-    def __init__(self, path: Path) -> None:
+    If the run is in a bucket, `path` is in its copy, and `checkpoints` is in the bucket. `upload` copies what was
+    written to the bucket.
+    """
+
+    def __init__(
+        self, path: Path, *, checkpoints: AnyPath | None = None, upload: Callable[[], None] = lambda: None
+    ) -> None:
         self.path = path
+        self.upload = upload
         self.record = path / "stage.json"  # what the stage was begun with and, once it is finished, its summary
-        self.checkpoints = path / "checkpoints"
+        self.checkpoints: AnyPath = path / "checkpoints" if checkpoints is None else checkpoints
         self.metrics = path / "metrics.jsonl"
         self.validation = path / "validation.jsonl"
         self.probe = path / "probe.jsonl"
@@ -154,7 +166,7 @@ class StageFolder:
         self.model = path / "model"  # a Hugging Face folder, once the stage is finished
 
 
-def free_name(path: Path) -> Path:
+def free_name(path: AnyPath) -> AnyPath:
     """Returns the path, with a number after it if there is such a file already."""
     names = (path.with_name(f"{path.name}.{number}" if number else path.name) for number in itertools.count())
     return next(name for name in names if not name.exists())

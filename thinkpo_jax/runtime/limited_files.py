@@ -4,6 +4,7 @@ import stat
 from pathlib import Path
 
 from thinkpo_jax.runtime.config import UserError
+from thinkpo_jax.runtime.paths import AnyPath
 
 
 def check_file(path: Path, *, max_bytes: int | None = None) -> None:
@@ -19,7 +20,7 @@ def check_file(path: Path, *, max_bytes: int | None = None) -> None:
         raise _too_large(path, status.st_size, max_bytes)
 
 
-def read_text(path: Path, *, max_bytes: int) -> str:
+def read_text(path: AnyPath, *, max_bytes: int) -> str:
     """Returns the text of a file in UTF-8. Reads no more than the limit.
 
     Raises `UserError` for a larger file, and `OSError` or `UnicodeDecodeError` if it cannot be read.
@@ -27,9 +28,10 @@ def read_text(path: Path, *, max_bytes: int) -> str:
     with path.open("rb") as file:
         content = file.read(max_bytes + 1)
         if len(content) > max_bytes:
-            raise _too_large(path, max(path.stat().st_size, len(content)), max_bytes)
+            size = path.stat().st_size if isinstance(path, Path) else 0
+            raise _too_large(path, max(size, len(content)), max_bytes)
     return content.decode()
 
 
-def _too_large(path: Path, size: int, max_bytes: int) -> UserError:
+def _too_large(path: AnyPath, size: int, max_bytes: int) -> UserError:
     return UserError(f"{path}: expected at most {max_bytes:,} bytes, found {size:,}. Put the right file there.")

@@ -1,26 +1,33 @@
 """Digests of files, and manifests that tell whether a folder still has the files that were written to it.
 
 A manifest is a JSON file in the folder itself. It has the size and the digest of each file, and a digest of its own.
-Digests are XXH3 with 128 bits, which is as fast as the memory. They find damage, but no forgery.
+Digests are XXH3 with 128 bits, which is as fast as the memory. They find damage, but no forgery. In a bucket they are
+the MD5 digests that the store has computed, so nothing is read. `md5:` stands before them.
 """
 
 import contextlib
 import errno
 import functools
+import hashlib
+import itertools
 import json
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 import xxhash
+from etils import epath
 
+from thinkpo_jax.runtime.bucket_files import bucket_file_digest, is_in_bucket, list_bucket_files
 from thinkpo_jax.runtime.limited_files import read_text
+from thinkpo_jax.runtime.paths import AnyPath
 
 MANIFEST_FILE = "thinkpo_jax_manifest.json"  # other programs have a manifest.json
 _MANIFEST_FORMAT, _MAX_MANIFEST_BYTES = 1, 2**24
 _ENTRY_KEYS = {"bytes", "digest"}
+_MD5 = "md5:"
 _CHUNK_BYTES = 2**20
 _MAX_THREADS = 16  # more do not read faster
 
@@ -66,11 +73,25 @@ def write_manifest(folder: Path, paths: Iterable[Path]) -> None:
         path.relative_to(folder).as_posix(): {"bytes": path.stat().st_size, "digest": digest}
         for path, digest in zip(paths, digest_files(paths), strict=True)
     }
-    manifest = {"format": _MANIFEST_FORMAT, "files": entries, "digest": digest_text(json.dumps(entries))}
-    (folder / MANIFEST_FILE).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
+    (folder / MANIFEST_FILE).write_text(_to_text(entries), encoding="utf-8")
     folders = {parent for path in paths for parent in path.relative_to(folder).parents}
     for path in (*paths, folder / MANIFEST_FILE, *(folder / name for name in folders), folder):
         sync_to_disk(path)
+
+
+def write_bucket_manifest(folder: epath.Path) -> None:
+    """Writes the manifest of all files below a folder in a bucket, from what the store knows of them."""
+    entries = {
+        name: {"bytes": info["size"], "digest": _MD5 + bucket_file_digest(folder / name, info)}
+        for name, info in sorted(list_bucket_files(folder).items())
+        if name != MANIFEST_FILE
+    }
+    (folder / MANIFEST_FILE).write_text(_to_text(entries))
+
+
+def _to_text(entries: Mapping[str, Any]) -> str:
+    manifest = {"format": _MANIFEST_FORMAT, "files": entries, "digest": digest_text(json.dumps(entries))}
+    return json.dumps(manifest, indent=1) + "\n"
 
 
 def sync_to_disk(path: Path) -> None:
@@ -89,7 +110,7 @@ def sync_to_disk(path: Path) -> None:
             raise OSError(error.errno, error.strerror, str(path)) from None
 
 
-def read_manifest(folder: Path) -> dict[str, Any] | None:
+def read_manifest(folder: AnyPath) -> dict[str, Any] | None:
     """Returns the size and the digest of each file by its name, or None if the manifest is missing or damaged.
 
     A manifest may come from anywhere. One that names files outside of its folder counts as damaged.
@@ -112,7 +133,7 @@ def _is_inside(name: str) -> bool:
     return not path.is_absolute() and ".." not in path.parts
 
 
-def find_file_damage(folder: Path) -> list[str]:
+def find_file_damage(folder: AnyPath) -> list[str]:
     """Returns how the files of a folder differ from its manifest, one text for each file. Empty if none differs.
 
     A missing or damaged manifest counts as a difference. Files that the manifest does not name are not looked at.
@@ -124,16 +145,34 @@ def find_file_damage(folder: Path) -> list[str]:
     return list(_find_differences(folder, entries))
 
 
-def _find_differences(folder: Path, entries: dict[str, Any]) -> Iterator[str]:
+def _find_differences(folder: AnyPath, entries: Mapping[str, Any]) -> Iterator[str]:
+    stored = list_bucket_files(folder) if is_in_bucket(folder) else None
+    sizes = _sizes(Path(folder), entries) if stored is None else {name: stored[name]["size"] for name in stored}
     complete: list[str] = []
     for name, entry in entries.items():
-        if not (folder / name).is_file():
+        if name not in sizes:
             yield f"{name} is missing"
-        elif (size := (folder / name).stat().st_size) == entry["bytes"]:
+        elif sizes[name] == entry["bytes"]:
             complete.append(name)
         else:
-            yield f"{name} has {size} bytes instead of {entry['bytes']}"
-    digests = digest_files([folder / name for name in complete])
-    for name, digest in zip(complete, digests, strict=True):
-        if digest != entries[name]["digest"]:
-            yield f"{name} has other content"
+            yield f"{name} has {sizes[name]} bytes instead of {entry['bytes']}"
+
+    def has_changed(name: str) -> bool:
+        digest = entries[name]["digest"]
+        if stored is not None:
+            return _MD5 + bucket_file_digest(folder / name, stored[name]) != digest
+        digest_of = _md5_digest if digest.startswith(_MD5) else _digest_file  # of a run that was copied from a bucket
+        return digest_of(Path(folder / name)) != digest
+
+    with ThreadPoolExecutor(_MAX_THREADS) as pool:
+        changed = list(pool.map(has_changed, complete))
+    yield from (f"{name} has other content" for name in itertools.compress(complete, changed))
+
+
+def _sizes(folder: Path, names: Iterable[str]) -> dict[str, int]:
+    return {name: (folder / name).stat().st_size for name in names if (folder / name).is_file()}
+
+
+def _md5_digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return _MD5 + hashlib.file_digest(file, lambda: hashlib.md5(usedforsecurity=False)).hexdigest()

@@ -5,7 +5,10 @@ import os
 import re
 from pathlib import Path
 
+from etils import epath
+
 _VARIABLE = re.compile(r"\$(?:([A-Za-z_][A-Za-z0-9_]*)|\{([^{}]*)\})")  # another `$` is a character like any other
+AnyPath = Path | epath.Path  # The second kind can also lie in a bucket.
 MAX_NAME_BYTES = 255  # of a file or folder
 
 

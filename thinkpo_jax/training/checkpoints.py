@@ -27,9 +27,11 @@ import pydantic
 from etils import epath
 
 from thinkpo_jax.models.weight_mapping import flatten_by_name
+from thinkpo_jax.runtime.bucket_files import bucket_client, is_in_bucket
 from thinkpo_jax.runtime.config import ConfigSection, RunError, UserError, first_line
 from thinkpo_jax.runtime.console import log_warning, read_shared_metrics
-from thinkpo_jax.runtime.manifest import write_manifest
+from thinkpo_jax.runtime.manifest import write_bucket_manifest, write_manifest
+from thinkpo_jax.runtime.paths import AnyPath
 from thinkpo_jax.runtime.processes import barrier, broadcast_from_primary, is_distributed, is_primary_process
 from thinkpo_jax.training.damaged_checkpoints import ITEMS, find_checkpoint_damage, set_damaged_aside
 from thinkpo_jax.training.train_step import TrainState
@@ -63,7 +65,7 @@ class CheckpointStore:
 
     def __init__(
         self,
-        folder: Path,
+        folder: AnyPath,
         *,
         keep: int = 2,
         keep_best: str | None = None,
@@ -81,8 +83,10 @@ class CheckpointStore:
         self._interval_seconds = math.inf if every_minutes is None else 60 * every_minutes
         self._deadline = time.monotonic() + self._interval_seconds
         self._cleanup = contextlib.ExitStack()
-        self._path = folder.absolute()
-        if not PLAIN_PATH.fullmatch(str(self._path)):
+        if is_in_bucket(folder):
+            bucket_client()  # sets what the client of Orbax must not do
+        self._path = folder if is_in_bucket(folder) else Path(folder).absolute()
+        if isinstance(self._path, Path) and not PLAIN_PATH.fullmatch(str(self._path)):
             self._path = self._cleanup.enter_context(_plain_link(self._path, make=not read_only))
         _configure_orbax()
         if read_only:
@@ -253,7 +257,7 @@ class CheckpointStore:
             raise
         except (OSError, ValueError, RuntimeError) as error:
             _raise_if_process_died(error)
-            if not _is_disk_full(error):
+            if is_in_bucket(self._path) or not _is_disk_full(error):
                 raise RunError(f"{self.folder}: checkpoint {step} cannot be written: {self._reason(error)}") from None
             free = shutil.disk_usage(self._path).free / 1e9
             raise DiskFullError(
@@ -323,10 +327,12 @@ class _ItemHandler(ocp.StandardCheckpointHandler):
 
     def finalize(self, directory: epath.Path) -> None:
         super().finalize(directory)
-        folder = Path(directory)
-        if missing := [name for name in ITEM_FILES if not (folder / name).is_file()]:
-            raise ValueError(f"{', '.join(missing)} of {folder.name.split('.')[0]} missing. Check the disk.")
-        write_manifest(folder, [path for path in folder.rglob("*") if path.is_file()])
+        if missing := [name for name in ITEM_FILES if not (directory / name).is_file()]:
+            raise ValueError(f"{', '.join(missing)} of {directory.name.split('.')[0]} missing. Check the disk.")
+        if is_in_bucket(directory):
+            write_bucket_manifest(directory)
+        else:
+            write_manifest(folder := Path(directory), [path for path in folder.rglob("*") if path.is_file()])
 
 
 def _is_disk_full(error: Exception) -> bool:

@@ -25,7 +25,7 @@ from thinkpo_jax.data.batches import FIRST_REGION_TOKENS, NUM_REGIONS
 from thinkpo_jax.data.examples import Example
 from thinkpo_jax.runtime.config import UserError
 from thinkpo_jax.runtime.console import log_warning
-from thinkpo_jax.runtime.files import lock_folder, read_json_object, token_cache_folder, write_atomically
+from thinkpo_jax.runtime.files import cache_folder, lock_folder, read_json_object, write_atomically
 from thinkpo_jax.runtime.processes import broadcast_from_primary, is_primary_process
 
 CACHE_FORMAT_VERSION = 1  # raised when log-probs of the same weights and tokens change, or the layout of the files
@@ -34,7 +34,7 @@ IDENTITY_FILE, RECORDS_FILE = "identity.json", "logprobs"
 
 def reference_cache_folder() -> Path:
     """Returns the folder of all cached log-probs, next to the token cache."""
-    return token_cache_folder().parent / "reference"
+    return cache_folder("reference")
 
 
 class ReferenceCache:

@@ -114,6 +114,7 @@ def train_stage(inputs: StageInputs) -> StageResult:
             if save_is_due := save_is_due or is_due or should_stop or is_last or checkpoints.must_retry():
                 metrics.drain()
                 if is_last or guard.allows_save(is_stopping=should_stop):
+                    inputs.folder.upload()
                     checkpoints.save(state, update, wait=should_stop or is_last)
                     save_is_due = False
             if due:
