@@ -18,6 +18,7 @@ import pytest
 import safetensors.numpy
 from filelock import FileLock
 from support.disks import on_small_disk
+from support.faults import Outcome
 from support.paths import ROOT
 from support.quickstart import quickstart_arguments, train_quickstart
 from support.selection import cases
@@ -116,6 +117,7 @@ def test_retraining_a_stage_requires_retraining_the_stages_after_it(
     assert record["settings"]["model"] != before
 
 
+@pytest.mark.faults(Outcome.REFUSED)
 def test_an_interrupted_stage_does_not_resume_with_other_data(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -131,6 +133,7 @@ def test_an_interrupted_stage_does_not_resume_with_other_data(
     assert "begun with other data" in capsys.readouterr().err
 
 
+@pytest.mark.faults(Outcome.SAME)
 def test_ctrl_c_in_the_last_update_of_a_stage_stops_the_run(tmp_path: Path) -> None:
     folder = tmp_path / "run"
     arguments = _train_command(folder, "stages.sft.steps=1")
@@ -158,6 +161,7 @@ def _interrupt(arguments: Sequence[str], metrics: Path, number: int, *, lines: i
     cases([signal.SIGINT, signal.SIGTERM, signal.SIGKILL], short=lambda number: number != signal.SIGTERM),
     ids=["ctrl-c", "sigterm", "kill -9"],
 )
+@pytest.mark.faults(Outcome.SAME)
 def test_a_resumed_run_equals_an_uninterrupted_run_bit_for_bit(
     number: signal.Signals, finished_run: Path, tmp_path: Path
 ) -> None:
@@ -296,6 +300,7 @@ DAMAGED = {
 
 
 @pytest.mark.parametrize("case", DAMAGED)
+@pytest.mark.faults(Outcome.REFUSED)
 def test_the_error_names_a_damaged_file_of_a_run(
     case: str, finished_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -307,6 +312,7 @@ def test_the_error_names_a_damaged_file_of_a_run(
     assert expected in capsys.readouterr().err
 
 
+@pytest.mark.faults(Outcome.REFUSED)
 def test_the_error_names_a_damaged_checkpoint(
     finished_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -345,6 +351,7 @@ def test_export_errors_do_not_change_other_folders(
         assert part in errors
 
 
+@pytest.mark.faults(Outcome.REFUSED)
 def test_an_export_to_a_full_disk_is_one_message_and_leaves_nothing(finished_run: Path) -> None:
     export = f"{sys.executable} -m thinkpo_jax.export --run {finished_run} --stage sft --out /mnt/model"
     script = f"{export}; echo status $?; ls -A /mnt; mount -o remount,size=50m /mnt; {export}; ls -A /mnt"
@@ -357,6 +364,7 @@ def test_an_export_to_a_full_disk_is_one_message_and_leaves_nothing(finished_run
     assert exported == "/mnt/model: stage sft, update 6, bfloat16"
 
 
+@pytest.mark.faults(Outcome.SAME)
 def test_an_export_removes_what_a_killed_export_left(finished_run: Path, tmp_path: Path) -> None:
     leftover = tmp_path / ".out.thinkpo_jax-partial" / "model.safetensors"
     leftover.parent.mkdir()
@@ -374,6 +382,7 @@ def test_an_os_error_ends_with_exit_status_1(finished_run: Path, tmp_path: Path,
     assert capsys.readouterr().err.splitlines()[-1].startswith("error: [Errno")
 
 
+@pytest.mark.faults(Outcome.SAME)
 def test_ctrl_c_during_evaluation_keeps_the_saved_answers(finished_run: Path, tmp_path: Path) -> None:
     folder = tmp_path / "run"
     shutil.copytree(finished_run, folder)

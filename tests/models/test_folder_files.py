@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 from support import small
+from support.faults import Outcome
 from support.model_folders import edit_json, save_random_model, save_small_model
 from support.weights import like, random_model
 
@@ -25,6 +26,7 @@ def _check(folder: Path, *, weights: bool = False) -> None:
 
 
 @pytest.mark.parametrize("name", ["LICENSE", "NOTICE.txt", "vocab.txt", "additional_chat_templates/x.jinja"])
+@pytest.mark.faults(Outcome.REFUSED)
 def test_a_link_out_of_the_folder_is_refused_and_never_copied(name: str, secret: Path, tmp_path: Path) -> None:
     folder = like(tmp_path)
     (folder / "additional_chat_templates").mkdir()
@@ -43,6 +45,7 @@ def test_a_link_out_of_the_folder_is_refused_and_never_copied(name: str, secret:
     )
 
 
+@pytest.mark.faults(Outcome.REFUSED)
 def test_a_linked_folder_of_templates_is_no_way_out(tmp_path: Path) -> None:
     folder = like(tmp_path)
     (tmp_path / "other").mkdir()
@@ -102,6 +105,7 @@ def test_weights_may_be_linked_from_anywhere(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "merges.txt", "LICENSE", "x.safetensors"])
+@pytest.mark.faults(Outcome.REFUSED)
 def test_a_pipe_in_the_folder_is_refused(name: str, tmp_path: Path) -> None:
     folder = like(tmp_path)
     (folder / name).unlink(missing_ok=True)
@@ -114,6 +118,7 @@ def test_a_pipe_in_the_folder_is_refused(name: str, tmp_path: Path) -> None:
     ("name", "limit"), [("config.json", 2**20), ("generation_config.json", 2**20), ("tokenizer_config.json", 2**21),
                         ("tokenizer.json", 2**26), ("model.safetensors.index.json", 2**24)],
 )  # fmt: skip
+@pytest.mark.faults(Outcome.REFUSED)
 def test_a_huge_file_is_refused_before_it_is_read(name: str, limit: int, tmp_path: Path) -> None:
     folder = like(tmp_path)
     with (folder / name).open("ab") as file:
@@ -124,6 +129,7 @@ def test_a_huge_file_is_refused_before_it_is_read(name: str, limit: int, tmp_pat
     assert line in str(caught.value).splitlines()
 
 
+@pytest.mark.faults(Outcome.REFUSED)
 def test_the_header_of_a_weight_file_has_a_limit(tmp_path: Path) -> None:
     folder = save_random_model(tmp_path)
     (folder / "model.safetensors").write_bytes((2**40).to_bytes(8, "little") + b"{}")

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import yaml
+from support.faults import Outcome
 from support.interrupt import run_interrupted
 from support.pairs import UNBOXED, Config, built_pairs, card_counts, nonzero, run_pairs, saved_answers, write_jsonl
 from support.server import Reply, failed, said, serving
@@ -55,6 +56,7 @@ def test_a_model_answers_each_question(miniature: Config):
 
 
 @pytest.mark.parametrize("sent_signal", [signal.SIGKILL, signal.SIGINT], ids=["kill -9", "ctrl-c"])
+@pytest.mark.faults(Outcome.SAME)
 def test_an_interrupted_run_resumes_and_gives_the_same_pairs(
     sent_signal: signal.Signals, miniature: Config, tmp_path: Path
 ):
@@ -92,6 +94,7 @@ def test_saved_answers_with_other_settings_are_an_error(miniature: Config, capsy
     assert path.read_bytes() == before
 
 
+@pytest.mark.faults(Outcome.REFUSED)
 def test_a_damaged_file_of_saved_answers_is_an_error(miniature: Config, capsys: pytest.CaptureFixture[str]):
     path = Path(miniature["out"]) / "short_answers.jsonl"
     path.parent.mkdir()

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import yaml
+from support.faults import Outcome
 from support.interrupt import run_interrupted
 from support.quickstart import QUICKSTART
 from support.server import Reply, failed, fast_retries, said, serving  # noqa: F401
@@ -68,6 +69,7 @@ def test_a_server_answers_for_a_folder_without_weights(served_folder: Path, tmp_
     assert "chat_template_kwargs" not in body
 
 
+@pytest.mark.faults(Outcome.SAME)
 def test_an_evaluation_resumes_after_the_server_died(
     served_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -150,6 +152,7 @@ def test_several_processes_cannot_ask_a_server(
 
 
 @pytest.mark.parametrize("sent", [signal.SIGKILL, signal.SIGINT], ids=["kill -9", "ctrl-c"])
+@pytest.mark.faults(Outcome.SAME)
 def test_an_evaluation_with_the_local_engine_resumes_after_a_stop(sent: signal.Signals, tmp_path: Path) -> None:
     keys = ["stages=[]", "evaluation.compare=[]", "evaluation.sampling={temperature: 0.7, max_new_tokens: 40}"]
     keys += ["evaluation.benchmarks=[{name: miniature, questions: 40}]", "evaluation.local.slots=4"]

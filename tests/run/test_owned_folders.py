@@ -3,9 +3,11 @@
 from pathlib import Path
 
 import pytest
+from support.faults import Outcome
 from support.quickstart import train_quickstart
 
 
+@pytest.mark.faults(Outcome.REFUSED)
 def test_a_run_never_writes_over_a_file_of_another_program(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for name, content in {"config.yaml": "mine", "thinkpo": None, "report.md": "mine"}.items():
         folder = tmp_path / f"with {name}"

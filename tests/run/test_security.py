@@ -4,6 +4,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+from support.faults import Outcome
 from support.quickstart import QUICKSTART
 from support.server import Reply, failed, fast_retries, said, serving  # noqa: F401
 
@@ -59,6 +60,7 @@ URLS = ("http://user:hunter2@127.0.0.1:1/v1", "http://127.0.0.1:1/v1?api_key=hun
 
 @pytest.mark.parametrize("url", URLS)
 @pytest.mark.parametrize("way", ["--set", "--model", "--against"])
+@pytest.mark.faults(Outcome.REFUSED)
 def test_a_password_in_a_url_is_refused_and_not_repeated(
     way: str, url: str, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

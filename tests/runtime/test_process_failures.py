@@ -10,6 +10,7 @@ import filelock
 import numpy as np
 import pytest
 from support import small
+from support.faults import Outcome
 from support.processes import started, write_config
 from support.selection import exhaustive
 
@@ -59,6 +60,7 @@ def _program(case: str, *, start_timeout: float = 100) -> list[str]:
 
 
 @pytest.mark.slow
+@pytest.mark.faults(Outcome.REFUSED)
 def test_waiting_for_a_process_that_never_comes_ends_after_the_limit_or_with_ctrl_c() -> None:
     with started([_program("waits", start_timeout=5)] * 2, num_missing=1) as processes:
         assert processes[1].stdout is not None
@@ -74,6 +76,7 @@ def test_waiting_for_a_process_that_never_comes_ends_after_the_limit_or_with_ctr
 @pytest.mark.slow
 @pytest.mark.parametrize("case", ["stops", pytest.param("sleeps", marks=exhaustive)])
 @pytest.mark.parametrize("victim", [1, pytest.param(0, marks=exhaustive)])
+@pytest.mark.faults(Outcome.REFUSED)
 def test_a_process_that_hangs_ends_all_with_the_stacks_of_what_they_did(case: str, victim: int) -> None:
     commands = [[*_program(case if index == victim else "waits"), *HANG_TIMEOUT] for index in range(2)]
     with started(commands) as processes:
@@ -106,6 +109,7 @@ def test_the_progress_of_one_process_counts_for_all() -> None:
     ("case", "status", "message"),
     [("fails", 2, ["the first line", "the second line"]), ("crashes", 1, ["ZeroDivisionError: by zero"])],
 )
+@pytest.mark.faults(Outcome.REFUSED)
 def test_a_process_that_fails_ends_all_with_its_message(
     victim: int, case: str, status: int, message: list[str]
 ) -> None:
@@ -139,6 +143,7 @@ run_and_exit(train.main)
         pytest.param("file", "missing.yaml: ", marks=exhaustive),
     ],
 )
+@pytest.mark.faults(Outcome.REFUSED)
 def test_processes_that_differ_end_with_the_name_of_what_differs(tmp_path: Path, difference: str, message: str) -> None:
     config, other = write_config(tmp_path, "one"), str(tmp_path / "other.yaml")
     text = Path(config).read_text()

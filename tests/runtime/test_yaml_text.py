@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from support.faults import Outcome
 
 from thinkpo_jax.runtime.config import UserError
 from thinkpo_jax.runtime.yaml_text import MAX_YAML_BYTES, MAX_YAML_VALUES, apply_overrides, dump_yaml, read_yaml
@@ -116,6 +117,7 @@ def test_aliases_of_a_section_are_read(tmp_path: Path) -> None:
     assert read(tmp_path, text) == {"a": {"k": 1, "l": [2]}, "b": {"k": 1, "l": [2]}, "c": {"k": 3, "l": [2]}}
 
 
+@pytest.mark.faults(Outcome.REFUSED)
 def test_a_large_configuration_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"run\.yaml: expected at most 1,048,576 bytes"):
         read(tmp_path, f"a: {'x' * MAX_YAML_BYTES}")

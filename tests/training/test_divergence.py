@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 from support import small
+from support.faults import Outcome
 from support.stages import make_update_nonfinite, stage_inputs
 
 from thinkpo_jax.runtime.cli import run_command
@@ -253,6 +254,7 @@ def _raise_losses(
     monkeypatch.setattr(train_stage, "compile_train_step", compile_with_high_losses)
 
 
+@pytest.mark.faults(Outcome.REFUSED)
 def test_a_stage_that_diverges_stops_and_its_last_good_checkpoint_remains(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -323,6 +325,7 @@ def test_a_save_after_a_skipped_update_waits(tmp_path: Path, monkeypatch: pytest
     assert _saved_steps(inputs) == [step for step in (3, 4, 5) if step not in skipped]
 
 
+@pytest.mark.faults(Outcome.REPORTED)
 def test_the_next_stage_does_not_start_silently_from_a_diverged_model(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

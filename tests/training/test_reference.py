@@ -14,6 +14,7 @@ import jax
 import numpy as np
 import pytest
 from support import small
+from support.faults import Outcome
 
 from thinkpo_jax.data.batches import BatchPlan
 from thinkpo_jax.data.examples import Example
@@ -95,6 +96,7 @@ def test_the_digest_depends_on_token_ids_answer_starts_and_order() -> None:
 
 
 @pytest.mark.parametrize("damage", ["flip", "cut", "append", "empty"])
+@pytest.mark.faults(Outcome.SAME)
 def test_damaged_records_are_detected_and_recomputed(damage: str, capsys: pytest.CaptureFixture[str]) -> None:
     expected, _, _ = _load_or_compute(_batches(), capsys)
     path = next(reference_cache_folder().glob(f"*/{RECORDS_FILE}"))
@@ -124,6 +126,7 @@ def test_a_flip_of_any_byte_of_a_record_is_detected() -> None:
             assert not store.read(), index
 
 
+@pytest.mark.faults(Outcome.SAME)
 def test_a_killed_pass_resumes_where_it_stopped(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     program = tmp_path / "killed.py"
     program.write_text(
