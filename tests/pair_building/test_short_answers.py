@@ -55,7 +55,11 @@ def test_a_model_answers_each_question(miniature: Config):
     assert len(set(keys)) == len(keys) == card_counts(miniature)[-1]["all"] == 40
 
 
-@pytest.mark.parametrize("sent_signal", [signal.SIGKILL, signal.SIGINT], ids=["kill -9", "ctrl-c"])
+@pytest.mark.parametrize(
+    "sent_signal",
+    [signal.SIGKILL, pytest.param(signal.SIGINT, marks=pytest.mark.exhaustive)],
+    ids=["kill -9", "ctrl-c"],
+)
 @pytest.mark.faults(Outcome.SAME)
 def test_an_interrupted_run_resumes_and_gives_the_same_pairs(
     sent_signal: signal.Signals, miniature: Config, tmp_path: Path

@@ -118,7 +118,7 @@ def test_abstract_weights_are_those_of_a_model() -> None:
 @pytest.mark.parametrize(
     ("topology", "model"),
     [
-        pytest.param("v5e:2x4", "7B", marks=needs_libtpu),
+        pytest.param("v5e:2x4", "7B", marks=[needs_libtpu, exhaustive]),
         pytest.param("v6e:2x2", "7B", marks=[needs_libtpu, exhaustive]),
         pytest.param("h100:4", "7B", marks=needs_cuda),
         pytest.param("v5e:2x2", "0.5B", marks=[needs_libtpu, exhaustive]),

@@ -151,7 +151,9 @@ def test_several_processes_cannot_ask_a_server(
     assert "one process asks a server, and several are running." in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("sent", [signal.SIGKILL, signal.SIGINT], ids=["kill -9", "ctrl-c"])
+@pytest.mark.parametrize(
+    "sent", [signal.SIGKILL, pytest.param(signal.SIGINT, marks=pytest.mark.exhaustive)], ids=["kill -9", "ctrl-c"]
+)
 @pytest.mark.faults(Outcome.SAME)
 def test_an_evaluation_with_the_local_engine_resumes_after_a_stop(sent: signal.Signals, tmp_path: Path) -> None:
     keys = ["stages=[]", "evaluation.compare=[]", "evaluation.sampling={temperature: 0.7, max_new_tokens: 40}"]

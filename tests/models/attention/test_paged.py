@@ -297,7 +297,7 @@ MODELS = [(28, 4, 128), (12, 2, 128), (14, 2, 64), (9, 3, 64)]
     [
         pytest.param("v5e:2x2", marks=needs_libtpu),
         pytest.param("v6e:2x2", marks=[needs_libtpu, exhaustive]),
-        pytest.param("h100:4", marks=needs_cuda),
+        pytest.param("h100:4", marks=[needs_cuda, exhaustive]),
     ],
 )
 def test_kernels_compile_in_place(topology: str) -> None:
