@@ -1,6 +1,7 @@
 """Settings and fixtures that all tests share."""
 
 import os
+import re
 import signal
 from collections import Counter
 from collections.abc import Iterator
@@ -18,6 +19,7 @@ os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + (
     " --xla_cpu_collective_call_terminate_timeout_seconds=600"
 )
 os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT"] = "false"  # It would ask another server for the kind of a bucket.
 # Processes that tests start can import `support` too.
 os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(Path(__file__).parent), os.environ.get("PYTHONPATH")]))
 # Tests compile much and compute little. All processes compile in the same way, because some tests compare bits.
@@ -89,4 +91,5 @@ def bucket_url(
 ) -> str:
     """The URL of a new folder in the bucket. The cache folder, which has the copy, is new too."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    return f"gs://bucket/{request.node.name}/run"
+    name = re.sub(r"\W+", "-", request.node.name)
+    return f"gs://bucket/{name}/run"

@@ -32,7 +32,7 @@ INDEPENDENT_FOLDERS = (
 )
 COMMANDS = ("train.py", "evaluate.py", "export.py", "pairs.py", "plan.py")
 MAX_FILE_LINES, MAX_COMMAND_LINES, MAX_FUNCTION_LINES, MAX_PARAMETERS = 400, 100, 60, 8
-MAX_PACKAGE_LINES = 22_000
+MAX_PACKAGE_LINES = 22_100
 FILES = sorted(PACKAGE.rglob("*.py"))
 TREES = {path: ast.parse(path.read_text(encoding="utf-8")) for path in FILES}
 

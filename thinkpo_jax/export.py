@@ -31,16 +31,15 @@ def main(arguments: Sequence[str]) -> None:
     )
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="default: bfloat16")
     parsed = parser.parse_args(arguments)
-    folder = RunFolder.open(parsed.run)
+    folder = RunFolder.open(parsed.run, with_models=False)
     if not folder.config.is_file():
-        raise UserError(
-            f"--run {folder.shown(folder.config)}: {describe_missing(folder.config)}. Give the folder of a run."
-        )
+        raise UserError(f"--run {folder.config}: {describe_missing(folder.config)}. Give the folder of a run.")
     config = load_run_config(folder.config)
     # This machine may have other devices than the training, and the run folder may have been moved.
     compute = config.compute.model_copy(update={"attention": "blockwise"})
     config = config.model_copy(update={"mesh": MeshConfig(), "compute": compute, "run_dir": parsed.run})
-    export_checkpoint(resolve_run(config), parsed.stage, step=parsed.step, out=parsed.out, dtype=parsed.dtype)
+    run = resolve_run(config, with_models=False)
+    export_checkpoint(run, parsed.stage, step=parsed.step, out=parsed.out, dtype=parsed.dtype)
 
 
 if __name__ == "__main__":

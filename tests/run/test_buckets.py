@@ -14,12 +14,20 @@ from support.faults import Outcome, read_result
 from support.quickstart import QUICKSTART, quickstart_arguments, train_quickstart
 
 from thinkpo_jax import evaluate, export, train
+from thinkpo_jax.models.model_folder import resolve_model_folder
+from thinkpo_jax.run.evaluated_models import find_model
 from thinkpo_jax.run.run_folder import RunFolder
 from thinkpo_jax.runtime.bucket_files import bucket_client, list_bucket_files
 from thinkpo_jax.runtime.cli import run_command
+from thinkpo_jax.runtime.config import RunError, UserError
 from thinkpo_jax.runtime.console import read_metrics
+from thinkpo_jax.training import checkpoints
 from thinkpo_jax.training.checkpoints import CheckpointStore
 from thinkpo_jax.training.train_step import TrainState
+
+pytest.importorskip("gcsfs")
+from gcsfs.retry import HttpError
+from google.auth.exceptions import RefreshError
 
 pytestmark = pytest.mark.slow
 
@@ -40,7 +48,6 @@ def test_a_run_in_a_bucket_equals_one_on_the_disk(
     disk_run: Path, bucket_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert train_quickstart(bucket_url) == 0
-    assert f"report: {bucket_url}/report.md" in capsys.readouterr().err
     on_disk = {path.relative_to(disk_run).as_posix() for path in disk_run.rglob("*") if path.is_file()}
     assert {name for name in on_disk if "checkpoints" not in name and name != ".lock"} == {
         name for name in _files(bucket_url) if "checkpoints" not in name
@@ -87,19 +94,25 @@ def test_a_run_goes_on_when_its_machine_is_lost(
         assert run_command(export.main, ["--run", str(run), "--out", str(out), "--stage", "sft", "--step", "4"]) == 0
     first, second = ((model / "model.safetensors").read_bytes() for model in models)
     assert first == second
+    folder = resolve_model_folder(find_model(f"{bucket_url}:thinkpo")["path"])
+    expected = (disk_run / "thinkpo" / "model" / "model.safetensors").read_bytes()
+    assert (folder / "model.safetensors").read_bytes() == expected
+    assert f"report: {bucket_url}/report.md" in (printed := capsys.readouterr().err)
+    assert "buckets/run" not in printed  # the folder of the copy
+
+
+def _state(value: float) -> TrainState:
+    model: Any = {"a": jnp.full((4, 4), value)}
+    return TrainState(model, {"moment": jnp.ones(3)}, jnp.int32(value))
 
 
 @pytest.mark.faults(Outcome.SAME)
 def test_a_damaged_checkpoint_in_a_bucket_is_not_used(bucket_url: str, capsys: pytest.CaptureFixture[str]) -> None:
     folder = epath.Path(bucket_url) / "checkpoints"
 
-    def state(value: float) -> TrainState:
-        model: Any = {"a": jnp.full((4, 4), value)}
-        return TrainState(model, {"moment": jnp.ones(3)}, jnp.int32(value))
-
     with CheckpointStore(folder) as store:
         for step in (1, 2):
-            store.save(state(step), step)
+            store.save(_state(step), step)
     name = next(name for name in sorted(list_bucket_files(folder)) if name.startswith("2/model/ocdbt.process_0/d/"))
     content = bytearray((folder / name).read_bytes())
     content[len(content) // 2] ^= 1
@@ -107,18 +120,39 @@ def test_a_damaged_checkpoint_in_a_bucket_is_not_used(bucket_url: str, capsys: p
 
     with CheckpointStore(folder) as store:
         assert store.latest_step() == 1
-        assert store.restore(state(0)).step == 1
+        assert store.restore(_state(0)).step == 1
     problem = f"{folder}/2: damaged: {name.removeprefix('2/')} has other content."
     assert f"{problem} This checkpoint is not used, and is now called damaged-2." in capsys.readouterr().err
     assert sorted(path.name for path in folder.iterdir()) == ["1", "damaged-2"]
 
 
+@pytest.mark.parametrize("error", [HttpError({"code": 403, "message": "Forbidden"}), RefreshError("Forbidden")])
+def test_a_bucket_that_refuses_a_checkpoint_is_an_error(
+    error: Exception, bucket_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = epath.Path(bucket_url) / "checkpoints"
+    with CheckpointStore(folder) as store:
+        store.save(_state(1), 1)
+
+    def fail(*_: object, **__: object) -> None:
+        raise error
+
+    with monkeypatch.context() as patch:
+        patch.setattr(bucket_client(), "find", fail)
+        with pytest.raises(UserError, match=r"checkpoints: the bucket cannot be reached: .*Forbidden"):
+            CheckpointStore(folder)
+    with CheckpointStore(folder) as store:
+        monkeypatch.setattr(checkpoints, "write_bucket_manifest", fail)
+        with pytest.raises(RunError, match=r"checkpoint 2 cannot be written: .*Forbidden"):
+            store.save(_state(2), 2, wait=True)
+
+
 @pytest.mark.parametrize(
     ("run_dir", "message"),
     [
-        ("s3://bucket/run", "expected a folder or gs://BUCKET/FOLDER, found another URL"),
-        ("gs://bucket", "expected gs://BUCKET/FOLDER"),
-        ("gs://bucket/a[1]", "expected gs://BUCKET/FOLDER"),
+        ("s3://bucket/run", "run_dir: expected gs://BUCKET/FOLDER"),
+        ("gs://bucket", "run_dir: expected gs://BUCKET/FOLDER"),
+        ("gs://bucket/a[1]", "run_dir: expected gs://BUCKET/FOLDER"),
         ("gs://missing-bucket/run", "gs://missing-bucket/run: the bucket cannot be reached: "),
     ],
 )

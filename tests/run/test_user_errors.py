@@ -37,7 +37,7 @@ ERRORS = {
     "path too long": ([f"model.path={'x' * 300}"], "longer than 255 bytes"),
     "unknown home folder": (["model.path=~no-such-user/model"], "model.path: cannot be a path"),
     "octal number": (["seed=010"], "--set seed=010: 010 may be an octal number. Write 10 for the decimal number, 8"),
-    "run_dir is a URL": (["run_dir=gs://bucket/run"], "run_dir: expected a folder, found a URL. Give a folder"),
+    "run_dir is a URL": (["run_dir=s3://bucket/run"], "run_dir: expected gs://BUCKET/FOLDER, with letters, digits"),
     "unset variable": (["run_dir=$NO_SUCH/run"], "run_dir: the environment variable NO_SUCH is not set. Set it"),
     "key of another program": (["output_dir=x"], "unknown key output_dir. Use `run_dir`, the folder of the run."),
     "reserved stage name": (["stages.thinkpo.name=report.md"], "is taken"),

@@ -79,8 +79,11 @@ def test_two_processes_make_the_same_run_as_one(single_run: Path, tmp_path: Path
 
 
 @pytest.mark.slow
-def test_two_processes_make_the_same_run_in_a_bucket(single_run: Path, tmp_path: Path, bucket_url: str) -> None:
-    config = Path(write_config(tmp_path, "two", evaluated=False))
+@pytest.mark.parametrize("evaluated", [False, pytest.param(True, marks=exhaustive)])
+def test_two_processes_make_the_same_run_in_a_bucket(
+    evaluated: bool, single_run: Path, tmp_path: Path, bucket_url: str
+) -> None:
+    config = Path(write_config(tmp_path, "two", evaluated=evaluated))
     config.write_text(config.read_text().replace(f"run_dir: {tmp_path}/two", f"run_dir: {bucket_url}"))
     with running(str(config), str(config)) as processes:  # each has a copy of its own
         outputs = [process.communicate(timeout=400)[0] for process in processes]

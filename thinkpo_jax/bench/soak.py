@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from thinkpo_jax.run.run_config import load_run_config
+from thinkpo_jax.runtime.bucket_files import is_in_bucket
 from thinkpo_jax.runtime.cli import EXIT_STATUS_INTERRUPTED, describe_exit_status, handling, last_error, printed_errors
 from thinkpo_jax.runtime.config import RunError, UserError
 
@@ -35,7 +36,10 @@ def bench_soak(config: Path, assignments: Sequence[str], minutes: float) -> dict
     Prints a table by parts of the time and returns its figures. Raises `UserError` if the run has begun already.
     Raises `RunError` if the training ends before the time is over, or fails.
     """
-    run_dir = Path(load_run_config(config, assignments).run_dir)
+    name = load_run_config(config, assignments).run_dir
+    if is_in_bucket(name):
+        raise UserError(f"run_dir {name}: expected a folder on a disk, where files can be counted. Choose one.")
+    run_dir = Path(name)
     log = run_dir.with_name(f"{run_dir.name}.log")
     if run_dir.exists():
         raise UserError(f"run_dir {run_dir}: exists. Measure a new run: remove the folder or choose another one.")
@@ -83,6 +87,7 @@ def summarize(samples: Sequence[Sample], seconds: float) -> dict[str, Any]:
             "update": part[-1].checkpoint,
         }
         for number, part in enumerate(parts)
+        if part
     ]
     warm = [row["resident"] for row in rows[NUM_WARM_UP:]]
     num_saves = len({each.checkpoint for each in samples} - {0})

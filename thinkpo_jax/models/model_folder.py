@@ -17,6 +17,8 @@ from thinkpo_jax.models.folder_files import COPIED_FILES, check_file_kinds, list
 from thinkpo_jax.models.safetensors_files import WEIGHTS_INDEX_FILE, check_has_config, join_first
 from thinkpo_jax.models.transformer import Transformer
 from thinkpo_jax.models.weight_loading import check_weights, init_model, load_model
+from thinkpo_jax.runtime.bucket import BucketFolder
+from thinkpo_jax.runtime.bucket_files import is_in_bucket
 from thinkpo_jax.runtime.config import ConfigPath, ConfigSection, UserError, collect_errors
 from thinkpo_jax.runtime.console import log_info, log_warning
 from thinkpo_jax.runtime.files import read_json_object
@@ -46,7 +48,7 @@ class ModelConfig(ConfigSection):
 
 
 def resolve_model_folder(path: str, *, weights: bool = True) -> Path:
-    """Returns the folder of a model: `builtin:NAME`, a local folder, or a Hub id (downloaded or cached).
+    """Returns the folder of a model: `builtin:NAME`, a local folder, or a Hub id or gs:// URL (downloaded or cached).
 
     If `weights` is false, only the configuration and the tokenizer of a Hub id are downloaded. Raises `UserError` if
     there is no such model.
@@ -56,6 +58,10 @@ def resolve_model_folder(path: str, *, weights: bool = True) -> Path:
         if path not in builtins:
             raise UserError(f"model.path: there is no {path}. Built-in models: {', '.join(sorted(builtins))}.")
         return builtins[path]
+    if is_in_bucket(path):
+        bucket = BucketFolder(path)
+        bucket.download()
+        return bucket.local
     if (folder := Path(path)).is_dir():
         return folder
     if path.startswith((".", "/", "~")) or path.count("/") != 1:

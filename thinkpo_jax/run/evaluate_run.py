@@ -102,11 +102,9 @@ def rescore_run(path: str) -> None:
 
     Raises `UserError` if there are no saved answers, or they do not answer the questions of the configuration.
     """
-    folder = RunFolder.open(path)
+    folder = RunFolder.open(path, with_models=False)
     if not folder.config.is_file():
-        raise UserError(
-            f"--rescore {folder.shown(folder.config)}: {describe_missing(folder.config)}. Give the folder of a run."
-        )
+        raise UserError(f"--rescore {folder.config}: {describe_missing(folder.config)}. Give the folder of a run.")
     config, report = load_run_config(folder.config), read_json_record(folder.report, "settings", "prompts", "models")
     if config.evaluation is None or report is None:
         raise UserError(f"--rescore {path}: there is no report of an evaluation. Finish the evaluation first.")
@@ -149,7 +147,7 @@ def _write_report(
         analysis = analyze(contents)
         write_report(folder.path, contents, analysis)
         print(terminal_summary(config.title, analysis))
-    log_info(f"report: {folder.shown(folder.path / 'report.md')}, plots: {folder.shown(folder.path / 'plots')}")
+    log_info(f"report: {folder.path / 'report.md'}, plots: {folder.path / 'plots'}")
 
 
 def _stage_summaries(config: RunConfig, folder: RunFolder) -> list[StageSummary]:
@@ -189,7 +187,7 @@ def pool_runs(folders: Sequence[str]) -> str:
     """
     if len(folders) < 2:
         raise UserError("--pool needs at least two runs, which differ in the seed.")
-    runs = [RunFolder.open(folder) for folder in folders]
+    runs = [RunFolder.open(folder, with_models=False) for folder in folders]
     _check_runs_can_be_pooled(runs)
     lines: list[str] = []
     report = read_json_record(runs[0].report, "comparisons")
@@ -216,9 +214,7 @@ def pool_runs(folders: Sequence[str]) -> str:
 def _check_runs_can_be_pooled(runs: Sequence[RunFolder]) -> None:
     for run in runs:
         if not run.config.is_file():
-            raise UserError(
-                f"--pool {run.shown(run.config)}: {describe_missing(run.config)}. Give the folders of finished runs."
-            )
+            raise UserError(f"--pool {run.config}: {describe_missing(run.config)}. Give the folders of finished runs.")
     configs = [load_run_config(run.config) for run in runs]
     path_by_seed: dict[int, Path] = {}
     for run, config in zip(runs, configs, strict=True):

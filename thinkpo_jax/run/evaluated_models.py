@@ -11,7 +11,8 @@ from thinkpo_jax.inference.openai_engine import ServerConfig
 from thinkpo_jax.models.model_folder import find_model_damage, resolve_model_source
 from thinkpo_jax.run.run_config import RunConfig, load_run_config
 from thinkpo_jax.run.run_folder import RunFolder
-from thinkpo_jax.runtime.bucket_files import SCHEME
+from thinkpo_jax.runtime.bucket import MODEL, BucketFolder
+from thinkpo_jax.runtime.bucket_files import SCHEME, is_in_bucket
 from thinkpo_jax.runtime.config import UserError, did_you_mean, parse_config
 
 SERVER_PREFIX = "server:"
@@ -43,16 +44,18 @@ def find_model(spec: str) -> dict[str, Any]:
         return {"path": server.model}
     has_stage = ":" in spec.removeprefix(SCHEME) and not Path(spec).is_dir()
     folder, _, stage = spec.rpartition(":") if has_stage else (spec, "", "")
-    run = RunFolder.open(folder)
+    if is_in_bucket(folder) and "config.json" in BucketFolder(folder).names():
+        return {"path": folder}
+    run = RunFolder.open(folder, with_models=False)
     if (run.path / "config.json").exists() or not run.config.is_file():
         if has_stage and not spec.startswith("builtin:"):
             raise UserError(
                 f"{spec}: {folder} is not a run folder, because it has no config.yaml. Expected {MODEL_HELP}."
             )
-        return {"path": spec if run.bucket is None else str(run.path)}
+        return {"path": spec}
     config = load_run_config(run.config)
     keys = {"template_arguments": config.model.template_arguments, "thinking_tags": config.model.thinking_tags}
-    finished = [each.name for each in config.stages if run.stage(each.name).model.is_dir()]
+    finished = [each.name for each in config.stages if run.has_model(each.name)]
     if stage == config.base_name or not (stage or config.stages):
         return {"path": config.model.path, **keys}
     if stage and stage not in finished:
@@ -62,6 +65,8 @@ def find_model(spec: str) -> dict[str, Any]:
         )
     if not finished:
         raise UserError(f"{spec}: no stage of the run is finished. Train it first, or name {spec}:{config.base_name}.")
+    if run.bucket is not None:
+        return {"path": f"{run.bucket.url}/{stage or finished[-1]}/{MODEL}", **keys}
     model = run.stage(stage or finished[-1]).model
     if damage := find_model_damage(model):
         raise UserError(
@@ -107,7 +112,7 @@ def config_of_models(
     """
     names = _unique_names(specs)
     run_dir = out or f"{DEFAULT_OUT}/{names[0]}"
-    path = RunFolder.open(run_dir).config
+    path = RunFolder.open(run_dir, with_models=False).config
     old_config = load_run_config(path) if path.exists() else None
     if old_config is not None and old_config.stages:
         raise UserError(f"--out {run_dir} is the folder of a run with stages. Choose another folder.")
@@ -151,7 +156,8 @@ def _unique_names(specs: Sequence[str]) -> list[str]:
     for spec in specs:
         text = _split_server(spec)[0] if spec.startswith(SERVER_PREFIX) else spec
         parts = [part for part in text.split("/") if part and part != "."]
-        if parts[2:] and RunFolder(Path(text).parent.parent).config.is_file():  # RUN/STAGE/model
+        in_bucket = is_in_bucket(text) and parts[-1] == MODEL
+        if parts[2:] and (in_bucket or RunFolder(Path(text).parent.parent).config.is_file()):  # RUN/STAGE/model
             parts[-1] = "-".join(parts[-3:-1])
         name = re.sub(r"[^A-Za-z0-9_.-]+", "-", parts[-1] if parts else "").strip(".-") or "model"
         candidates = itertools.chain([name], (f"{name}-{number}" for number in itertools.count(2)))

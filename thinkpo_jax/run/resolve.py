@@ -83,17 +83,17 @@ class ResolvedRun:
         }
 
 
-def resolve_run(config: RunConfig) -> ResolvedRun:
+def resolve_run(config: RunConfig, *, with_models: bool = True) -> ResolvedRun:
     """Checks the run folder, the mesh, the start model, its tokenizer and the row lengths.
 
     Raises `UserError` if a check failed.
 
     All processes must have the same configuration and versions. If a server answers for the model, its weights are not
-    needed.
+    needed. Without `with_models`, the models of a run in a bucket are not copied here.
     """
     check_same_run(config)
     check_evaluation_engine(config)
-    folder = RunFolder.open(config.run_dir)
+    folder = RunFolder.open(config.run_dir, with_models=with_models)
     folder.check_owned([*RESERVED_NAMES, *(stage.name for stage in config.stages)])
     mesh = make_mesh(config.mesh)
     is_served = config.evaluation is not None and config.evaluation.engine == "server"

@@ -11,7 +11,7 @@ from thinkpo_jax.evaluation.evaluate_model import EvaluationConfig
 from thinkpo_jax.models.compute_config import ComputeConfig
 from thinkpo_jax.models.model_folder import ModelConfig
 from thinkpo_jax.run.foreign_keys import FOREIGN_KEYS
-from thinkpo_jax.runtime.bucket_files import SCHEME
+from thinkpo_jax.runtime.bucket import check_bucket_url
 from thinkpo_jax.runtime.config import ConfigPath, ConfigSection, did_you_mean, parse_config
 from thinkpo_jax.runtime.config_file import read_config
 from thinkpo_jax.runtime.mesh import MeshConfig
@@ -47,9 +47,7 @@ class RunConfig(ConfigSection):
     @pydantic.field_validator("run_dir")
     @classmethod
     def _check_is_folder(cls, run_dir: str) -> str:
-        if "://" in run_dir and not run_dir.startswith(SCHEME):
-            raise ValueError("expected a folder or gs://BUCKET/FOLDER, found another URL. Mount that store as a folder")
-        return run_dir
+        return check_bucket_url(run_dir) if "://" in run_dir else run_dir
 
     @pydantic.model_validator(mode="after")
     def _check_names(self) -> "RunConfig":

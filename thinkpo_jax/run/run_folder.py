@@ -10,7 +10,7 @@ from typing import Any
 from thinkpo_jax.run.agreement import is_same_on_all_processes
 from thinkpo_jax.run.run_config import RunConfig
 from thinkpo_jax.runtime.bucket import BucketFolder
-from thinkpo_jax.runtime.bucket_files import SCHEME
+from thinkpo_jax.runtime.bucket_files import is_in_bucket
 from thinkpo_jax.runtime.config import UserError
 from thinkpo_jax.runtime.files import (
     StageFolder,
@@ -46,20 +46,19 @@ class RunFolder:
         self.report = path / "report.json"
 
     @classmethod
-    def open(cls, path: str | Path) -> "RunFolder":
-        """Returns the folder of a run, which may be in a bucket (gs://BUCKET/FOLDER). Then its files are copied here.
+    def open(cls, path: str, *, with_models: bool = True) -> "RunFolder":
+        """Returns the folder of a run. If it is in a bucket, its files are copied here, see `BucketFolder.download`.
 
-        Raises `UserError` if the bucket cannot be read.
+        Raises `UserError` if the bucket cannot be read, or the folder there is not that of a run.
         """
-        if not str(path).startswith(SCHEME):
+        if not is_in_bucket(path):
             return cls(Path(path))
-        bucket = BucketFolder(str(path))
-        bucket.open()
+        bucket = BucketFolder(path)
+        names = bucket.names()
+        if names and not any(name == "config.yaml" or name.endswith("/stage.json") for name in names):
+            raise UserError(f"{path}: has files, but it is not the folder of a run. Choose another one.")
+        bucket.download(with_models=with_models)
         return cls(bucket.local, bucket)
-
-    def shown(self, path: Path) -> str:
-        """Returns a path in the folder as the user knows it, which is in the bucket if the run is there."""
-        return str(path) if self.bucket is None else f"{self.bucket.url}/{path.relative_to(self.path).as_posix()}"
 
     def stage(self, name: str) -> StageFolder:
         """Returns the folder of a stage."""
@@ -110,11 +109,17 @@ class RunFolder:
         """Writes the record of a stage."""
         write_json_record(self.stage(name).record, {"format": STAGE_FORMAT, **asdict(record)})
 
+    def has_model(self, name: str) -> bool:
+        """Returns whether a stage has exported its model. Of a run in a bucket, it may not be copied here."""
+        if self.bucket is None:
+            return self.stage(name).model.is_dir()
+        record = self.read_stage_record(name)
+        return record is not None and record.summary is not None
+
     @contextlib.contextmanager
     def writing(self, key: str) -> Iterator[None]:
-        """Locks the folder, see `lock_folder`. What is written to the copy of a bucket goes there."""
-        uploading = contextlib.nullcontext() if self.bucket is None else self.bucket.uploading()
-        with lock_folder(self.path, key), uploading:
+        """Locks the folder, see `lock_folder`. What is written to the copy of a bucket is uploaded."""
+        with lock_folder(self.path, key) if self.bucket is None else self.bucket.writing(key):
             yield
 
     @contextlib.contextmanager

@@ -12,6 +12,7 @@ from thinkpo_jax.models.weight_saving import save_model
 from thinkpo_jax.run.resolve import ResolvedRun, find_stage_damage, is_stage_finished
 from thinkpo_jax.run.run_folder import StageRecord
 from thinkpo_jax.run.stage_data import check_data_unchanged
+from thinkpo_jax.runtime.bucket_files import reaching_bucket
 from thinkpo_jax.runtime.config import UserError, did_you_mean
 from thinkpo_jax.runtime.console import log_info, log_warning, read_metrics
 from thinkpo_jax.runtime.files import free_name, read_json_record, software_versions
@@ -102,8 +103,9 @@ def export_checkpoint(
 
 
 def _has_checkpoint(folder: AnyPath) -> bool:
-    if not folder.is_dir():
-        return False
+    with reaching_bucket(folder):
+        if not folder.is_dir():
+            return False
     with CheckpointStore(folder, read_only=True) as checkpoints:
         return bool(checkpoints.steps())
 

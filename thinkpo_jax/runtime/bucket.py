@@ -1,33 +1,53 @@
 """Keeps a folder in a Google Cloud Storage bucket: a copy on this machine, and the uploads of what changes there.
 
 Orbax writes checkpoints straight into the bucket, from all processes. Everything else is small or rare. Programs read
-and write it in the copy. Process 0 uploads what changed.
+and write it in the copy. Process 0 uploads what changed. Nothing is ever removed from the bucket.
 """
 
 import contextlib
 import json
+import os
 import re
 import shutil
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import filelock
 import jax
 from etils import epath
 
-from thinkpo_jax.runtime.bucket_files import SCHEME, bucket_client, list_bucket_files
-from thinkpo_jax.runtime.config import RunError, UserError, first_line
+from thinkpo_jax.runtime.bucket_files import (
+    bucket_client,
+    bucket_file_md5,
+    list_bucket_files,
+    md5_of,
+    reaching_bucket,
+)
+from thinkpo_jax.runtime.config import RunError, UserError
 from thinkpo_jax.runtime.console import log_info, log_warning
 from thinkpo_jax.runtime.files import FolderInUseError, cache_folder, lock_folder
+from thinkpo_jax.runtime.manifest import digest_text, sync_to_disk
+from thinkpo_jax.runtime.paths import display_as
 from thinkpo_jax.runtime.processes import barrier, is_distributed, is_primary_process, note_progress
 
-URL = re.compile(r"gs://[a-z0-9][a-z0-9._-]+(/[\w.@+=~%-]+)+/?")
+URL = re.compile(r"gs://[a-z0-9][a-z0-9._-]+(/(?!\.)[\w.@+=~%-]+)+/?")
 CHECKPOINTS = "checkpoints"  # a folder with this name is not copied
-STATE_FILE = ".bucket.json"  # what was the same on both sides
+MODEL = "model"  # nor is one with this name, if the models of a run are not needed
+STATE_FILE = ".bucket.json"  # generation and local version of each file after its last transfer
+TRANSFER_LOCK = ".transfer.lock"
 UPLOAD_SECONDS = 30.0  # between two looks at the copy
 _THREADS = 8
+
+
+def check_bucket_url(url: str) -> str:
+    """Returns the URL. Raises `ValueError` if it is none of a folder in a bucket."""
+    if not URL.fullmatch(url):
+        expected = "gs://BUCKET/FOLDER, with letters, digits and any of . _ @ + = ~ % - in each name"
+        raise ValueError(f"expected {expected}, found {url!r}. Mount other stores as a folder")
+    return url
 
 
 class BucketFolder:
@@ -35,138 +55,195 @@ class BucketFolder:
 
     def __init__(self, url: str) -> None:
         """Raises `UserError` if the URL is none of a folder in a bucket."""
-        if not URL.fullmatch(url):
-            problem = (
-                f"{url}: expected gs://BUCKET/FOLDER, with letters, digits and any of . _ @ + = ~ % - in each name"
-            )
-            raise UserError(f"{problem}. Other stores must be mounted as a folder.")
-        self.url = url.rstrip("/")
-        process = "" if is_primary_process() else f"process-{jax.process_index()}"
-        self.local = cache_folder("buckets") / process / self.url.removeprefix(SCHEME)
-        self._lock, self._stop = threading.Lock(), threading.Event()
+        try:
+            self.url = check_bucket_url(url).rstrip("/")
+        except ValueError as error:
+            raise UserError(f"{error}.") from None
+        process = 0 if is_primary_process() else jax.process_index()
+        name = f"{self.url.rsplit('/')[-1]}-{digest_text(self.url)[:12]}"
+        self.local = cache_folder("buckets") / name / f"process-{process}"
+        display_as(self.local, self.url)
+        # Between several processes, all must have the same files. So what only this one has is not kept.
+        self._keeps_changes = not is_distributed()
 
     def checkpoints(self, stage: str) -> epath.Path:
         """Returns the folder of the checkpoints of a stage, in the bucket."""
         return epath.Path(f"{self.url}/{stage}/{CHECKPOINTS}")
 
-    def open(self) -> None:
-        """Gives all processes the same copy of what is in the bucket. Raises `UserError` if it cannot be read."""
-        self.download()
-        if is_distributed():  # process 0 may have files that a killed run had not uploaded yet
-            self.share()
+    def names(self) -> list[str]:
+        """Returns the names of the files in the bucket, without checkpoints."""
+        with reaching_bucket(self.url):
+            return list(self._list())
 
-    def download(self) -> None:
+    def download(self, *, with_models: bool = True) -> None:
         """Makes the copy like the folder in the bucket. Files that only changed on this machine stay.
 
-        If a run on this machine is writing to the copy, the copy is the newer one. Then this does nothing. Raises
-        `UserError` if the bucket cannot be read.
+        If a run on this machine is writing to the copy, the copy is the newer one. Then this does nothing. Without
+        `with_models`, the exported models of a run are left out. Raises `UserError` if the bucket cannot be read.
         """
-        with contextlib.suppress(FolderInUseError), lock_folder(self.local, "run_dir"), _reaching(self.url):
-            state, remote = self._read_state(), self._list()
-            for name in state.keys() - remote.keys():  # removed in the bucket
-                del state[name]
-                (self.local / name).unlink(missing_ok=True)
-                with contextlib.suppress(OSError):  # other files are there
-                    (self.local / name).parent.rmdir()
-            changed = [
-                name for name, version in remote.items()
-                if name not in state or state[name][0] != version or not (self.local / name).is_file()
-            ]  # fmt: skip
-            with ThreadPoolExecutor(_THREADS) as pool:
-                versions = dict(zip(changed, pool.map(self._download_file, changed), strict=True))
-            self._write_state(state | {name: [remote[name], version] for name, version in versions.items()})
-            if changed:
-                log_info(f"{self.url}: {len(changed)} files were copied to {self.local}")
+        with self._transferring():
+            try:
+                with lock_folder(self.local, "XDG_CACHE_HOME"):
+                    pass
+            except FolderInUseError:
+                return
+            self._download(lambda name: with_models or MODEL not in name.split("/"))
+
+    @contextlib.contextmanager
+    def writing(self, key: str) -> Iterator[None]:
+        """Locks the copy for a run, see `lock_folder`, and uploads what changes there.
+
+        Uploads run every 30 seconds in the background, and at the end of the `with` block. Raises `RunError` if the one
+        at the end fails.
+        """
+        with lock_folder(self.local, key):
+            with self._transferring():  # something may have changed since the first download
+                self._download(lambda _: True)
+            stop = threading.Event()
+            thread = threading.Thread(target=self._upload_repeatedly, args=(stop,), daemon=True)
+            thread.start()
+            try:
+                yield
+            except BaseException:
+                try:
+                    self.upload()
+                except RunError as error:
+                    log_warning(str(error))  # another error is on its way
+                raise
+            else:
+                self.upload()
+            finally:
+                stop.set()
+                thread.join()
 
     def upload(self) -> None:
-        """Makes the folder in the bucket like the copy. Only process 0 does. Raises `RunError` if that fails."""
+        """Copies what changed to the bucket. Only process 0 does. Raises `RunError` if that fails."""
         if not is_primary_process():
             return
-        with self._lock, _reaching(self.url, RunError):
-            state, local = self._read_state(), dict(_local_versions(self.local))
-            changed = [name for name, version in local.items() if name not in state or state[name][1] != version]
-            removed = [name for name in state if name not in local]
-            if not changed and not removed:
-                return
-            with ThreadPoolExecutor(_THREADS) as pool:
-                list(pool.map(self._upload_file, changed))
-            for name in removed:
-                with contextlib.suppress(FileNotFoundError):
-                    bucket_client().rm_file(f"{self.url}/{name}")
-            remote = self._list()
-            same = {name: state[name] for name in state if name in local and name not in changed}
-            uploaded = {name: [remote[name], local[name]] for name in changed if name in remote}
-            self._write_state(same | uploaded)
+        with self._transferring(), reaching_bucket(self.url, RunError):
+            state = self._read_state()
+            versions = _local_versions(self.local)
+            changed = [name for name, version in versions.items() if name not in state or state[name][1] != version]
+            self._transfer(changed, state, lambda name: self._upload_file(name, versions[name]))
 
     def share(self) -> None:
-        """Uploads what process 0 has written, and downloads it in all other processes."""
+        """Uploads what process 0 has written, and downloads it in all other processes. All must call it."""
         self.upload()
         barrier("the files are in the bucket")
         if not is_primary_process():
             self.download()
         barrier("all processes have the files of the bucket")
 
-    @contextlib.contextmanager
-    def uploading(self) -> Iterator[None]:
-        """Uploads what changes every 30 seconds, and the rest at the end of the `with` block."""
-        self._stop.clear()
-        thread = threading.Thread(target=self._upload_repeatedly, daemon=True)
-        thread.start()
+    def _download(self, is_needed: Callable[[str], bool]) -> None:
+        with reaching_bucket(self.url):
+            state, remote = self._read_state(), self._list()
+            local = _local_versions(self.local)
+            for name in local.keys() - remote.keys():
+                if name in state or not self._keeps_changes:  # removed in the bucket
+                    self._remove(name)
+            state = {name: state[name] for name in state.keys() & remote.keys()}
+            changed = [
+                name for name, info in remote.items()
+                if is_needed(name)
+                and (name not in local or name not in state or state[name][0] != info["generation"]
+                     or (state[name][1] != local[name] and not self._keeps_changes))
+            ]  # fmt: skip
+            self._write_state(state)  # without what was removed
+            self._transfer(changed, state, lambda name: self._download_file(name, remote[name]))
+        if changed:
+            log_info(f"{self.url}: {len(changed)} files were copied to this machine")
+
+    def _transfer(
+        self, names: Sequence[str], state: dict[str, list[Any]], transfer: Callable[[str], list[Any] | None]
+    ) -> None:
+        """Transfers files in several threads. After each of them, the state is on the disk."""
+        lock = threading.Lock()
+
+        def transfer_and_note(name: str) -> None:
+            entry = transfer(name)
+            with lock:
+                if entry is not None:
+                    state[name] = entry
+                    self._write_state(state)
+
+        with ThreadPoolExecutor(_THREADS) as pool:
+            list(pool.map(transfer_and_note, names))
+
+    def _download_file(self, name: str, info: Mapping[str, Any]) -> list[Any]:
+        """Copies a file from the bucket, unless the same is there. Returns its entry in the state."""
+        path, url = self.local / name, f"{self.url}/{name}"
+        if not (path.is_file() and path.stat().st_size == info["size"] and md5_of(path) == bucket_file_md5(url, info)):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            partial = path.with_name(f".{path.name}.partial")
+            bucket_client().get_file(url, str(partial))
+            sync_to_disk(partial)
+            partial.replace(path)
+        note_progress()
+        return [info["generation"], _version(path)]
+
+    def _upload_file(self, name: str, version: list[int]) -> list[Any] | None:
+        """Copies a file to the bucket. Returns its entry in the state, or None if it was removed in the meantime."""
+        path, url = self.local / name, f"{self.url}/{name}"
+        snapshot = path.with_name(f".{path.name}.partial")
         try:
-            yield
-        except BaseException:
-            try:
-                self.upload()
-            except RunError as error:
-                log_warning(str(error))  # another error is on its way
-            raise
-        else:
-            self.upload()
+            if path.suffix == ".jsonl":  # lines are being added to it
+                shutil.copyfile(path, snapshot)
+            bucket_client().put_file(str(snapshot if path.suffix == ".jsonl" else path), url)
+            return [bucket_client().info(url)["generation"], version]
+        except FileNotFoundError:
+            if path.exists():  # the store answered that something is missing
+                raise
+            return None
         finally:
-            self._stop.set()
-            thread.join()
+            snapshot.unlink(missing_ok=True)
 
-    def _upload_repeatedly(self) -> None:
-        while not self._stop.wait(UPLOAD_SECONDS):
+    def _upload_repeatedly(self, stop: threading.Event) -> None:
+        has_failed = False
+        while not stop.wait(UPLOAD_SECONDS):
             try:
                 self.upload()
-            except RunError as error:
-                log_warning(f"{error} Trying again in {UPLOAD_SECONDS:.0f} seconds.")
+                has_failed = False
+            except (RunError, OSError) as error:
+                if not has_failed:  # a message counts as progress of the run, which may hang
+                    log_warning(f"{error} It is tried again every {UPLOAD_SECONDS:.0f} seconds.")
+                has_failed = True
 
-    def _download_file(self, name: str) -> list[int]:
+    def _remove(self, name: str) -> None:
+        """Removes a file of the copy, and the folders that are empty then."""
         path = self.local / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(f".{path.name}.partial")
-        bucket_client().get_file(f"{self.url}/{name}", str(partial))
-        partial.replace(path)
-        note_progress()
-        return _version(path)
+        path.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # a folder that is not empty
+            for folder in list(path.parents)[: len(path.relative_to(self.local).parents) - 1]:
+                folder.rmdir()
 
-    def _upload_file(self, name: str) -> None:
-        note_progress()
-        path = self.local / name
-        with contextlib.suppress(FileNotFoundError):  # removed in the meantime
-            if path.suffix != ".jsonl":
-                bucket_client().put_file(str(path), f"{self.url}/{name}")
-                return
-            snapshot = path.with_name(f".{path.name}.partial")  # lines are being added to the file
-            shutil.copyfile(path, snapshot)
-            bucket_client().put_file(str(snapshot), f"{self.url}/{name}")
-            snapshot.unlink()
+    @contextlib.contextmanager
+    def _transferring(self) -> Iterator[None]:
+        """Waits until no other command and no other thread transfers files of this copy."""
+        self.local.mkdir(parents=True, exist_ok=True)
+        with contextlib.ExitStack() as stack:
+            try:
+                stack.enter_context(filelock.FileLock(self.local / TRANSFER_LOCK, thread_local=False))
+            except NotImplementedError:
+                raise UserError(
+                    f"XDG_CACHE_HOME: {cache_folder('buckets')} cannot be locked. Set XDG_CACHE_HOME to another folder."
+                ) from None
+            yield
 
-    def _list(self) -> dict[str, str]:
-        """Returns a text for each file in the bucket that changes when the file does, without checkpoints."""
+    def _list(self) -> dict[str, dict[str, Any]]:
         files = list_bucket_files(epath.Path(self.url))
-        return {name: str(info.get("generation")) for name, info in files.items() if is_copied(name)}
+        return {name: info for name, info in files.items() if is_copied(name)}
 
     def _read_state(self) -> dict[str, list[Any]]:
         with contextlib.suppress(OSError, ValueError):
-            return json.loads((self.local / STATE_FILE).read_text(encoding="utf-8"))
+            state = json.loads((self.local / STATE_FILE).read_text(encoding="utf-8"))
+            if isinstance(state, dict):
+                return state
         return {}
 
     def _write_state(self, state: Mapping[str, list[Any]]) -> None:
-        self.local.mkdir(parents=True, exist_ok=True)
-        (self.local / STATE_FILE).write_text(json.dumps(state), encoding="utf-8")
+        partial = self.local / f"{STATE_FILE}.partial"
+        partial.write_text(json.dumps(state), encoding="utf-8")
+        partial.replace(self.local / STATE_FILE)
 
 
 def is_copied(name: str) -> bool:
@@ -180,24 +257,12 @@ def _version(path: Path) -> list[int]:
     return [path.stat().st_size, path.stat().st_mtime_ns]
 
 
-def _local_versions(folder: Path) -> Iterator[tuple[str, list[int]]]:
-    for path in folder.rglob("*"):
-        name = path.relative_to(folder).as_posix()
-        with contextlib.suppress(FileNotFoundError):  # removed in the meantime
-            if is_copied(name) and path.is_file():
-                yield name, _version(path)
-
-
-@contextlib.contextmanager
-def _reaching(url: str, kind: type[UserError | RunError] = UserError) -> Iterator[None]:
-    """Turns the errors of the client, which have many types, into one of ours that names the URL."""
-    try:
-        yield
-    except (UserError, RunError):
-        raise
-    except ImportError:
-        raise UserError(f"{url}: needs the package gcsfs. Run: pip install 'thinkpo_jax[gcs]'") from None
-    except Exception as error:
-        reason = first_line(error) or type(error).__name__
-        advice = "Check the name of the bucket, the rights of this account and the network, and rerun the same command."
-        raise kind(f"{url}: the bucket cannot be reached: {reason} {advice}") from None
+def _local_versions(folder: Path) -> dict[str, list[int]]:
+    versions: dict[str, list[int]] = {}
+    for parent, _, names in os.walk(folder):
+        for path in (Path(parent) / name for name in names):
+            name = path.relative_to(folder).as_posix()
+            with contextlib.suppress(FileNotFoundError):  # removed in the meantime
+                if is_copied(name) and path.is_file():
+                    versions[name] = _version(path)
+    return versions

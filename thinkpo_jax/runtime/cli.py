@@ -175,7 +175,9 @@ class DeferredInterrupts:
         if self.requested or not self._are_deferred:
             raise KeyboardInterrupt
         self.requested = True
-        print("\nStopping after the updates that are launched. Press Ctrl-C again to stop at once.", file=sys.stderr)
+        message = "\nStopping after the updates that are launched. Press Ctrl-C again to stop at once."
+        with contextlib.suppress(RuntimeError):  # the signal came inside another write to stderr
+            print(message, file=sys.stderr)
 
 
 @contextlib.contextmanager

@@ -10,6 +10,8 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from thinkpo_jax.runtime.manifest import sync_to_disk
+from thinkpo_jax.runtime.paths import to_display
 from thinkpo_jax.runtime.processes import broadcast_from_primary, is_primary_process, note_progress
 
 PROGRESS_LINE_INTERVAL_SECONDS = 10.0
@@ -24,6 +26,7 @@ class MetricsFile:
             path.parent.mkdir(parents=True, exist_ok=True)
             partial = path.with_name(path.name + ".partial")
             partial.write_text("".join(lines), encoding="utf-8")
+            sync_to_disk(partial)
             partial.replace(path)  # a crash leaves the old file or the new one, never a part of it
         self._file = (path if is_primary_process() else Path(os.devnull)).open("a", encoding="utf-8")
 
@@ -106,7 +109,7 @@ def log_info(text: str) -> None:
     note_progress()
     if is_primary_process():
         with tqdm.external_write_mode(file=sys.stderr):
-            print(text, file=sys.stderr, flush=True)
+            print(to_display(text), file=sys.stderr, flush=True)
 
 
 def log_warning(text: str) -> None:

@@ -28,7 +28,7 @@ def read_text(path: AnyPath, *, max_bytes: int) -> str:
     with path.open("rb") as file:
         content = file.read(max_bytes + 1)
         if len(content) > max_bytes:
-            size = path.stat().st_size if isinstance(path, Path) else 0
+            size = path.stat().st_size if isinstance(path, Path) else 0  # a bucket may know no size
             raise _too_large(path, max(size, len(content)), max_bytes)
     return content.decode()
 

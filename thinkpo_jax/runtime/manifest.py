@@ -2,28 +2,28 @@
 
 A manifest is a JSON file in the folder itself. It has the size and the digest of each file, and a digest of its own.
 Digests are XXH3 with 128 bits, which is as fast as the memory. They find damage, but no forgery. In a bucket they are
-the MD5 digests that the store has computed, so nothing is read. `md5:` stands before them.
+the MD5 digests that the store has computed, so nothing is read. Such a digest begins with `md5:`.
 """
 
 import contextlib
 import errno
 import functools
-import hashlib
-import itertools
 import json
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, TypeVar
 
 import xxhash
 from etils import epath
 
-from thinkpo_jax.runtime.bucket_files import bucket_file_digest, is_in_bucket, list_bucket_files
+from thinkpo_jax.runtime.bucket_files import bucket_file_md5, is_in_bucket, list_bucket_files, md5_of
 from thinkpo_jax.runtime.limited_files import read_text
 from thinkpo_jax.runtime.paths import AnyPath
 
+ItemT = TypeVar("ItemT")
+ResultT = TypeVar("ResultT")
 MANIFEST_FILE = "thinkpo_jax_manifest.json"  # other programs have a manifest.json
 _MANIFEST_FORMAT, _MAX_MANIFEST_BYTES = 1, 2**24
 _ENTRY_KEYS = {"bytes", "digest"}
@@ -42,8 +42,7 @@ def digest_files(paths: Sequence[Path]) -> list[str]:
 
     A file that did not change since the last call in this process is not read again.
     """
-    with ThreadPoolExecutor(min(_MAX_THREADS, max(1, len(paths)))) as pool:
-        return list(pool.map(_digest_file, paths))
+    return _map_in_threads(_digest_file, paths)
 
 
 def _digest_file(path: Path) -> str:
@@ -82,7 +81,7 @@ def write_manifest(folder: Path, paths: Iterable[Path]) -> None:
 def write_bucket_manifest(folder: epath.Path) -> None:
     """Writes the manifest of all files below a folder in a bucket, from what the store knows of them."""
     entries = {
-        name: {"bytes": info["size"], "digest": _MD5 + bucket_file_digest(folder / name, info)}
+        name: {"bytes": info["size"], "digest": _MD5 + bucket_file_md5(folder / name, info)}
         for name, info in sorted(list_bucket_files(folder).items())
         if name != MANIFEST_FILE
     }
@@ -146,8 +145,8 @@ def find_file_damage(folder: AnyPath) -> list[str]:
 
 
 def _find_differences(folder: AnyPath, entries: Mapping[str, Any]) -> Iterator[str]:
-    stored = list_bucket_files(folder) if is_in_bucket(folder) else None
-    sizes = _sizes(Path(folder), entries) if stored is None else {name: stored[name]["size"] for name in stored}
+    info_by_name = list_bucket_files(folder) if is_in_bucket(folder) else None
+    sizes = _sizes(Path(folder), entries) if info_by_name is None else {n: i["size"] for n, i in info_by_name.items()}
     complete: list[str] = []
     for name, entry in entries.items():
         if name not in sizes:
@@ -157,22 +156,24 @@ def _find_differences(folder: AnyPath, entries: Mapping[str, Any]) -> Iterator[s
         else:
             yield f"{name} has {sizes[name]} bytes instead of {entry['bytes']}"
 
-    def has_changed(name: str) -> bool:
+    def has_other_content(name: str) -> bool:
         digest = entries[name]["digest"]
-        if stored is not None:
-            return _MD5 + bucket_file_digest(folder / name, stored[name]) != digest
-        digest_of = _md5_digest if digest.startswith(_MD5) else _digest_file  # of a run that was copied from a bucket
-        return digest_of(Path(folder / name)) != digest
+        if info_by_name is not None:
+            return _MD5 + bucket_file_md5(folder / name, info_by_name[name]) != digest
+        path = Path(folder / name)
+        if digest.startswith(_MD5):  # the folder was copied from a bucket
+            return _MD5 + md5_of(path) != digest
+        return _digest_file(path) != digest
 
-    with ThreadPoolExecutor(_MAX_THREADS) as pool:
-        changed = list(pool.map(has_changed, complete))
-    yield from (f"{name} has other content" for name in itertools.compress(complete, changed))
+    for name, is_other in zip(complete, _map_in_threads(has_other_content, complete), strict=True):
+        if is_other:
+            yield f"{name} has other content"
 
 
 def _sizes(folder: Path, names: Iterable[str]) -> dict[str, int]:
     return {name: (folder / name).stat().st_size for name in names if (folder / name).is_file()}
 
 
-def _md5_digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return _MD5 + hashlib.file_digest(file, lambda: hashlib.md5(usedforsecurity=False)).hexdigest()
+def _map_in_threads(function: Callable[[ItemT], ResultT], items: Sequence[ItemT]) -> list[ResultT]:
+    with ThreadPoolExecutor(min(_MAX_THREADS, max(1, len(items)))) as pool:
+        return list(pool.map(function, items))

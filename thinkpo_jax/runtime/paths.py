@@ -46,6 +46,21 @@ def _value_of(match: re.Match[str]) -> str:
     return os.environ[name]
 
 
+_display_names: dict[str, str] = {}
+
+
+def display_as(path: Path, name: str) -> None:
+    """Makes messages show a name instead of a path, for example the URL of a bucket instead of its copy here."""
+    _display_names[str(path)] = name
+
+
+def to_display(text: str) -> str:
+    """Returns a message with the names that users know."""
+    for path, name in _display_names.items():
+        text = text.replace(path, name)
+    return text
+
+
 def name_argument(text: str) -> str:
     """Returns an argument of a command, a path or a Hub id, expanded by `expand_path`. Use as a `type` of argparse."""
     try:

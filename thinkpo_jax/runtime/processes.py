@@ -26,6 +26,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from thinkpo_jax.runtime.config import UserError, first_line
+from thinkpo_jax.runtime.paths import to_display
 from thinkpo_jax.runtime.watchdog import HANG_TIMEOUT_MINUTES, Watchdog, format_error
 
 START_TIMEOUT_SECONDS = 100.0  # a process waits so long for the others
@@ -237,6 +238,7 @@ def report_failure(status: int, message: str, *, shown: str | None = None) -> No
 
     `shown` is for stderr, by default an error message. Does not return if another process has failed before.
     """
+    message = to_display(message)
     if shown is None:
         shown = format_error(message, distributed.global_state.process_id if is_distributed() else None) + "\n"
     if _watchdog is not None:

@@ -27,7 +27,7 @@ import pydantic
 from etils import epath
 
 from thinkpo_jax.models.weight_mapping import flatten_by_name
-from thinkpo_jax.runtime.bucket_files import bucket_client, is_in_bucket
+from thinkpo_jax.runtime.bucket_files import bucket_client, is_in_bucket, reaching_bucket
 from thinkpo_jax.runtime.config import ConfigSection, RunError, UserError, first_line
 from thinkpo_jax.runtime.console import log_warning, read_shared_metrics
 from thinkpo_jax.runtime.manifest import write_bucket_manifest, write_manifest
@@ -84,7 +84,8 @@ class CheckpointStore:
         self._deadline = time.monotonic() + self._interval_seconds
         self._cleanup = contextlib.ExitStack()
         if is_in_bucket(folder):
-            bucket_client()  # sets what the client of Orbax must not do
+            with reaching_bucket(folder):
+                bucket_client()  # sets what the client of Orbax must not do
         self._path = folder if is_in_bucket(folder) else Path(folder).absolute()
         if isinstance(self._path, Path) and not PLAIN_PATH.fullmatch(str(self._path)):
             self._path = self._cleanup.enter_context(_plain_link(self._path, make=not read_only))
@@ -95,7 +96,8 @@ class CheckpointStore:
             )
         else:
             if is_primary_process():
-                set_damaged_aside(folder)
+                with reaching_bucket(folder):
+                    set_damaged_aside(folder)
             barrier("damaged checkpoints have other names")
             policies = [ocp.checkpoint_managers.LatestN(keep), _KeepStep(self.best_step)]
             self._options = ocp.CheckpointManagerOptions(
@@ -110,14 +112,17 @@ class CheckpointStore:
             handler = _ItemHandler()
             handlers.add(item, ocp.args.StandardSave, handler)
             handlers.add(item, ocp.args.StandardRestore, handler)
-        with _without_warnings() if self._options.read_only else contextlib.nullcontext():  # that it only reads
+        quiet = _without_warnings() if self._options.read_only else contextlib.nullcontext()  # that it only reads
+        with reaching_bucket(self.folder), quiet:
             return ocp.CheckpointManager(self._path, handler_registry=handlers, options=self._options)
 
     def __enter__(self) -> "CheckpointStore":
         return self
 
-    def __exit__(self, kind: object, *_: object) -> None:
+    def __exit__(self, kind: object, raised: object, _: object) -> None:
         """Waits for a save in the background. Raises `RunError` if it failed."""
+        if isinstance(raised, RunError) and self._manager.is_saving_in_progress():  # for long without a network
+            log_warning(f"{raised} Waiting for checkpoint {self._unsettled_step}, which is being written.")
         try:
             with self._cleanup, self._naming_unwritten(self._unsettled_step):
                 self._manager.close()
@@ -134,7 +139,9 @@ class CheckpointStore:
         """Returns the last step with a good checkpoint, or None. Logs a warning for each newer one that is damaged."""
         latest = None
         for step in reversed(self.steps() if is_primary_process() else []):
-            if not (damage := find_checkpoint_damage(self.folder / str(step))):
+            with reaching_bucket(self.folder):
+                damage = find_checkpoint_damage(self.folder / str(step))
+            if not damage:
                 latest = step
                 break
             log_warning(f"{self.folder / str(step)}: {damage}. This checkpoint is not used.")
@@ -255,7 +262,9 @@ class CheckpointStore:
             yield
         except RunError:
             raise
-        except (OSError, ValueError, RuntimeError) as error:
+        except Exception as error:
+            if not is_in_bucket(self._path) and not isinstance(error, OSError | ValueError | RuntimeError):
+                raise
             _raise_if_process_died(error)
             if is_in_bucket(self._path) or not _is_disk_full(error):
                 raise RunError(f"{self.folder}: checkpoint {step} cannot be written: {self._reason(error)}") from None
@@ -295,10 +304,11 @@ class CheckpointStore:
             restored = self._manager.restore(step, args=ocp.args.Composite(**{item: ocp.args.StandardRestore(targets)}))
         except Exception as error:  # Orbax and TensorStore raise errors of many types
             _raise_if_process_died(error)
-            raise UserError(
-                f"{self.folder / str(step)}: the checkpoint cannot be read: {self._reason(error)} Move that folder "
-                "away. Training then resumes from an earlier checkpoint or from the start."
-            ) from None
+            problem = f"{self.folder / str(step)}: the checkpoint cannot be read: {self._reason(error)}"
+            if is_in_bucket(self._path):  # its manifest says that it is good
+                raise UserError(f"{problem} Check the network and rerun the same command.") from None
+            advice = "Training then resumes from an earlier checkpoint or from the start."
+            raise UserError(f"{problem} Move that folder away. {advice}") from None
         return jax.tree.unflatten(jax.tree.structure(like), list(restored[item].values()))
 
     def _reason(self, error: Exception) -> str:
