@@ -91,9 +91,10 @@ def test_a_run_goes_on_when_its_machine_is_lost(
     bucket_client().get(bucket_url, str(tmp_path / "copy"), recursive=True)  # as people copy a run to a disk
     models = [tmp_path / "from the bucket", tmp_path / "from the copy"]
     for run, out in zip((bucket_url, tmp_path / "copy"), models, strict=True):
-        assert run_command(export.main, ["--run", str(run), "--out", str(out), "--stage", "sft", "--step", "4"]) == 0
+        assert run_command(export.main, ["--run", str(run), "--out", str(out), "--stage", "sft"]) == 0
     first, second = ((model / "model.safetensors").read_bytes() for model in models)
     assert first == second
+    assert "Evaluation of the float32 model" in (models[0] / "README.md").read_text()
     folder = resolve_model_folder(find_model(f"{bucket_url}:thinkpo")["path"])
     expected = (disk_run / "thinkpo" / "model" / "model.safetensors").read_bytes()
     assert (folder / "model.safetensors").read_bytes() == expected
@@ -124,6 +125,26 @@ def test_a_damaged_checkpoint_in_a_bucket_is_not_used(bucket_url: str, capsys: p
     problem = f"{folder}/2: damaged: {name.removeprefix('2/')} has other content."
     assert f"{problem} This checkpoint is not used, and is now called damaged-2." in capsys.readouterr().err
     assert sorted(path.name for path in folder.iterdir()) == ["1", "damaged-2"]
+
+
+def test_a_run_that_was_copied_from_a_disk_is_refused_and_stays(bucket_url: str, tmp_path: Path) -> None:
+    with CheckpointStore(tmp_path / "checkpoints") as store:
+        store.save(_state(1), 1)
+    folder = epath.Path(bucket_url) / "checkpoints"
+    bucket_client().put(str(tmp_path / "checkpoints"), str(folder), recursive=True)
+    before = list_bucket_files(folder)
+    with pytest.raises(UserError, match=r"checkpoints/1: was copied from a disk.*Choose another run_dir"):
+        CheckpointStore(folder)
+    assert list_bucket_files(folder) == before
+    assert before
+
+
+def test_a_folder_without_a_model_is_not_copied(bucket_url: str) -> None:
+    bucket_client().pipe_file(f"{bucket_url}/data.jsonl", b"{}")
+    with pytest.raises(UserError, match=f"model.path: {bucket_url}: there is no config.json"):
+        resolve_model_folder(bucket_url)
+    with pytest.raises(UserError, match=f"{bucket_url}: has files, but it is not the folder of a run"):
+        RunFolder.open(bucket_url)
 
 
 @pytest.mark.parametrize("error", [HttpError({"code": 403, "message": "Forbidden"}), RefreshError("Forbidden")])

@@ -1,5 +1,6 @@
 """A folder in a bucket and its copy on this machine."""
 
+import errno
 import threading
 import time
 from collections.abc import Callable
@@ -35,8 +36,8 @@ def wait_until(condition: Callable[[], bool]) -> None:
         time.sleep(0.01)
 
 
-@pytest.mark.parametrize("name", ["../a", "a/../../b", "/etc/passwd", "a//b", ".lock"])
-def test_a_name_that_lies_outside_of_the_copy_is_not_copied(name: str) -> None:
+@pytest.mark.parametrize("name", ["../a", "a/../../b", "/etc/passwd", "a//b", ".lock", "sft/model.damaged.1/x"])
+def test_a_name_outside_of_the_copy_or_a_damaged_model_is_not_copied(name: str) -> None:
     assert not is_copied(name)
 
 
@@ -53,7 +54,7 @@ def test_files_of_the_bucket_are_copied_without_checkpoints(bucket_url: str) -> 
     for name in ("config.yaml", "sft/stage.json", "sft/checkpoints/2/model/d", "sft/.hidden", "sft/model/config.json"):
         write(bucket_url, name, name)
     folder = BucketFolder(bucket_url)
-    folder.download(with_models=False)
+    folder.download(lambda name: "model" not in name.split("/"))
     assert copied(folder) == {"config.yaml": "config.yaml", "sft/stage.json": "sft/stage.json"}
     folder.download()
     assert copied(folder).keys() == {"config.yaml", "sft/stage.json", "sft/model/config.json"}
@@ -82,12 +83,10 @@ def test_the_bucket_wins_and_files_that_only_changed_here_stay(bucket_url: str) 
 
 
 @pytest.mark.slow
-def test_of_several_processes_only_what_is_in_the_bucket_counts(
-    bucket_url: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_in_other_processes_only_what_is_in_the_bucket_counts(bucket_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     write(bucket_url, "name", "old")
     BucketFolder(bucket_url).download()
-    monkeypatch.setattr(bucket, "is_distributed", lambda: True)
+    monkeypatch.setattr(bucket, "is_primary_process", lambda: False)
     folder = BucketFolder(bucket_url)
     (folder.local / "name").write_text("damaged")
     (folder.local / "sft").mkdir()
@@ -111,6 +110,34 @@ def test_only_what_changed_is_uploaded_and_nothing_is_removed(bucket_url: str) -
     after = list_bucket_files(epath.Path(bucket_url))
     assert read(bucket_url) == {"sft/stage.json": "old", "sft/metrics.jsonl": "old, and a line", "report.md": "old"}
     assert after["sft/stage.json"]["generation"] == before["sft/stage.json"]["generation"]
+
+
+@pytest.mark.slow
+def test_a_folder_that_has_another_name_is_removed(bucket_url: str) -> None:
+    for name in ("sft/model/config.json", "sft/model/added.json", "sft/model2/config.json"):
+        write(bucket_url, name, name)
+    folder = BucketFolder(bucket_url)
+    folder.download()
+    (folder.local / "sft" / "model").rename(folder.local / "sft" / "model.damaged")
+    folder.remove(folder.local / "sft" / "model")
+    folder.upload()
+    folder.download()
+    assert read(bucket_url).keys() == {"sft/model2/config.json"}
+    assert copied(folder).keys() == {
+        "sft/model.damaged/config.json", "sft/model.damaged/added.json", "sft/model2/config.json"
+    }  # fmt: skip
+
+
+@pytest.mark.slow
+def test_a_full_disk_is_no_problem_of_the_bucket(bucket_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    write(bucket_url, "name", "old")
+
+    def fail(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(bucket_client(), "get_file", fail)
+    with pytest.raises(OSError, match=f"No space left on device, while files of {bucket_url} were copied"):
+        BucketFolder(bucket_url).download()
 
 
 @pytest.mark.slow
@@ -138,9 +165,9 @@ def test_an_upload_after_which_the_program_was_killed_is_no_change_in_the_bucket
     folder.local.mkdir(parents=True)
     (folder.local / "name").write_text("new")
     write(bucket_url, "name", "new")  # uploaded, but not in the state
-    version = (folder.local / "name").stat()
+    before = (folder.local / "name").stat().st_ino
     folder.download()
-    assert (folder.local / "name").stat() == version
+    assert (folder.local / "name").stat().st_ino == before, "it was copied again"
 
 
 @pytest.mark.slow

@@ -1,5 +1,6 @@
 """Finds and opens a model folder: local, from the Hugging Face Hub, or built in."""
 
+import fnmatch
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -50,7 +51,7 @@ class ModelConfig(ConfigSection):
 def resolve_model_folder(path: str, *, weights: bool = True) -> Path:
     """Returns the folder of a model: `builtin:NAME`, a local folder, or a Hub id or gs:// URL (downloaded or cached).
 
-    If `weights` is false, only the configuration and the tokenizer of a Hub id are downloaded. Raises `UserError` if
+    If `weights` is false, only the configuration and the tokenizer are downloaded. Raises `UserError` if
     there is no such model.
     """
     if path.startswith("builtin:"):
@@ -60,7 +61,9 @@ def resolve_model_folder(path: str, *, weights: bool = True) -> Path:
         return builtins[path]
     if is_in_bucket(path):
         bucket = BucketFolder(path)
-        bucket.download()
+        if "config.json" not in bucket.names():
+            raise UserError(f"model.path: {path}: there is no config.json. Give the folder of a model in the bucket.")
+        bucket.download(lambda name: any(fnmatch.fnmatch(name, pattern) for pattern in _needed_files(weights)))
         return bucket.local
     if (folder := Path(path)).is_dir():
         return folder
@@ -69,13 +72,17 @@ def resolve_model_folder(path: str, *, weights: bool = True) -> Path:
             f"model.path: {path}: there is no such folder. Give a Hugging Face folder or a Hub id (owner/name)."
         )
     try:
-        files = [*COPIED_FILES, "adapter_config.json", *((*WEIGHT_FILES, MANIFEST_FILE) if weights else ())]
-        return Path(huggingface_hub.snapshot_download(path, allow_patterns=files))
+        return Path(huggingface_hub.snapshot_download(path, allow_patterns=_needed_files(weights)))
     except (OSError, ValueError, RuntimeError, huggingface_hub.errors.HfHubHTTPError) as error:  # RuntimeError: no home
         raise UserError(
             f"model.path: {path} is neither a local folder nor available from the Hub: {error} Check the name. "
             f"Without a network, download it elsewhere (hf download {path}) and give the folder."
         ) from None
+
+
+def _needed_files(weights: bool) -> list[str]:
+    """Returns patterns of the files that are read, without or with the weights."""
+    return [*COPIED_FILES, "adapter_config.json", *((*WEIGHT_FILES, MANIFEST_FILE) if weights else ())]
 
 
 def read_stop_token_ids(folder: Path) -> list[int]:

@@ -94,6 +94,8 @@ def resolve_run(config: RunConfig, *, with_models: bool = True) -> ResolvedRun:
     check_same_run(config)
     check_evaluation_engine(config)
     folder = RunFolder.open(config.run_dir, with_models=with_models)
+    if is_distributed():  # process 0 may have files that a killed run had not uploaded yet
+        folder.share()
     folder.check_owned([*RESERVED_NAMES, *(stage.name for stage in config.stages)])
     mesh = make_mesh(config.mesh)
     is_served = config.evaluation is not None and config.evaluation.engine == "server"

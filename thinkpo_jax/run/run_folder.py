@@ -9,7 +9,7 @@ from typing import Any
 
 from thinkpo_jax.run.agreement import is_same_on_all_processes
 from thinkpo_jax.run.run_config import RunConfig
-from thinkpo_jax.runtime.bucket import BucketFolder
+from thinkpo_jax.runtime.bucket import MODEL, BucketFolder
 from thinkpo_jax.runtime.bucket_files import is_in_bucket
 from thinkpo_jax.runtime.config import UserError
 from thinkpo_jax.runtime.files import (
@@ -57,7 +57,7 @@ class RunFolder:
         names = bucket.names()
         if names and not any(name == "config.yaml" or name.endswith("/stage.json") for name in names):
             raise UserError(f"{path}: has files, but it is not the folder of a run. Choose another one.")
-        bucket.download(with_models=with_models)
+        bucket.download(lambda name: with_models or MODEL not in name.split("/"))
         return cls(bucket.local, bucket)
 
     def stage(self, name: str) -> StageFolder:

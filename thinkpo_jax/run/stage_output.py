@@ -34,6 +34,8 @@ def begin_stage(run: ResolvedRun, inputs: StageInputs) -> None:
     check_data_unchanged(run, inputs.config, inputs.dataset)
     if is_primary_process() and (damage := find_stage_damage(run, stage)):
         _set_model_aside(inputs.folder.model, damage)
+        if run.folder.bucket is not None:
+            run.folder.bucket.remove(inputs.folder.model)
     barrier("a damaged model has another name")
     initial = run.config.initial_model_of(stage)
     log_info(f"{stage.name}: starts from {initial}")
@@ -160,4 +162,4 @@ def _model_card(run: ResolvedRun, stage: StageConfig, *, step: int, notes: Seque
 
 def _is_score_of_current_model(run: ResolvedRun, name: str, benchmark: str) -> bool:
     record = read_json_record(run.folder.answers(name) / f"{benchmark}.json", "settings")
-    return record is not None and record["settings"]["model"] == run.source_of(name).identity()
+    return record is not None and record["settings"]["model"] == run.identity_of(name)

@@ -1,7 +1,7 @@
 """Keeps a folder in a Google Cloud Storage bucket: a copy on this machine, and the uploads of what changes there.
 
 Orbax writes checkpoints straight into the bucket, from all processes. Everything else is small or rare. Programs read
-and write it in the copy. Process 0 uploads what changed. Nothing is ever removed from the bucket.
+and write it in the copy. Process 0 uploads what changed. No upload removes a file.
 """
 
 import contextlib
@@ -31,14 +31,16 @@ from thinkpo_jax.runtime.console import log_info, log_warning
 from thinkpo_jax.runtime.files import FolderInUseError, cache_folder, lock_folder
 from thinkpo_jax.runtime.manifest import digest_text, sync_to_disk
 from thinkpo_jax.runtime.paths import display_as
-from thinkpo_jax.runtime.processes import barrier, is_distributed, is_primary_process, note_progress
+from thinkpo_jax.runtime.processes import barrier, is_primary_process, note_progress
 
 URL = re.compile(r"gs://[a-z0-9][a-z0-9._-]+(/(?!\.)[\w.@+=~%-]+)+/?")
 CHECKPOINTS = "checkpoints"  # a folder with this name is not copied
-MODEL = "model"  # nor is one with this name, if the models of a run are not needed
+MODEL = "model"
+DAMAGED_MODEL = "model.damaged"  # nor is one whose name begins like this
 STATE_FILE = ".bucket.json"  # generation and local version of each file after its last transfer
 TRANSFER_LOCK = ".transfer.lock"
 UPLOAD_SECONDS = 30.0  # between two looks at the copy
+WAIT_SECONDS = 10.0  # for another transfer, until a message says so
 _THREADS = 8
 
 
@@ -63,8 +65,7 @@ class BucketFolder:
         name = f"{self.url.rsplit('/')[-1]}-{digest_text(self.url)[:12]}"
         self.local = cache_folder("buckets") / name / f"process-{process}"
         display_as(self.local, self.url)
-        # Between several processes, all must have the same files. So what only this one has is not kept.
-        self._keeps_changes = not is_distributed()
+        self._is_needed: Callable[[str], bool] = lambda _: True  # of names of files
 
     def checkpoints(self, stage: str) -> epath.Path:
         """Returns the folder of the checkpoints of a stage, in the bucket."""
@@ -75,19 +76,20 @@ class BucketFolder:
         with reaching_bucket(self.url):
             return list(self._list())
 
-    def download(self, *, with_models: bool = True) -> None:
-        """Makes the copy like the folder in the bucket. Files that only changed on this machine stay.
+    def download(self, is_needed: Callable[[str], bool] = lambda _: True) -> None:
+        """Makes the copy like the folder in the bucket. `is_needed` may leave files out by their names.
 
-        If a run on this machine is writing to the copy, the copy is the newer one. Then this does nothing. Without
-        `with_models`, the exported models of a run are left out. Raises `UserError` if the bucket cannot be read.
+        In process 0, files that only changed on this machine stay. If a run on this machine is writing to the copy, the
+        copy is the newer one. Then this does nothing. Raises `UserError` if the bucket cannot be read.
         """
+        self._is_needed = is_needed
         with self._transferring():
             try:
                 with lock_folder(self.local, "XDG_CACHE_HOME"):
                     pass
             except FolderInUseError:
                 return
-            self._download(lambda name: with_models or MODEL not in name.split("/"))
+            self._download()
 
     @contextlib.contextmanager
     def writing(self, key: str) -> Iterator[None]:
@@ -98,7 +100,7 @@ class BucketFolder:
         """
         with lock_folder(self.local, key):
             with self._transferring():  # something may have changed since the first download
-                self._download(lambda _: True)
+                self._download()
             stop = threading.Event()
             thread = threading.Thread(target=self._upload_repeatedly, args=(stop,), daemon=True)
             thread.start()
@@ -107,7 +109,7 @@ class BucketFolder:
             except BaseException:
                 try:
                     self.upload()
-                except RunError as error:
+                except (RunError, UserError, OSError) as error:
                     log_warning(str(error))  # another error is on its way
                 raise
             else:
@@ -126,6 +128,16 @@ class BucketFolder:
             changed = [name for name, version in versions.items() if name not in state or state[name][1] != version]
             self._transfer(changed, state, lambda name: self._upload_file(name, versions[name]))
 
+    def remove(self, folder: Path) -> None:
+        """Removes what the bucket has of a folder of the copy, which has another name now. Only process 0 calls it."""
+        prefix = f"{folder.relative_to(self.local).as_posix()}/"
+        with self._transferring(), reaching_bucket(self.url, RunError):
+            state, names = self._read_state(), [name for name in self._list() if name.startswith(prefix)]
+            for name in names:
+                bucket_client().rm_file(f"{self.url}/{name}")
+                state.pop(name, None)
+            self._write_state(state)
+
     def share(self) -> None:
         """Uploads what process 0 has written, and downloads it in all other processes. All must call it."""
         self.upload()
@@ -134,19 +146,20 @@ class BucketFolder:
             self.download()
         barrier("all processes have the files of the bucket")
 
-    def _download(self, is_needed: Callable[[str], bool]) -> None:
+    def _download(self) -> None:
+        keeps_changes = is_primary_process()
         with reaching_bucket(self.url):
             state, remote = self._read_state(), self._list()
             local = _local_versions(self.local)
             for name in local.keys() - remote.keys():
-                if name in state or not self._keeps_changes:  # removed in the bucket
+                if name in state or not keeps_changes:  # removed in the bucket
                     self._remove(name)
             state = {name: state[name] for name in state.keys() & remote.keys()}
             changed = [
                 name for name, info in remote.items()
-                if is_needed(name)
+                if self._is_needed(name)
                 and (name not in local or name not in state or state[name][0] != info["generation"]
-                     or (state[name][1] != local[name] and not self._keeps_changes))
+                     or (state[name][1] != local[name] and not keeps_changes))
             ]  # fmt: skip
             self._write_state(state)  # without what was removed
             self._transfer(changed, state, lambda name: self._download_file(name, remote[name]))
@@ -161,6 +174,7 @@ class BucketFolder:
 
         def transfer_and_note(name: str) -> None:
             entry = transfer(name)
+            note_progress()
             with lock:
                 if entry is not None:
                     state[name] = entry
@@ -178,13 +192,12 @@ class BucketFolder:
             bucket_client().get_file(url, str(partial))
             sync_to_disk(partial)
             partial.replace(path)
-        note_progress()
         return [info["generation"], _version(path)]
 
     def _upload_file(self, name: str, version: list[int]) -> list[Any] | None:
         """Copies a file to the bucket. Returns its entry in the state, or None if it was removed in the meantime."""
         path, url = self.local / name, f"{self.url}/{name}"
-        snapshot = path.with_name(f".{path.name}.partial")
+        snapshot = path.with_name(f".{path.name}.upload")
         try:
             if path.suffix == ".jsonl":  # lines are being added to it
                 shutil.copyfile(path, snapshot)
@@ -203,7 +216,7 @@ class BucketFolder:
             try:
                 self.upload()
                 has_failed = False
-            except (RunError, OSError) as error:
+            except Exception as error:
                 if not has_failed:  # a message counts as progress of the run, which may hang
                     log_warning(f"{error} It is tried again every {UPLOAD_SECONDS:.0f} seconds.")
                 has_failed = True
@@ -220,14 +233,19 @@ class BucketFolder:
     def _transferring(self) -> Iterator[None]:
         """Waits until no other command and no other thread transfers files of this copy."""
         self.local.mkdir(parents=True, exist_ok=True)
-        with contextlib.ExitStack() as stack:
-            try:
-                stack.enter_context(filelock.FileLock(self.local / TRANSFER_LOCK, thread_local=False))
-            except NotImplementedError:
-                raise UserError(
-                    f"XDG_CACHE_HOME: {cache_folder('buckets')} cannot be locked. Set XDG_CACHE_HOME to another folder."
-                ) from None
+        lock = filelock.FileLock(self.local / TRANSFER_LOCK, thread_local=False)
+        try:
+            lock.acquire(timeout=WAIT_SECONDS)
+        except filelock.Timeout:
+            log_info(f"{self.url}: another command copies files. Waiting for it.")
+            lock.acquire()
+        except NotImplementedError:
+            problem = f"XDG_CACHE_HOME: {cache_folder('buckets')} cannot be locked"
+            raise UserError(f"{problem}. Set XDG_CACHE_HOME to another folder.") from None
+        try:
             yield
+        finally:
+            lock.release()
 
     def _list(self) -> dict[str, dict[str, Any]]:
         files = list_bucket_files(epath.Path(self.url))
@@ -249,6 +267,8 @@ class BucketFolder:
 def is_copied(name: str) -> bool:
     """Returns whether a file is copied. Names such as `../a` and `/a` may lie in a bucket, but not below the copy."""
     *folders, last = name.split("/")
+    if any(folder.startswith(DAMAGED_MODEL) for folder in folders):
+        return False
     return CHECKPOINTS not in folders and all(part and not part.startswith(".") for part in (*folders, last))
 
 

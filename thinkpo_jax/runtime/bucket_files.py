@@ -2,6 +2,7 @@
 
 import base64
 import contextlib
+import errno
 import functools
 import hashlib
 import logging
@@ -30,9 +31,10 @@ def reaching_bucket(path: PurePath | str, kind: type[UserError | RunError] = Use
     except (UserError, RunError, AssertionError, AttributeError, NameError, TypeError):
         raise
     except Exception as error:
-        is_of_disk = isinstance(error, OSError) and error.filename is not None
-        if is_of_disk or not is_in_bucket(path):
+        if not is_in_bucket(path) or (isinstance(error, OSError) and error.filename is not None):  # a file on the disk
             raise
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise OSError(error.errno, f"{error.strerror}, while files of {path} were copied") from None
         if isinstance(error, ImportError):
             raise UserError(f"{path}: needs the package gcsfs. Run: pip install 'thinkpo_jax[gcs]'") from None
         reason = first_line(error) or type(error).__name__

@@ -24,7 +24,7 @@ class MetricsFile:
         if is_primary_process():
             lines = [json.dumps(line) + "\n" for line in read_metrics(path) if line["step"] <= step]
             path.parent.mkdir(parents=True, exist_ok=True)
-            partial = path.with_name(path.name + ".partial")
+            partial = path.with_name(f".{path.name}.partial")
             partial.write_text("".join(lines), encoding="utf-8")
             sync_to_disk(partial)
             partial.replace(path)  # a crash leaves the old file or the new one, never a part of it

@@ -127,6 +127,12 @@ def read_manifest(folder: AnyPath) -> dict[str, Any] | None:
     return None
 
 
+def is_of_disk(folder: AnyPath) -> bool:
+    """Returns whether a folder has a manifest that was written on a disk, and not in a bucket."""
+    entries = read_manifest(folder) or {}
+    return any(not entry["digest"].startswith(_MD5) for entry in entries.values())
+
+
 def _is_inside(name: str) -> bool:
     path = PurePosixPath(name)
     return not path.is_absolute() and ".." not in path.parts
