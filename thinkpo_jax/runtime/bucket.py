@@ -48,7 +48,7 @@ def check_bucket_url(url: str) -> str:
     """Returns the URL. Raises `ValueError` if it is none of a folder in a bucket."""
     if not URL.fullmatch(url):
         expected = "gs://BUCKET/FOLDER, with letters, digits and any of . _ @ + = ~ % - in each name"
-        raise ValueError(f"expected {expected}, found {url!r}. Mount other stores as a folder")
+        raise ValueError(f"expected {expected}. Mount other stores as a folder")
     return url
 
 
@@ -60,7 +60,7 @@ class BucketFolder:
         try:
             self.url = check_bucket_url(url).rstrip("/")
         except ValueError as error:
-            raise UserError(f"{error}.") from None
+            raise UserError(f"{url}: {error}.") from None
         process = 0 if is_primary_process() else jax.process_index()
         name = f"{self.url.rsplit('/')[-1]}-{digest_text(self.url)[:12]}"
         self.local = cache_folder("buckets") / name / f"process-{process}"
