@@ -103,16 +103,14 @@ def _run(options: argparse.Namespace, parser: argparse.ArgumentParser) -> dict[s
         if options.data is not None and not options.data.is_dir():
             raise UserError(f"--data {options.data}: there is no such folder. docs/devices.md says how to make it.")
         return bench_device(options.out, options.minutes, options.only, options.data)
+    if vars(options).get("repeats", 1) < 1 or not 0 < vars(options).get("gib", 1) < 1000:
+        parser.error("--repeats must be at least 1, and --gib a positive number below 1000")
     versions = software_versions()
+    print("; ".join(f"{name} {version}" for name, version in versions.items()))
     if options.command == "soak":
-        print("; ".join(f"{name} {version}" for name, version in versions.items()))
         return bench_soak(options.config, options.assignments, options.minutes) | {"versions": versions}
     if options.command == "generate":
-        print("; ".join(f"{name} {version}" for name, version in versions.items()))
         return bench_generate(options.questions, options.model) | {"versions": versions}
-    if options.repeats < 1 or (options.command in ("load", "save") and not 0 < options.gib < 1000):
-        parser.error("--repeats must be at least 1, and --gib a positive number below 1000")
-    print("; ".join(f"{name} {version}" for name, version in versions.items()))
     if options.command == "load":
         return bench_load(options.gib, options.repeats) | {"versions": versions}
     if options.command == "save":

@@ -62,5 +62,12 @@ def device_memory() -> dict[str, int | None]:
 def peak_resident_memory() -> int:
     """Returns the largest resident memory of this process so far, in bytes."""
     if sys.platform == "linux":  # There getrusage also counts the parent process.
-        return int(re.findall(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text(encoding="utf-8"))[0]) * 1024
+        return read_process_memory("self", "VmHWM")
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
+def read_process_memory(process: int | str, field: str) -> int:
+    """Returns a field of /proc/PROCESS/status in bytes, such as VmRSS. 0 for a process that has ended. Needs Linux."""
+    status = Path(f"/proc/{process}/status").read_text(encoding="utf-8")
+    sizes = re.findall(rf"{field}:\s+(\d+)", status)
+    return int(sizes[0]) * 1024 if sizes else 0

@@ -1,7 +1,6 @@
 """Trains for a long time, and measures whether memory and the number of files stay bounded."""
 
 import os
-import re
 import signal
 import statistics
 import subprocess
@@ -11,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from thinkpo_jax.bench.machine import read_process_memory
 from thinkpo_jax.run.run_config import load_run_config
 from thinkpo_jax.runtime.bucket_files import is_in_bucket
 from thinkpo_jax.runtime.cli import EXIT_STATUS_INTERRUPTED, describe_exit_status, handling, last_error, printed_errors
@@ -66,11 +66,10 @@ def bench_soak(config: Path, assignments: Sequence[str], minutes: float) -> dict
 def _watch(process: subprocess.Popen[bytes], run_dir: Path, seconds: float) -> list[Sample]:
     start, samples = time.monotonic(), list[Sample]()
     while (passed := time.monotonic() - start) < seconds and process.poll() is None:
-        status = Path(f"/proc/{process.pid}/status").read_text(encoding="utf-8")
-        resident = re.search(r"VmRSS:\s+(\d+)", status)
+        resident = read_process_memory(process.pid, "VmRSS")
         files = sum(len(names) + len(folders) for _, folders, names in os.walk(run_dir))
         steps = [int(path.name) for path in run_dir.glob("*/checkpoints/*") if path.name.isdigit()]
-        samples += [Sample(passed, int(resident[1]) * 1024 if resident else 0, files, max(steps, default=0))]
+        samples += [Sample(passed, resident, files, max(steps, default=0))]
         time.sleep(SAMPLE_SECONDS)
     return samples
 

@@ -143,7 +143,8 @@ class BucketFolder:
         self.upload()
         barrier("the files are in the bucket")
         if not is_primary_process():
-            self.download()
+            with self._transferring():
+                self._download()
         barrier("all processes have the files of the bucket")
 
     def _download(self) -> None:
@@ -199,9 +200,9 @@ class BucketFolder:
         path, url = self.local / name, f"{self.url}/{name}"
         snapshot = path.with_name(f".{path.name}.upload")
         try:
-            if path.suffix == ".jsonl":  # lines are being added to it
-                shutil.copyfile(path, snapshot)
-            bucket_client().put_file(str(snapshot if path.suffix == ".jsonl" else path), url)
+            # Lines are being added to a log, so a copy of it is uploaded.
+            source = shutil.copyfile(path, snapshot) if path.suffix == ".jsonl" else path
+            bucket_client().put_file(str(source), url)
             return [bucket_client().info(url)["generation"], version]
         except FileNotFoundError:
             if path.exists():  # the store answered that something is missing
